@@ -1,0 +1,360 @@
+"""One YAML a run: typed, validated, and refused with the nearest known name when a key is wrong.
+
+    base: other.yaml            at most one, relative to this file; its keys are the defaults of this one's
+    key.subkey=value            on the command line, parsed as YAML, over both
+
+Every section belongs to one stage and holds that stage's checks; checks across sections are in `RunConfig`.
+Nothing is loaded here but the YAML itself, so a mistake costs a second, not an hour.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Pooling = Literal["mean", "cls", "pooler", "last4_mean", "first_last_mean"]
+Precision = Literal["fp32", "bf16", "auto"]
+TRAINING_STAGES = ("ckd", "finetune", "hpd")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key, what is allowed and the fix."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class SourceConfig(Section):
+    """Where sentences come from: local files, a Hugging Face dataset, or this machine's Python docstrings."""
+
+    type: Literal["file", "huggingface", "python-docs"]
+    path: str | None = Field(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
+    name: str | None = Field(None, description="huggingface: the dataset's name")
+    subset: str | None = Field(None, description="huggingface: the dataset's configuration")
+    split: str = Field("train", description="huggingface: the split")
+    revision: str | None = Field(None, description="huggingface: the commit to read")
+    field: str | None = Field(None, description="the column or field that holds the sentence (not for .txt)")
+    limit: int | None = Field(None, gt=0, description="stop reading this source after so many raw sentences")
+
+    @model_validator(mode="after")
+    def _names_what_it_reads(self) -> SourceConfig:
+        if self.type == "file" and not self.path:
+            raise ValueError("a source of type file needs `path`")
+        if self.type == "huggingface" and not (self.name and self.field):
+            raise ValueError("a source of type huggingface needs `name` and `field`")
+        return self
+
+
+class TextConfig(Section):
+    sources: list[SourceConfig] = Field(min_length=1)
+    min_chars: int = Field(12, ge=1, description="shorter sentences are dropped, and counted")
+    max_chars: int = Field(1000, ge=1, description="longer sentences are dropped, and counted")
+    max_sentences: int | None = Field(None, gt=0, description="keep about so many, chosen by text hash")
+    held_out: int = Field(10_000, ge=0, description="of the sentences with text hash mod 50 = 0, how many to embed for fidelity")
+
+    @model_validator(mode="after")
+    def _limits_leave_room(self) -> TextConfig:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}: no sentence can pass")
+        return self
+
+
+class TeacherConfig(Section):
+    model: str | None = Field(
+        None, description="a folder, a hub name, or package:NAME/FOLDER for a model that a Python package carries"
+    )
+    vectors: str | None = Field(
+        None, description="instead of a model: an .npy or .parquet file with one vector for each raw sentence of the text, in order"
+    )
+    vectors_field: str = Field("embedding", description="vectors in parquet: the column that holds them")
+    revision: str | None = None
+    pooling: Literal["cls", "pooler", "mean"] | None = Field(
+        None, description="for a plain encoder, which does not say how it pools; a sentence-transformers folder does"
+    )
+    max_length: int | None = Field(None, gt=2, description="tokens; longer sentences are truncated")
+    prompt: str = Field("", description="put before every sentence")
+    precision: Precision = Field("auto", description="auto: bf16 where the processor has it")
+    tokens_per_batch: int = Field(8192, gt=0, description="padded tokens in one forward pass")
+    tasks: int = Field(1, ge=1, description="processes that pipeline.py starts for precompute")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.model is None) == (self.vectors is None):
+            raise ValueError("teacher needs either `model` or `vectors`, not both and not neither")
+        return self
+
+
+class ShardsConfig(Section):
+    rows: int = Field(65_536, gt=0, description="sentences a shard")
+    block_rows: int = Field(1024, gt=0, description="sentences a WebDataset sample")
+
+
+class StudentConfig(Section):
+    init: str = Field("teacher", description="teacher, or a folder, hub name or package:NAME/FOLDER of an encoder")
+    from_scratch: bool = Field(False, description="keep init's architecture and tokenizer, draw new weights")
+    revision: str | None = None
+    layers: list[int] | None = Field(None, min_length=1, description="keep these layers of init, in this order; null keeps all")
+    pooling: Pooling = "mean"
+    max_length: int = Field(64, gt=2, description="tokens; longer sentences are truncated")
+
+    @model_validator(mode="after")
+    def _layers_are_layers(self) -> StudentConfig:
+        if self.layers is not None and (len(set(self.layers)) < len(self.layers) or min(self.layers) < 0):
+            raise ValueError(f"student.layers {self.layers} must be distinct and not negative")
+        return self
+
+
+class TrainConfig(Section):
+    """What every training stage has. The global batch is the config; accumulation follows from it."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after so many steps, whatever `epochs` says")
+    global_batch: int = Field(256, gt=1, description="sentences a step, over all ranks")
+    micro_batch: int = Field(64, gt=0, description="at most so many sentences in one forward pass of one rank")
+    lr: float = Field(2e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only; not on biases, norms or the temperature")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the rate rises from 0")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    dev_every: int = Field(100, gt=0, description="steps between dev evaluations")
+    patience: int | None = Field(None, gt=0, description="stop after so many dev evaluations without a better one")
+    save_every: int = Field(100, gt=0, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    log_every: int = Field(10, gt=0, description="steps between TensorBoard points")
+
+
+class TemperatureConfig(Section):
+    """Logits are exp(logit_scale) * cosine; `scale` is exp(logit_scale) at the start."""
+
+    scale: float = Field(20.0, gt=0, description="the paper starts at e = 2.718, and 150 steps later is still at 2.80")
+    max_scale: float = Field(100.0, gt=0, description="logit_scale is clamped here")
+    learnable: bool = True
+    lr: float | None = Field(None, gt=0, description="its own learning rate; null takes the stage's")
+
+    @model_validator(mode="after")
+    def _starts_below_its_clamp(self) -> TemperatureConfig:
+        if self.scale > self.max_scale:
+            raise ValueError(f"scale {self.scale} is above max_scale {self.max_scale}")
+        return self
+
+
+class CkdConfig(TrainConfig):
+    """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
+
+    queue: int = Field(16_384, ge=0, description="past teacher vectors kept as further negatives")
+    projection: Literal["auto", "linear", "none"] = Field("auto", description="student width -> teacher width; auto: none where they agree")
+    projection_width: int | None = Field(None, gt=0, description="checked against the teacher's width; null takes it")
+    temperature: TemperatureConfig = TemperatureConfig()
+    weights: dict[Literal["ckd", "cosine", "mse", "congen"], float] = Field(
+        default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
+    )
+    teacher_temperature: float = Field(0.05, gt=0, description="congen: softness of the teacher's labels")
+    student_temperature: float = Field(0.05, gt=0, description="congen: softness of the student's")
+    tile: int = Field(4096, gt=0, description="keys held against a micro-batch at a time")
+
+    @model_validator(mode="after")
+    def _queue_is_worth_having(self) -> CkdConfig:
+        if self.queue and self.queue <= self.global_batch:
+            raise ValueError(
+                f"queue {self.queue} is not larger than global_batch {self.global_batch}: one push would replace it all;"
+                " use 0 for no queue or a larger one"
+            )
+        if not any(self.weights.values()) or min(self.weights.values()) < 0:
+            raise ValueError(f"weights {self.weights} need at least one above 0 and none below")
+        return self
+
+
+class FinetuneConfig(TrainConfig):
+    """Supervised contrastive fine-tuning on (anchor, positive, hard negative), of all ranks."""
+
+    lr: float = Field(5e-5, gt=0)
+    init: Literal["ckd", "hpd"] = Field("ckd", description="the stage whose student is fine-tuned")
+    triplets: str | None = Field(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
+    fields: tuple[str, str, str] = Field(("anchor", "positive", "hard_negative"), description="their columns in it")
+    dataset: str | None = Field(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
+    split: str = "train"
+    num_mined: int = Field(20_000, gt=0, description="triplets to mine where there is no file")
+    mining_pool: int = Field(50_000, gt=0, description="sentences that mined neighbours are looked for in")
+    positive_range: tuple[float, float] = Field((0.6, 0.98), description="teacher cosine of a mined positive")
+    negative_rank: int = Field(50, gt=1, description="a mined hard negative is the neighbour of this rank")
+    temperature: TemperatureConfig = TemperatureConfig(learnable=False)
+    teacher_weight: float = Field(0.0, ge=0, description="mined triplets: weight of the cosine to the teacher, so as not to forget")
+    dropout: float | None = Field(None, ge=0, lt=1, description="null keeps the encoder's own")
+
+
+class HpdConfig(TrainConfig):
+    """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's."""
+
+    init: Literal["ckd", "finetune"] = Field("finetune", description="the stage whose student is compressed")
+    dim: int = Field(128, gt=0)
+    nested: list[int] = Field([64, 32], description="sizes below `dim` that are evaluated and named in the export")
+    head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
+    freeze_encoder: bool = False
+
+    @model_validator(mode="after")
+    def _nested_sizes_fit(self) -> HpdConfig:
+        if any(not 0 < size < self.dim for size in self.nested):
+            raise ValueError(f"hpd.nested {self.nested} must lie between 0 and hpd.dim {self.dim}")
+        return self
+
+
+class EngineConfig(Section):
+    deepspeed: Path = Field(Path("configs/deepspeed/zero2.json"), description="the DeepSpeed configuration")
+    precision: Precision = Field("auto", description="auto: bf16 autocast where the processor has it; parameters stay fp32")
+    num_ranks: int | None = Field(None, ge=1, description="ranks that pipeline.py starts; null: the GPUs, else 2 on a CPU")
+    timeout: float = Field(300.0, gt=0, description="seconds after which a silent peer is an error")
+
+
+class EvaluateConfig(Section):
+    sts: Path | None = Field(None, description="a folder with sts12_test.tsv.gz ...; null evaluates fidelity alone")
+    num_held_out: int = Field(2000, gt=2, description="held-out sentences that fidelity is measured on")
+    dev_sentences: int = Field(1000, gt=2, description="held-out sentences of a dev evaluation in training")
+    batch_size: int = Field(64, gt=0)
+
+
+class SearchConfig(Section):
+    max_sentences: int = Field(200_000, gt=0, description="sentences of the text that launcher/search.py answers from")
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under runs_dir")
+    runs_dir: Path = Path("runs")
+    seed: int = Field(0, ge=0, lt=2**63)
+    stages: list[Literal["precompute", "ckd", "finetune", "hpd", "evaluate"]] = Field(
+        ["precompute", "ckd", "finetune", "hpd", "evaluate"], description="what pipeline.py runs, in this order"
+    )
+    stage: Literal["ckd", "finetune", "hpd"] = Field("ckd", description="what train.py runs")
+    text: TextConfig
+    teacher: TeacherConfig
+    shards: ShardsConfig = ShardsConfig()
+    student: StudentConfig = StudentConfig()
+    ckd: CkdConfig = CkdConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    hpd: HpdConfig = HpdConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> RunConfig:
+        if self.finetune.init == "hpd" and self.hpd.init == "finetune":
+            raise ValueError("finetune.init is hpd and hpd.init is finetune: each waits for the other; set one to ckd")
+        if self.teacher.model is None and self.student.init == "teacher":
+            raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
+        ranks = self.engine.num_ranks or 1
+        for stage in TRAINING_STAGES:
+            global_batch = getattr(self, stage).global_batch
+            if global_batch < ranks:
+                raise ValueError(f"{stage}.global_batch {global_batch} is smaller than engine.num_ranks {ranks}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs_dir / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads `path`, its base, and `key=value` overrides into a validated RunConfig.
+
+    Raises ConfigError with the file, the key, what is allowed and, for an unknown key, the nearest known one.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not key=value, e.g. ckd.lr=1e-4")
+        _set(tree, key.split("."), _parse_value(value, override))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML; `load_config` of it gives an equal RunConfig."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` leads back to this file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else f"; {path.parent} has no such file"
+        raise ConfigError(f"no config at {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys; a run needs at least name, text and teacher")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both and key != "weights" else value
+    return merged
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "config"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}")
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
