@@ -55,7 +55,9 @@ class TextConfig(Section):
     min_chars: int = Field(12, ge=1, description="shorter sentences are dropped, and counted")
     max_chars: int = Field(1000, ge=1, description="longer sentences are dropped, and counted")
     max_sentences: int | None = Field(None, gt=0, description="keep about so many, chosen by text hash")
-    held_out: int = Field(10_000, ge=0, description="of the sentences with text hash mod 50 = 0, how many to embed for fidelity")
+    held_out: int = Field(
+        10_000, ge=0, description="how many of the sentences with text hash mod 50 = 0 to embed, for fidelity"
+    )
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:
@@ -69,7 +71,7 @@ class TeacherConfig(Section):
         None, description="a folder, a hub name, or package:NAME/FOLDER for a model that a Python package carries"
     )
     vectors: str | None = Field(
-        None, description="instead of a model: an .npy or .parquet file with one vector for each raw sentence of the text, in order"
+        None, description="instead of a model: .npy or .parquet with a vector for each raw sentence of the text, in order"
     )
     vectors_field: str = Field("embedding", description="vectors in parquet: the column that holds them")
     revision: str | None = None
@@ -148,10 +150,12 @@ class CkdConfig(TrainConfig):
     """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
 
     queue: int = Field(16_384, ge=0, description="past teacher vectors kept as further negatives")
-    projection: Literal["auto", "linear", "none"] = Field("auto", description="student width -> teacher width; auto: none where they agree")
+    projection: Literal["auto", "linear", "none"] = Field(
+        "auto", description="to the teacher's width; auto: none where they agree"
+    )
     projection_width: int | None = Field(None, gt=0, description="checked against the teacher's width; null takes it")
     temperature: TemperatureConfig = TemperatureConfig()
-    weights: dict[Literal["ckd", "cosine", "mse", "congen"], float] = Field(
+    weights: dict[Literal["ckd", "cosine", "congen"], float] = Field(
         default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
     )
     teacher_temperature: float = Field(0.05, gt=0, description="congen: softness of the teacher's labels")
@@ -184,7 +188,7 @@ class FinetuneConfig(TrainConfig):
     positive_range: tuple[float, float] = Field((0.6, 0.98), description="teacher cosine of a mined positive")
     negative_rank: int = Field(50, gt=1, description="a mined hard negative is the neighbour of this rank")
     temperature: TemperatureConfig = TemperatureConfig(learnable=False)
-    teacher_weight: float = Field(0.0, ge=0, description="mined triplets: weight of the cosine to the teacher, so as not to forget")
+    teacher_weight: float = Field(0.0, ge=0, description="mined triplets: weight of 1 - cosine to the teacher's vectors")
     dropout: float | None = Field(None, ge=0, lt=1, description="null keeps the encoder's own")
 
 
@@ -226,8 +230,8 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under runs_dir")
     runs_dir: Path = Path("runs")
     seed: int = Field(0, ge=0, lt=2**63)
-    stages: list[Literal["precompute", "ckd", "finetune", "hpd", "evaluate"]] = Field(
-        ["precompute", "ckd", "finetune", "hpd", "evaluate"], description="what pipeline.py runs, in this order"
+    stages: list[Literal["precompute", "ckd", "finetune", "hpd", "export", "evaluate"]] = Field(
+        default=["precompute", "ckd", "finetune", "hpd", "export", "evaluate"], description="what pipeline.py runs"
     )
     stage: Literal["ckd", "finetune", "hpd"] = Field("ckd", description="what train.py runs")
     text: TextConfig

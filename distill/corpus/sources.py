@@ -1,0 +1,101 @@
+"""From a source of the config to raw strings, lazily and in a fixed order.
+
+    file            path or glob -> the lines of .txt, or one field of .tsv .csv .jsonl .parquet
+    huggingface     a dataset's name or folder -> one field, streaming
+    python-docs     this machine's Python packages -> the sentences of their docstrings
+
+What cannot be read is a ValueError that names the file, the line where there is one, and what to do.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from distill.config import SourceConfig, TextConfig
+from distill.corpus.docstrings import read_docstrings
+from distill.corpus.rows import file_format, read_rows, text_of
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+def read_sources(config: TextConfig) -> Iterator[str]:
+    """The raw strings of all sources, one source after the other."""
+    return chain.from_iterable(map(read_source, config.sources))
+
+
+def read_source(source: SourceConfig) -> Iterator[str]:
+    """The first `source.limit` raw strings of a source, in an order that depends on the source alone, in constant memory.
+
+    A null in the data is an empty string, so that the n-th string belongs to the n-th row. Raises ValueError where
+    something cannot be read; a mistake in the config's own values is raised at the first string, not at the call.
+    """
+    readers = {"file": _read_files, "huggingface": _read_dataset, "python-docs": lambda _: read_docstrings()}
+    return islice(readers[source.type](source), source.limit)
+
+
+def check_source(source: SourceConfig) -> None:
+    """Opens every file of a source as far as its first row, so that a typing error costs a second and not an hour.
+
+    Raises the ValueError that reading it would. Other types of source are left alone: opening them is the work itself.
+    """
+    if source.type == "file":
+        for path in _matching_files(source):
+            next(read_rows(str(path), _fields(source)), None)
+
+
+def _read_files(source: SourceConfig) -> Iterator[str]:
+    for path in _matching_files(source):
+        for (text,) in read_rows(str(path), _fields(source)):
+            yield text
+
+
+def _fields(source: SourceConfig) -> tuple[str, ...]:
+    return () if source.field is None else (source.field,)
+
+
+def _matching_files(source: SourceConfig) -> list[Path]:
+    pattern = source.path or ""
+    _refuse_url(pattern, "path")
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
+    paths = [path for path in map(Path, sorted(matches)) if path.is_file()]
+    if not paths:
+        what = (
+            "is a folder; add a glob such as /*.txt" if Path(pattern).is_dir() else "names no file, and as a glob matches none"
+        )
+        raise ValueError(f"text source {pattern!r} {what} (relative to {Path.cwd()})")
+    for path in paths:
+        file_format(path)
+    return paths
+
+
+def _refuse_url(value: str, key: str) -> None:
+    if _URL.match(value):
+        raise ValueError(
+            f"text source `{key}: {value}` looks like a URL or a command, and only local files are read;"
+            " fetch it first, or write ./ before a file name that has a colon"
+        )
+
+
+def _read_dataset(source: SourceConfig) -> Iterator[str]:
+    name, field = source.name or "", source.field or ""
+    _refuse_url(name, "name")
+    import datasets
+
+    where = f"Hugging Face dataset {name!r} (subset {source.subset}, split {source.split})"
+    try:
+        stream = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        batches: Iterator[dict[str, list[Any]]] = stream.iter(batch_size=1000)
+        for batch in batches:
+            if field not in batch:
+                raise ValueError(f"no field {field!r}; its fields are {', '.join(sorted(batch))}")
+            for value in batch[field]:
+                yield text_of(value, f"field {field!r}")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"cannot read the {where}: {error}") from error

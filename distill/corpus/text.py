@@ -1,0 +1,35 @@
+"""What one sentence is: its normal form, its 64-bit name, and whether training may see it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+import numpy as np
+
+HELD_OUT_MODULUS = 50
+
+# Neither belongs in a sentence: control characters break lines, a lone surrogate (JSON's "\ud800") has no UTF-8.
+_CONTROLS_AND_SURROGATES = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def normalise(text: str) -> str:
+    """NFC, every run of whitespace, control characters and lone surrogates as one space, none at the ends.
+
+    The result is one line by every definition of a line, encodes as UTF-8, and is its own normal form.
+    """
+    text = unicodedata.normalize("NFC", text)
+    if not text.isprintable():
+        text = _CONTROLS_AND_SURROGATES.sub(" ", text)
+    return " ".join(text.split())
+
+
+def text_hash(text: str) -> int:
+    """The stable name of a normalised sentence: blake2b of its UTF-8, 8 bytes, little endian, as a signed int64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def is_held_out(hashes: np.ndarray) -> np.ndarray:
+    """For text hashes, int64 of any shape: True where the sentence is kept for evaluation and never trained on."""
+    return np.asarray(hashes, dtype=np.int64).view(np.uint64) % np.uint64(HELD_OUT_MODULUS) == 0

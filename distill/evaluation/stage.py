@@ -1,0 +1,92 @@
+"""The evaluate stage: teacher and exported students side by side, from the folders that others will load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distill.config import RunConfig
+from distill.evaluation.encode import Encoder, encoder_of, throughput
+from distill.evaluation.fidelity import fidelity
+from distill.evaluation.report import table
+from distill.evaluation.sts import sts_scores
+from distill.export.card import model_card
+from distill.files import publish, write_json
+from distill.search import build_index
+from distill.shards import ShardReader, fingerprint
+from distill.stages import read_json, stage_of, trained_stages
+from distill.teacher.encoder import load_teacher
+from distill.training.dev import split_held_out
+
+THROUGHPUT_SENTENCES = 512
+
+
+def evaluate_run(config: RunConfig) -> str:
+    """Measures everything, writes evaluate/results.json and the search index, completes the model cards; returns the table."""
+    stage = stage_of(config, "evaluate")
+    if not stage.inputs["export"]:
+        raise ValueError(f"evaluate needs {config.run_dir / 'export'}, which is not finished: run the export stage first")
+    stage.begin()
+    held_out = _held_out(config)
+    reader = ShardReader(config.run_dir / "shards")
+    speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
+    results: dict[str, dict[str, Any]] = {}
+    models: list[tuple[str, Encoder]] = []
+    if config.teacher.model is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        models.append(("teacher", Encoder(load_teacher(config.teacher, device), batch_size=config.evaluate.batch_size)))
+    for name in trained_stages(config):
+        models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
+    for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
+        results |= _measure(config, name, encoder, held_out, speed_sentences)
+    build_index(config, reader, models[-1][1], stage.directory)
+    write_json(stage.directory / "results.json", results)
+    text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
+    assert text is not None
+    for name in trained_stages(config):
+        with publish(config.run_dir / "export" / name / "README.md") as file:
+            file.write(model_card(config, name, text, results[name]).encode())
+    printed = table([{"model": name, **row} for name, row in results.items()])
+    with publish(stage.directory / "table.txt") as file:
+        file.write(printed.encode() + b"\n")
+    stage.finish({"models": list(results)}, fingerprint(results))
+    return printed
+
+
+def _held_out(config: RunConfig) -> tuple[list[str], np.ndarray] | None:
+    path = config.run_dir / "shards" / "held_out"
+    if not (path / "manifest.json").exists():
+        return None
+    reader = ShardReader(path)
+    rows, _ = split_held_out(len(reader), config.evaluate.num_held_out, config.evaluate.dev_sentences)
+    return (reader.texts(rows), reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
+
+
+def _measure(
+    config: RunConfig, name: str, encoder: Encoder, held_out: tuple[list[str], np.ndarray] | None, speed_sentences: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The rows of one model: itself and, for HPD, its nested sizes, which are prefixes of the same vectors."""
+    speed = throughput(encoder, speed_sentences)
+    sizes = [encoder.dim] + ([*config.hpd.nested] if name == "hpd" else [])
+    vectors = encoder(held_out[0]) if held_out is not None else None
+    rows: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+
+        def truncated(sentences: list[str], size: int = size) -> np.ndarray:
+            return encoder(sentences)[:, :size]
+
+        row: dict[str, Any] = {
+            "dim": size,
+            "params": encoder.params,
+            "bytes_per_vector": 4 * size,
+            "sentences_per_second": round(speed, 1),
+        }
+        if held_out is not None and vectors is not None:
+            row["fidelity"] = fidelity(vectors[:, :size], held_out[1]) | {"sentences": len(vectors)}
+        if config.evaluate.sts is not None:
+            row |= sts_scores(truncated, config.evaluate.sts)
+        rows[name if size == encoder.dim else f"{name}-{size}"] = row
+    return rows

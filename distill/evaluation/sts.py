@@ -1,0 +1,119 @@
+"""Semantic textual similarity by SimCSE's "all" protocol.
+
+All subsets of a set are put together, and Spearman's correlation between the cosines and the gold scores is taken once
+over all pairs; pairs with no gold are dropped. STS13 is without SMT; SICK-R is its test set of 4,927 pairs (not MTEB's 9,927).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill.evaluation.encode import Encode, unit
+from distill.evaluation.rank import bootstrap_spearman, spearman
+
+PAIRS = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICKR": 4927}
+"""The sets in the usual order, each with its number of pairs that have gold."""
+
+
+class Pairs(NamedTuple):
+    first: list[str]
+    second: list[str]
+    gold: np.ndarray  # float64 [n]
+
+
+def sts_files(folder: str | Path) -> dict[str, Path]:
+    """The sets that `folder` holds, in the usual order. Raises ValueError if it holds none."""
+    named = {name: Path(folder) / f"{name.lower()}_test.tsv.gz" for name in PAIRS}
+    files = {name: path for name, path in named.items() if path.is_file()}
+    if not files:
+        what = "it has none of" if Path(folder).is_dir() else "there is no such folder; it should hold"
+        raise ValueError(f"no STS sets in {folder}: {what} {', '.join(path.name for path in named.values())}")
+    return files
+
+
+def sts_scores(encode: Encode, folder: str | Path, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Spearman x 100 of every set in `folder`, with 95% percentile intervals from `bootstrap` resamples of the pairs.
+
+    {"sts": {"STS12": 72.37, ..., "AVG": .., "AVG_OF": ["STS12", ..]}, "sts_ci": {"STS12": [low, high], ..., "AVG": [..]},
+     "sts_warnings": [..]}. A missing set is in none of them but the warnings; AVG is the plain mean of AVG_OF.
+    """
+    sets = {name: read_pairs(path) for name, path in sts_files(folder).items()}
+    warnings = [f"{name} is missing: no {name.lower()}_test.tsv.gz; AVG is without it" for name in PAIRS if name not in sets]
+    warnings += [
+        f"{name} has {len(pairs.gold)} pairs, not the usual {PAIRS[name]}: not comparable with published figures"
+        for name, pairs in sets.items()
+        if len(pairs.gold) != PAIRS[name]
+    ]
+    scores: dict[str, Any] = {}
+    resampled = {}
+    for name, cosine in _cosines(encode, sets).items():
+        gold = sets[name].gold
+        scores[name] = 100 * spearman(cosine, gold)
+        # the resamples of a set depend on nothing else, so two models are measured on the same ones
+        rng = np.random.default_rng([seed, list(PAIRS).index(name)])
+        resampled[name] = 100 * bootstrap_spearman(cosine, gold, bootstrap, rng)
+    resampled["AVG"] = np.mean(list(resampled.values()), axis=0)
+    intervals = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items() if bootstrap}
+    average = {"AVG": float(np.mean(list(scores.values()))), "AVG_OF": list(scores)}
+    return {"sts": scores | average, "sts_ci": intervals, "sts_warnings": warnings}
+
+
+def dev_score(encode: Encode, folder: str | Path) -> float:
+    """Spearman x 100 on stsb_dev.tsv.gz of `folder`."""
+    path = Path(folder) / "stsb_dev.tsv.gz"
+    if not path.is_file():
+        raise ValueError(f"no STS-B dev set: there is no {path}")
+    pairs = read_pairs(path)
+    return 100 * spearman(_cosines(encode, {"dev": pairs})["dev"], pairs.gold)
+
+
+def read_pairs(path: Path) -> Pairs:
+    """The pairs with gold of a gzipped TSV with the columns score, sentence1 and sentence2 (others are ignored)."""
+    try:
+        rows = list(_rows(path))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path} has {len(rows)} pairs with a gold score; a correlation needs 2 or more")
+    first, second, gold = zip(*rows, strict=True)
+    return Pairs(list(first), list(second), np.array(gold))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, float]]:
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        missing = {"score", "sentence1", "sentence2"} - set(reader.fieldnames or [])
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))} in its header line: {reader.fieldnames}")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if row["sentence1"] is None or row["sentence2"] is None:
+                raise ValueError(f"{where}: the row is shorter than the header line")
+            if not row["score"].strip():
+                continue
+            try:
+                score = float(row["score"])
+            except ValueError:
+                raise ValueError(f"{where}: the score {row['score']!r} is not a number") from None
+            if math.isfinite(score):
+                yield row["sentence1"], row["sentence2"], score
+
+
+def _cosines(encode: Encode, sets: dict[str, Pairs]) -> dict[str, np.ndarray]:
+    """Cosines [n] of each set's pairs, float64 of six decimals; every sentence of all sets is encoded once."""
+    sentences = dict.fromkeys(text for pairs in sets.values() for side in (pairs.first, pairs.second) for text in side)
+    row_of = {text: row for row, text in enumerate(sentences)}
+    vectors = unit(encode(list(row_of)))
+    cosines = {}
+    for name, pairs in sets.items():
+        first, second = (vectors[[row_of[text] for text in side]] for side in (pairs.first, pairs.second))
+        # beyond six decimals there is only float32's noise, which would rank pairs of identical sentences among themselves
+        cosines[name] = np.einsum("nd,nd->n", first, second).round(6)
+    return cosines

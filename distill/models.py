@@ -1,0 +1,42 @@
+"""Where a model named in a config lies, and whether it is one. Nothing is loaded here, and no code of a model is ever run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def resolve_model(name: str) -> str:
+    """A folder, `package:NAME/FOLDER` inside an installed Python package, or a hub name, as a path or hub name.
+
+    Raises ValueError if the package is not installed or the folder holds no model; a package is found, not imported.
+    """
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"{name}: the Python package {package} is not installed; pip install it, or name a model folder")
+        path = Path(spec.submodule_search_locations[0]) / folder
+    elif Path(name).exists() or name.startswith((".", "/", "~")):
+        path = Path(name).expanduser()
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return name
+    else:
+        raise ValueError(f"{name!r} is neither a folder, nor package:NAME/FOLDER, nor a name on the hub (owner/model)")
+    check_model_folder(path)
+    return str(path)
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises ValueError naming what a folder lacks to be an encoder that loads without running code."""
+    if not path.is_dir():
+        raise ValueError(f"no model at {path}: no such folder")
+    inner = path / "0_Transformer" if (path / "0_Transformer").is_dir() else path
+    if not (inner / "config.json").is_file():
+        raise ValueError(f"no model at {path}: it has no config.json")
+    if not any((inner / weights).is_file() for weights in WEIGHTS):
+        pickled = " (it has pytorch_model.bin, a pickle; convert it to safetensors)" if any(inner.glob("*.bin")) else ""
+        raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")

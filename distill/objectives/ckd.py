@@ -1,0 +1,97 @@
+"""Contrastive knowledge distillation: student queries against constant teacher keys.
+
+    q_i = norm(P(s_i))    keys = [teacher vectors of the global batch ; queue]    a = exp(logit_scale)
+    CKD      L = -mean_i log( exp(a q_i.t_i) / sum_k exp(a q_i.k) )                          arXiv 2112.05638
+    ConGen   L = mean_i CE( softmax(t_i.keys / tau_T), softmax(q_i.keys / tau_S) )           EMNLP Findings 2022
+    cosine   L = mean_i (1 - q_i.t_i)
+
+Keys are constants, so every row's loss stands alone: micro-batches that see the same keys add up to the large batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.objectives.contrast import attend, cross_entropy
+
+
+def ckd_loss(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor,
+    *,
+    scale: Tensor,
+    tile: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """-mean_i log softmax(scale * queries_i . keys)[positives_i], never holding B x N.
+
+    queries [B, d] and keys [N, d] L2-normalised, any float dtype; keys get no gradient. positives [B] int64: each row's own
+    key. scale: exp(logit_scale), shape (1,). query_ids [B] and key_ids [N], int64 text hashes: a key with the row's id is no
+    negative. mask [B, N] bool, True = not a negative. positives[i] always stays. tile: keys held at a time.
+    Returns a scalar, accumulated in float32 (float64 for float64 queries). Raises ValueError on shapes that do not fit.
+    """
+    return ckd_losses(queries, keys, positives, scale=scale, tile=tile, query_ids=query_ids, key_ids=key_ids, mask=mask).mean()
+
+
+def ckd_losses(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor,
+    *,
+    scale: Tensor,
+    tile: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`ckd_loss` before its mean: one loss a row, [B]."""
+    _check(queries, keys, positives, query_ids, key_ids, mask)
+    lse, attended = attend(
+        queries.detach(), keys, scale.detach(), tile=tile, positives=positives, query_ids=query_ids, key_ids=key_ids, mask=mask
+    )
+    return cross_entropy(queries, scale, lse, attended, keys[positives])
+
+
+def congen_losses(
+    queries: Tensor,
+    keys: Tensor,
+    teacher: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    tile: int | None = None,
+) -> Tensor:
+    """CE(softmax(teacher.keys / tau_T), softmax(queries.keys / tau_S)) of each row, [B].
+
+    queries, teacher [B, d] and keys [N, d] L2-normalised; only queries get a gradient. The row's own key is among the keys.
+    """
+    student_scale = torch.full((1,), 1 / student_temperature, device=queries.device)
+    teacher_scale = torch.full((1,), 1 / teacher_temperature, device=queries.device)
+    _, targets = attend(teacher.to(torch.promote_types(queries.dtype, torch.float32)), keys, teacher_scale, tile=tile)
+    lse, attended = attend(queries.detach(), keys, student_scale, tile=tile)
+    return cross_entropy(queries, student_scale, lse, attended, targets)
+
+
+def cosine_losses(queries: Tensor, teacher: Tensor) -> Tensor:
+    """1 - queries_i . teacher_i of each row, [B]; both [B, d] L2-normalised. Half the squared distance between them."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    return 1 - (queries.to(dtype) * teacher.to(dtype)).sum(dim=1)
+
+
+def _check(
+    queries: Tensor, keys: Tensor, positives: Tensor, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None
+) -> None:
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+        raise ValueError(f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} must be [B, d] and [N, d]")
+    if positives.shape != queries.shape[:1]:
+        raise ValueError(f"positives {tuple(positives.shape)} must hold one key index for each of {len(queries)} queries")
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("query_ids and key_ids come together: an id for every row and for every key")
+    if query_ids is not None and key_ids is not None and (len(query_ids) != len(queries) or len(key_ids) != len(keys)):
+        raise ValueError(f"ids [{len(query_ids)}] and [{len(key_ids)}] for {len(queries)} queries and {len(keys)} keys")
+    if mask is not None and mask.shape != (len(queries), len(keys)):
+        raise ValueError(f"mask {tuple(mask.shape)} must be [{len(queries)}, {len(keys)}]")

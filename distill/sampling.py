@@ -1,0 +1,98 @@
+"""The order of samples: global batches as a pure function of (seed, epoch, step).
+
+    shards, permuted by (seed, epoch) -> windows of whole shards -> rows of a window, permuted -> a line, cut every G rows
+
+A window holds about a million rows, so a small set is one window and its shuffle is perfect; a large one is read window by
+window, near each other on disk. Memory: one number a shard, and the rows of the windows in use. World size, micro-batch and
+loader play no part; `deal` splits one global batch over them afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+WINDOW_ROWS = 1 << 20
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that mixes well (Steele, Lea, Flood 2014); fixed for ever, unlike a library's generator."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permutation(size: int, *keys: int) -> np.ndarray:
+    """A permutation of range(size), int64, that depends on the integers `keys` alone."""
+    state = np.uint64(0)
+    for key in keys:
+        state = splitmix64(np.array([key], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
+    ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ state)
+    return np.argsort(ranks, kind="stable")
+
+
+class GlobalOrder:
+    """The sequence of global batches over a shard set.
+
+    shard_rows: rows of each shard. Steps count on over epochs; the tail of an epoch that does not fill a global batch is
+    dropped (`dropped_rows`). Raises ValueError if the set is smaller than one global batch.
+    """
+
+    def __init__(self, shard_rows: np.ndarray, *, global_batch: int, seed: int, window_rows: int = WINDOW_ROWS) -> None:
+        self.shard_rows = np.asarray(shard_rows, dtype=np.int64)
+        self.num_rows = int(self.shard_rows.sum())
+        self.global_batch = global_batch
+        self.seed = seed
+        self.steps_per_epoch = self.num_rows // global_batch
+        self.dropped_rows = self.num_rows - self.steps_per_epoch * global_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{self.num_rows:,} training sentences do not fill one global batch of {global_batch:,}: add text or lower it"
+            )
+        self._shard_starts = np.concatenate([[0], np.cumsum(self.shard_rows)[:-1]])
+        self._shards_a_window = max(1, window_rows // int(self.shard_rows.max()))
+        self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
+        self._window = lru_cache(maxsize=3)(self._shuffle_window)
+
+    def batch(self, step: int) -> np.ndarray:
+        """The rows of global batch `step`, int64 [G], indices into the shard set."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._rows(epoch, within * self.global_batch, (within + 1) * self.global_batch)
+
+    def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        _, window_starts = self._epoch(epoch)
+        first = int(np.searchsorted(window_starts, start, side="right")) - 1
+        last = int(np.searchsorted(window_starts, stop - 1, side="right")) - 1
+        line = np.concatenate([self._window(epoch, window) for window in range(first, last + 1)])
+        return line[start - window_starts[first] : stop - window_starts[first]]
+
+    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = permutation(len(self.shard_rows), self.seed, epoch)
+        ends = np.cumsum(self.shard_rows[shards])
+        return shards, np.concatenate([[0], ends])[:: self._shards_a_window]
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        shards, _ = self._epoch(epoch)
+        members = shards[window * self._shards_a_window : (window + 1) * self._shards_a_window]
+        rows = np.concatenate([np.arange(self.shard_rows[s]) + self._shard_starts[s] for s in members])
+        return rows[permutation(len(rows), self.seed, epoch, window + 1)]
+
+
+def deal(global_batch: int, *, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:
+    """The positions, in dealt order, of each micro-batch of one rank.
+
+    Rank r takes every W-th row of a batch sorted by length, so that ranks get like work, and cuts its share into equal runs of
+    neighbours, so that little is padded. Every rank has the same number of micro-batches, none above `micro_batch` rows;
+    shares differ by at most one row, and a micro-batch may be empty on a rank with one row less.
+    """
+    largest_share = -(-global_batch // world_size)
+    num_micro = -(-largest_share // micro_batch)
+    return np.array_split(np.arange(rank, global_batch, world_size), num_micro)
+
+
+def dealt_order(lengths: np.ndarray) -> np.ndarray:
+    """The permutation that brings a global batch into dealt order: longest first, ties by position."""
+    return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")

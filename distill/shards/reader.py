@@ -1,0 +1,176 @@
+"""Random access to a finished shard set through memory maps; nothing is trusted before its checksum holds."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from distill.files import sha256_of
+from distill.shards.blocks import ShardIndex, open_map, scan
+from distill.shards.format import MOMENTS, Manifest, ShardError, repair_hint
+from distill.shards.moments import Moments
+from distill.shards.verify import check_layout, check_shard
+
+MAX_OPEN = 256
+Int64 = NDArray[np.int64]
+_verified: set[tuple[str, str, int, int]] = set()
+
+
+class _Rows(NamedTuple):
+    """Rows of one shard: `positions` in the request, `blocks` and `rows` within the shard."""
+
+    positions: Int64
+    shard: _OpenShard
+    blocks: Int64
+    rows: Int64
+
+
+class _OpenShard:
+    """One mapped tar, seen as numbers of each width: every array in it starts at a multiple of 64 bytes."""
+
+    def __init__(self, data: mmap.mmap, index: ShardIndex) -> None:
+        self.data = data
+        self.index = index
+        self._windows = sliding_window_view(np.frombuffer(data, "<f2"), index.dim)
+        self._int64 = np.frombuffer(data, "<i8")
+        self._uint32 = np.frombuffer(data, "<u4")
+
+    def vectors(self, blocks: Int64, rows: Int64) -> NDArray[np.float16]:
+        return self._windows[self.index.embeddings[blocks] // 2 + rows * self.index.dim]
+
+    def hashes(self, blocks: Int64, rows: Int64) -> Int64:
+        return self._int64[self.index.hashes[blocks] // 8 + rows]
+
+    def spans(self, blocks: Int64, rows: Int64) -> tuple[Int64, Int64]:
+        """Where the texts start and stop in `data`, without their line breaks."""
+        at = self.index.offsets[blocks] // 4 + rows
+        base = self.index.texts[blocks]
+        return base + self._uint32[at], base + self._uint32[at + 1] - 1
+
+
+class ShardReader:
+    """`reader[i]` is (text, embedding [d] float16) of sentence i of the whole set; its methods take index arrays, in any order.
+
+    A shard is opened when it is first touched: its sha256 is then held against the manifest, once a process and shard, unless
+    `verify` is False. At most `max_open` shards are mapped at a time. Raises ShardError that names what is damaged and the fix.
+    """
+
+    def __init__(self, directory: str | Path, *, verify: bool = True, max_open: int = MAX_OPEN) -> None:
+        self.directory = Path(directory)
+        self.manifest = Manifest.load(self.directory)
+        self.shard_rows: Int64 = np.array([entry.rows for entry in self.manifest.shards], dtype=np.int64)
+        self._starts: Int64 = np.concatenate([[0], np.cumsum(self.shard_rows)])
+        self._verify = verify
+        self._max_open = max_open
+        self._indices: dict[int, ShardIndex] = {}
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.directory, self._verify, self._max_open)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, index: int) -> tuple[str, NDArray[np.float16]]:
+        index += len(self) if index < 0 else 0
+        return self.texts([index])[0], self.vectors([index])[0]
+
+    @property
+    def dim(self) -> int:
+        return self.manifest.dim
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of all stored vectors; checked against the manifest."""
+        path = self.directory / MOMENTS
+        if not path.exists() or sha256_of(path) != self.manifest.moments_sha256:
+            raise ShardError(f"{path}: missing, or not as it was written; {repair_hint(self.directory)}")
+        return Moments.load(path)
+
+    def texts(self, indices: Int64 | list[int]) -> list[str]:
+        """The sentences, in the order of `indices` [n]."""
+        texts = [""] * len(indices)
+        for positions, shard, blocks, rows in self._locate(indices):
+            starts, stops = shard.spans(blocks, rows)
+            data = shard.data
+            for position, start, stop in zip(positions.tolist(), starts.tolist(), stops.tolist(), strict=True):
+                texts[position] = data[start:stop].decode()
+        return texts
+
+    def vectors(self, indices: Int64 | list[int]) -> NDArray[np.float16]:
+        """[n, d] float16, a copy."""
+        vectors_nd = np.empty((len(indices), self.dim), dtype=np.float16)
+        for positions, shard, blocks, rows in self._locate(indices):
+            vectors_nd[positions] = shard.vectors(blocks, rows)
+        return vectors_nd
+
+    def hashes(self, indices: Int64 | list[int]) -> Int64:
+        """The text hashes, [n] int64."""
+        hashes_n = np.empty(len(indices), dtype=np.int64)
+        for positions, shard, blocks, rows in self._locate(indices):
+            hashes_n[positions] = shard.hashes(blocks, rows)
+        return hashes_n
+
+    def lengths(self, indices: Int64 | list[int]) -> Int64:
+        """Bytes of UTF-8 of each sentence, [n] int64."""
+        lengths_n = np.empty(len(indices), dtype=np.int64)
+        for positions, shard, blocks, rows in self._locate(indices):
+            starts, stops = shard.spans(blocks, rows)
+            lengths_n[positions] = stops - starts
+        return lengths_n
+
+    def _locate(self, indices: Int64 | list[int]) -> Iterator[_Rows]:
+        wanted = np.asarray(indices, dtype=np.int64)
+        if not wanted.size:
+            return
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        if ascending[0] < 0 or ascending[-1] >= len(self):
+            raise IndexError(f"indices {ascending[0]} to {ascending[-1]} reach out of the set's 0 to {len(self) - 1}")
+        shard_of = np.searchsorted(self._starts, ascending, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(order)]
+        for start, stop in pairwise(edges):
+            number = int(shard_of[start])
+            shard = self._shard(number)
+            blocks, rows = np.divmod(ascending[start:stop] - self._starts[number], shard.index.block_rows)
+            yield _Rows(order[start:stop], shard, blocks, rows)
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self._open[number] = self._open_shard(number)
+        if len(self._open) > self._max_open:
+            self._open.popitem(last=False)
+        return shard
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        entry = self.manifest.shards[number]
+        path = self.directory / entry.name
+        try:
+            data = open_map(path)
+            stat = path.stat()
+            seen = (str(path.resolve()), entry.sha256, stat.st_size, stat.st_mtime_ns)
+            if self._verify and seen not in _verified:
+                check_shard(data, path, number, self.manifest)
+                _verified.add(seen)
+            if number not in self._indices:
+                index = scan(data, number)
+                check_layout(index, number, self.manifest)
+                self._indices[number] = index
+        except ShardError as error:
+            raise ShardError(f"{self.directory}: {error}; {repair_hint(self.directory)}") from None
+        return _OpenShard(data, self._indices[number])
+
+
+def _reopen(directory: Path, verify: bool, max_open: int) -> ShardReader:
+    return ShardReader(directory, verify=verify, max_open=max_open)

@@ -1,0 +1,88 @@
+"""Throws out the shards that are bad, and no more; makes again what follows from the good ones."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+from distill.files import sha256_of
+from distill.shards.blocks import inspect
+from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, read_sealed, tar_name
+from distill.shards.verify import Check, Progress, damage_beside, damaged, listed_check, present, unlisted
+from distill.shards.writer import finish
+
+
+def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -> tuple[list[str], bool]:
+    """Deletes bad shards, so that precompute makes them again; where none is bad, rebuilds moments, recipe and manifest.
+
+    Returns what was done, one line each, and whether the set is whole now.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ShardError(f"no folder at {directory}")
+    manifest = _manifest(directory)
+    recipe = manifest.recipe() if manifest else _recipe(directory)
+    num_shards = len(recipe["text_fingerprints"]) if recipe else None
+    numbers = present(directory) if num_shards is None else range(num_shards)
+    check = listed_check(directory, manifest) if manifest else _unlisted_check(recipe)
+
+    bad = list(damaged(directory, numbers, check, progress))
+    actions = [_throw_out(directory, number, problem) for number, problem in bad]
+    if num_shards is not None:
+        actions += [_set_aside(directory, problem.partition(":")[0]) for problem in unlisted(directory, num_shards)]
+    if bad or recipe is None:
+        (directory / MANIFEST).unlink(missing_ok=True)
+        (directory / MOMENTS).unlink(missing_ok=True)
+        return [*actions, "run precompute again: it makes the shards that are missing, and the manifest"], False
+    beside = damage_beside(directory, manifest) if manifest else [f"{MANIFEST}: missing or damaged"]
+    if beside:
+        if manifest:
+            _drop_bad_sidecars(directory, manifest)
+        finish(directory, **recipe)
+        actions += [f"rebuilt what follows from the shards; it was {problem}" for problem in beside]
+    return actions, True
+
+
+def _manifest(directory: Path) -> Manifest | None:
+    try:
+        return Manifest.load(directory)
+    except ShardError:
+        return None
+
+
+def _recipe(directory: Path) -> dict[str, Any] | None:
+    try:
+        return read_sealed(directory / RECIPE)
+    except (FileNotFoundError, ShardError):
+        return None
+
+
+def _unlisted_check(recipe: dict[str, Any] | None) -> Check:
+    def check(data: mmap.mmap, number: int) -> None:
+        index = inspect(data, number)
+        if recipe is None:
+            return
+        made_of = (index.teacher_fingerprint, index.text_fingerprint)
+        if made_of != (recipe["teacher_fingerprint"], recipe["text_fingerprints"][number]):
+            raise ShardError(f"{tar_name(number)}: foreign, made by another teacher or from another text")
+
+    return check
+
+
+def _throw_out(directory: Path, number: int, problem: str) -> str:
+    (directory / tar_name(number)).unlink(missing_ok=True)
+    (directory / moments_name(number)).unlink(missing_ok=True)
+    return f"to be made again: {problem}"
+
+
+def _set_aside(directory: Path, name: str) -> str:
+    (directory / name).rename(directory / f"{name}.unlisted")
+    return f"{name}: not in the manifest, renamed to {name}.unlisted"
+
+
+def _drop_bad_sidecars(directory: Path, manifest: Manifest) -> None:
+    for number, entry in enumerate(manifest.shards):
+        sidecar = directory / moments_name(number)
+        if sidecar.exists() and sha256_of(sidecar) != entry.moments_sha256:
+            sidecar.unlink()

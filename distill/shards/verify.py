@@ -1,0 +1,117 @@
+"""Finds what is wrong with a shard set, and names it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from distill.files import sha256_of
+from distill.shards.blocks import ShardIndex, inspect, open_map, scan
+from distill.shards.format import (
+    MOMENTS,
+    RECIPE,
+    TAR,
+    Manifest,
+    ShardError,
+    moments_name,
+    seal,
+    tar_name,
+)
+from distill.shards.moments import Moments
+
+Progress = Callable[[int], object]
+Check = Callable[[mmap.mmap, int], object]
+
+
+def check_shard(data: mmap.mmap, path: Path, number: int, manifest: Manifest) -> None:
+    """Raises ShardError unless the tar is byte for byte the one the manifest lists; names the block and member at fault."""
+    entry = manifest.shards[number]
+    if len(data) == entry.bytes and sha256_of(path) == entry.sha256:
+        return
+    index = inspect(data, number)
+    check_layout(index, number, manifest)
+    raise ShardError(f"{entry.name}: a whole shard, but not the one that the manifest lists (sha256)")
+
+
+def check_layout(index: ShardIndex, number: int, manifest: Manifest) -> None:
+    """Raises ShardError unless the shard is of the manifest's teacher, text, width and rows."""
+    entry = manifest.shards[number]
+    if index.teacher_fingerprint != manifest.teacher_fingerprint:
+        raise ShardError(
+            f"{entry.name}: foreign, made by teacher {index.teacher_fingerprint}, not {manifest.teacher_fingerprint}"
+        )
+    if index.text_fingerprint != entry.text_fingerprint:
+        raise ShardError(f"{entry.name}: foreign, made from text {index.text_fingerprint}, not {entry.text_fingerprint}")
+    expected = (entry.rows, manifest.dim, min(manifest.block_rows, entry.rows))
+    if (index.rows, index.dim, index.block_rows) != expected:
+        found = f"{index.rows} rows of {index.dim} in blocks of {index.block_rows}"
+        raise ShardError(f"{entry.name}: {found}; the manifest says {expected[0]} of {expected[1]} in blocks of {expected[2]}")
+
+
+def verify_all(
+    directory: str | Path, shards: Iterable[int] | None = None, progress: Progress = lambda num_bytes: None
+) -> list[str]:
+    """One line for each thing in the set that is not as it was written; empty where every byte is.
+
+    `shards` limits the tars that are read to these; `progress` is told the bytes of each one. Without a sound manifest the
+    tars that are there are held against their own checksums alone.
+    """
+    directory = Path(directory)
+    try:
+        manifest = Manifest.load(directory)
+    except ShardError as error:
+        return [str(error), *(problem for _, problem in damaged(directory, present(directory), inspect, progress))]
+    numbers = range(len(manifest.shards)) if shards is None else shards
+    problems = [problem for _, problem in damaged(directory, numbers, listed_check(directory, manifest), progress)]
+    return problems + unlisted(directory, len(manifest.shards)) + damage_beside(directory, manifest)
+
+
+def damaged(directory: Path, numbers: Iterable[int], check: Check, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Each shard of `numbers` that is missing or fails `check`, and why."""
+    for number in numbers:
+        try:
+            data = open_map(directory / tar_name(number))
+            check(data, number)
+            progress(len(data))
+        except ShardError as error:
+            yield number, str(error)
+
+
+def listed_check(directory: Path, manifest: Manifest) -> Check:
+    def check(data: mmap.mmap, number: int) -> None:
+        check_shard(data, directory / tar_name(number), number, manifest)
+        check_layout(scan(data, number), number, manifest)
+
+    return check
+
+
+def present(directory: Path) -> list[int]:
+    """The numbers of the tars in the folder."""
+    return sorted(int(path.stem) for path in directory.glob("*.tar") if TAR.fullmatch(path.name))
+
+
+def unlisted(directory: Path, num_shards: int) -> list[str]:
+    listed = set(map(tar_name, range(num_shards)))
+    names = sorted(path.name for path in directory.glob("*.tar"))
+    return [f"{name}: in the folder and not in the manifest" for name in names if name not in listed]
+
+
+def damage_beside(directory: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files that follow from the shards: the moments, the sidecars and the recipe."""
+    expected = {MOMENTS: manifest.moments_sha256}
+    expected |= {moments_name(number): entry.moments_sha256 for number, entry in enumerate(manifest.shards)}
+    problems = []
+    for name, sha256 in expected.items():
+        if not (directory / name).exists():
+            problems.append(f"{name}: missing")
+        elif sha256_of(directory / name) != sha256:
+            problems.append(f"{name}: not as it was written (sha256)")
+    if not problems:
+        moments = Moments.load(directory / MOMENTS)
+        if (moments.count, moments.dim) != (manifest.count, manifest.dim):
+            problems.append(f"{MOMENTS}: of {moments.count} rows of {moments.dim}, not {manifest.count} of {manifest.dim}")
+    recipe = directory / RECIPE
+    if not recipe.exists() or recipe.read_bytes() != seal(manifest.recipe(), indent=1):
+        problems.append(f"{RECIPE}: missing, or not what the manifest says")
+    return problems

@@ -1,0 +1,107 @@
+"""Encoders to begin from: a whole one, some of its layers, or its architecture with new weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
+
+from distill.config import StudentConfig
+from distill.models import resolve_model
+
+
+def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student's encoder in float32 and its tokenizer, as `config` says; new weights depend on `seed` alone.
+
+    Raises ValueError if the model is not there, or has not the layers that are asked for.
+    """
+    if config.init == "teacher":
+        if teacher is None:
+            raise ValueError("student.init is teacher, but the config names no teacher.model; name an encoder in student.init")
+        path = resolve_model(teacher)
+    else:
+        path = resolve_model(config.init)
+    encoder = load_encoder(path, revision=config.revision, from_scratch=config.from_scratch, seed=seed)
+    if config.pooling == "pooler" and getattr(encoder, "pooler", None) is None:
+        raise ValueError(f"student.pooling is pooler, but the {encoder.config.model_type} encoder of {path} has none")
+    if config.layers is not None:
+        keep_layers(encoder, config.layers)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    return encoder, tokenizer
+
+
+def load_encoder(path: str, *, revision: str | None = None, from_scratch: bool = False, seed: int = 0) -> PreTrainedModel:
+    """An encoder from a folder or hub name, float32, safetensors only, never with remote code."""
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    cls: Any = T5EncoderModel if isinstance(config, T5Config) else AutoModel
+    if from_scratch:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls.from_config(config) if cls is AutoModel else cls(config)
+    return cls.from_pretrained(path, revision=revision, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+
+
+def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
+    """Keeps these layers of the encoder, in this order, and says so in its config.
+
+    Raises ValueError if it has not that many, or if no list of layers can be told apart in it.
+    """
+    depth = encoder.config.num_hidden_layers
+    if max(layers) >= depth:
+        raise ValueError(f"student.layers {layers}: the encoder has layers 0 to {depth - 1}")
+    stacks = [
+        (parent, name, child)
+        for parent in encoder.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"student.layers: found {len(stacks)} stacks of {depth} layers in a {encoder.config.model_type}, not one"
+        )
+    parent, name, stack = stacks[0]
+    _carry_relative_position_bias(stack, layers)
+    setattr(parent, name, nn.ModuleList([stack[index] for index in layers]))
+    encoder.config.num_hidden_layers = len(layers)
+    if getattr(encoder.config, "layer_types", None):
+        encoder.config.layer_types = [encoder.config.layer_types[index] for index in layers]
+
+
+def _carry_relative_position_bias(stack: nn.ModuleList, layers: list[int]) -> None:
+    """T5 keeps the bias of all layers in its first block: the new first block takes it over."""
+    for old in stack[0].modules():
+        if getattr(old, "has_relative_attention_bias", False) and layers[0] != 0:
+            new = next(m for m in stack[layers[0]].modules() if hasattr(m, "has_relative_attention_bias"))
+            new.relative_attention_bias = old.relative_attention_bias
+            new.has_relative_attention_bias = True
+
+
+def set_dropout(encoder: PreTrainedModel, probability: float) -> None:
+    """Sets every dropout of the encoder, modules and plain attributes alike. The saved config keeps the model's own."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ("dropout_prob", "attention_dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = probability
+
+
+def save_encoder(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """An ordinary transformers folder: config.json, model.safetensors, tokenizer."""
+    encoder.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,137 @@
+"""Student: tokens to sentence vectors.
+
+    z = pool(encoder(tokens))            [B, d_s]
+    z = head(z)                          [B, dim], after HPD: Linear + Tanh, or Linear
+
+On disk a student is an ordinary transformers folder with two files beside it: student.json (pooling, length, head) and
+heads.safetensors (the head, and what training needs again: the projection to the teacher's width and logit_scale).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.student.encoder import load_encoder, save_encoder
+from distill.student.pooling import NEEDS_HIDDEN_STATES, pool
+
+PAD_TO = 8  # few distinct lengths: kernels are chosen once a shape
+
+
+class Student(nn.Module):
+    """An encoder with its pooling and, after HPD, its head. `forward` gives vectors that are not yet normalised."""
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: str,
+        max_length: int,
+        head: nn.Sequential | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.max_length = min(max_length, _longest_input(encoder))
+        self.head = head
+
+    @property
+    def width(self) -> int:
+        """d_s, before the head."""
+        return int(getattr(self.encoder.config, "hidden_size", 0) or self.encoder.config.d_model)
+
+    @property
+    def dim(self) -> int:
+        """The width of what `forward` returns."""
+        return self.width if self.head is None else int(self.head[0].out_features)  # type: ignore[union-attr, arg-type]
+
+    def add_head(self, dim: int, activation: str, seed: int) -> None:
+        """A compact head, Linear(d_s -> dim) with or without Tanh."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            linear = nn.Linear(self.width, dim)
+        self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
+
+    def tokenize(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [B, L], int64, L a multiple of 8 and at most max_length."""
+        longest = self.max_length - self.max_length % PAD_TO or self.max_length
+        tokens = self.tokenizer(
+            list(sentences), padding=True, truncation=True, max_length=longest, pad_to_multiple_of=PAD_TO, return_tensors="pt"
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L] tokens to [B, dim] float32 vectors."""
+        output = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=self.pooling in NEEDS_HIDDEN_STATES
+        )
+        vectors_bd = pool(self.pooling, output, attention_mask)
+        return vectors_bd if self.head is None else self.head(vectors_bd)
+
+    @torch.no_grad()
+    def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """L2-normalised vectors [n, dim] float32 of sentences, in their order; in eval mode, on the encoder's device."""
+        device = next(self.parameters()).device
+        order = sorted(range(len(sentences)), key=lambda i: (len(sentences[i]), i))
+        vectors = np.zeros((len(sentences), self.dim), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = {name: value.to(device) for name, value in self.tokenize([sentences[i] for i in rows]).items()}
+            vectors[rows] = nn.functional.normalize(self(**tokens).float(), dim=-1).cpu().numpy()
+        return vectors
+
+    def save(self, folder: Path, state: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:
+        """Writes the folder from a whole `state` dict of this module (under ZeRO-3 the module itself holds only shards)."""
+        encoder_state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+        save_encoder(self.encoder, self.tokenizer, encoder_state, folder)
+        heads = {k: v.contiguous() for k, v in state.items() if k.startswith("head.")} | dict(extra or {})
+        if heads:
+            save_file(heads, folder / "heads.safetensors")
+        activation = None if self.head is None else ("tanh" if len(self.head) > 1 else "linear")
+        description = {"pooling": self.pooling, "max_length": self.max_length, "head": activation, "dim": self.dim}
+        (folder / "student.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Student:
+        """The student that `save` wrote. Raises ValueError if the folder holds none."""
+        if not (folder / "student.json").is_file():
+            raise ValueError(f"no student at {folder}: it has no student.json; run the stage that trains it first")
+        description: dict[str, Any] = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        encoder = load_encoder(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        student = cls(encoder, tokenizer, pooling=description["pooling"], max_length=description["max_length"])
+        if description["head"] is not None:
+            student.add_head(description["dim"], description["head"], seed=0)
+            assert student.head is not None
+            heads = load_file(folder / "heads.safetensors")
+            student.head.load_state_dict({k.removeprefix("head."): v for k, v in heads.items() if k.startswith("head.")})
+        return student
+
+
+def load_extra(folder: Path) -> dict[str, Tensor]:
+    """What training kept beside a student: projection.weight, projection.bias, logit_scale; empty if nothing."""
+    path = folder / "heads.safetensors"
+    return {k: v for k, v in load_file(path).items() if not k.startswith("head.")} if path.is_file() else {}
+
+
+def _longest_input(encoder: PreTrainedModel) -> int:
+    """Positions the encoder has; RoBERTa and MPNet count theirs from the padding index."""
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions is None:
+        return 1 << 20
+    offset = (
+        (encoder.config.pad_token_id or 0) + 1
+        if encoder.config.model_type in {"roberta", "xlm-roberta", "mpnet", "camembert"}
+        else 0
+    )
+    return int(positions) - offset

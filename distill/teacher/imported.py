@@ -1,0 +1,60 @@
+"""Vectors that a user already has, from any model or API: one for each raw sentence of the text, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+
+from distill.config import TeacherConfig
+
+
+class ImportedVectors:
+    """Rows of an .npy file, memory-mapped, or of a list column of a .parquet file. Raises ValueError for anything else."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        assert config.vectors is not None
+        self.path = Path(config.vectors)
+        if not self.path.is_file():
+            raise ValueError(f"teacher.vectors: no file at {self.path}")
+        if self.path.suffix == ".npy":
+            self._rows = _open_npy(self.path)
+        elif self.path.suffix == ".parquet":
+            self._rows = _open_parquet(self.path, config.vectors_field)
+        else:
+            raise ValueError(f"teacher.vectors: {self.path} is neither .npy nor .parquet")
+        if self._rows.ndim != 2:
+            raise ValueError(f"teacher.vectors: {self.path} has shape {self._rows.shape}; it must be [sentences, dimensions]")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The L2-normalised fp16 vectors of these raw sentences. Raises ValueError naming a row that has no direction."""
+        vectors = np.asarray(self._rows[numbers], dtype=np.float32)
+        norms = np.linalg.norm(vectors, axis=1)
+        bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+        if len(bad):
+            raise ValueError(f"teacher.vectors: row {numbers[bad[0]]} of {self.path} is zero or not finite")
+        return (vectors / norms[:, None]).astype(np.float16)
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"teacher.vectors: {path} is not a plain .npy array: {error}") from None
+
+
+def _open_parquet(path: Path, field: str) -> np.ndarray:
+    columns = parquet.read_schema(path).names
+    if field not in columns:
+        raise ValueError(
+            f"teacher.vectors: {path} has no column {field}; it has {', '.join(columns)}: set teacher.vectors_field"
+        )
+    column = parquet.read_table(path, columns=[field], memory_map=True).column(field).combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    if len(column) == 0 or len(values) % len(column):
+        raise ValueError(f"teacher.vectors: the vectors in {field} of {path} differ in length")
+    return values.reshape(len(column), -1)

@@ -1,0 +1,112 @@
+"""A step's rows for this rank: read, tokenized and cut into micro-batches ahead of time, in one background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.sampling import GlobalOrder, deal, dealt_order
+from distill.shards import ShardReader
+
+Tokens = dict[str, Tensor]
+Tokenize = Callable[[list[str]], Tokens]
+PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """b rows of one forward pass.
+
+    tokens: input_ids, attention_mask [b, L]; positions [b] int64: the rows' places in dealt order; teacher [b, d_t] fp16;
+    hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
+    """
+
+    tokens: Tokens
+    positions: Tensor
+    teacher: Tensor
+    hashes: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        tokens = {name: value.to(device, non_blocking=True) for name, value in self.tokens.items()}
+        return MicroBatch(tokens, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
+
+
+class ShardBatches:
+    """The steps of a global order over a shard set, as one rank sees them."""
+
+    def __init__(
+        self, reader: ShardReader, order: GlobalOrder, tokenize: Tokenize, *, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self.reader = reader
+        self.order = order
+        self._tokenize = tokenize
+        self._parts = deal(order.global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch)
+
+    @property
+    def num_micro(self) -> int:
+        return len(self._parts)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Rows of global batch `step` in dealt order, the same on every rank."""
+        rows = self.order.batch(step)
+        return rows[dealt_order(self.reader.lengths(rows))]
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        dealt = self.rows(step)
+        return [
+            MicroBatch(
+                self._tokenize(self.reader.texts(dealt[part]) or [PLACEHOLDER]),
+                torch.from_numpy(part),
+                torch.from_numpy(self.reader.vectors(dealt[part])),
+                torch.from_numpy(self.reader.hashes(dealt[part])),
+            )
+            for part in self._parts
+        ]
+
+    def keys_before(self, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` teacher vectors of batches 0 .. step-1 and their hashes, oldest first."""
+        needed = min(step, -(-count // self.order.global_batch)) if count else 0
+        rows = [self.rows(past) for past in range(step - needed, step)]
+        flat = np.concatenate(rows)[-count:] if rows else np.zeros(0, dtype=np.int64)
+        return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
+
+
+def prefetch(load: Callable[[int], list[MicroBatch]], steps: range, depth: int = 2) -> Iterator[list[MicroBatch]]:
+    """load(step) for each step, `depth` ahead in a thread; an error in it is raised here."""
+    ready: queue.Queue[list[MicroBatch] | Exception] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: list[MicroBatch] | Exception) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        for step in steps:
+            if stopped.is_set():
+                return
+            try:
+                put(load(step))
+            except Exception as error:
+                return put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,85 @@
+"""What ranks say to each other. Without a process group there is one rank and nothing is sent."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Each scalar summed over ranks; every rank passes the same names."""
+    values = torch.stack([sums[name].reshape(()) for name in sorted(sums)])
+    if is_distributed():
+        dist.all_reduce(values)
+    return dict(zip(sorted(sums), values.tolist(), strict=True))
+
+
+def from_rank_0(value: Any, device: torch.device) -> Any:
+    """Rank 0's JSON-able value, on every rank."""
+    if not is_distributed():
+        return value
+    text = json.dumps(value).encode() if rank() == 0 else b""
+    size = torch.tensor([len(text)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=0)
+    data = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, src=0)
+    return json.loads(bytes(data.cpu().tolist()))
+
+
+def gather_dealt_rows(rows: Tensor, total: int) -> Tensor:
+    """The rows of all ranks in dealt order, [total, ...], where rank r holds every W-th row from r on; no gradient.
+
+    Ranks hold ceil or floor of total / W rows. A rank receives (W-1)/W x total rows.
+    """
+    if not is_distributed():
+        return rows
+    size, largest = world_size(), -(-total // world_size())
+    padded = rows.new_zeros((largest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = rows.new_empty((size * largest, *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded)
+    return gathered.view(size, largest, *rows.shape[1:]).transpose(0, 1).reshape(size * largest, *rows.shape[1:])[:total]
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, total: int) -> Tensor:
+        ctx.num_rows = len(rows)
+        return gather_dealt_rows(rows.contiguous(), total)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        if not is_distributed():
+            return grad, None
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank() :: world_size()][: ctx.num_rows].contiguous(), None
+
+
+def gather_with_gradient(rows: Tensor, total: int) -> Tensor:
+    """`gather_dealt_rows` whose backward sums over ranks: exact under a mean over local rows and the engine's mean over ranks."""
+    return _GatherWithGradient.apply(rows, total)

@@ -1,0 +1,52 @@
+"""The HPD stage: a compact head on the student, trained towards the PCA of the teacher's vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distill.objectives.hpd import hpd_losses
+from distill.student import Student
+from distill.training.batches import MicroBatch, ShardBatches
+
+
+class HpdTask(nn.Module):
+    """The student with its head; forward is the summed loss of b rows. components [dim, d_t]: of the teacher's PCA."""
+
+    def __init__(self, student: Student, components: Tensor, amp: torch.dtype | None, *, freeze_encoder: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.components = components
+        self.amp = amp
+        student.encoder.requires_grad_(not freeze_encoder)
+
+    def forward(self, micro: MicroBatch, shared: None) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(micro.positions.device.type, dtype=self.amp, enabled=self.amp is not None):
+            compact_bd = self.student(**micro.tokens)
+        compact_bd = compact_bd.float()
+        if len(micro.positions) == 0:
+            return compact_bd.sum() * 0, {}
+        targets_bd = micro.teacher.float() @ self.components.T.to(micro.teacher.device)
+        loss_b = hpd_losses(compact_bd, targets_bd)
+        cosine_b = nn.functional.cosine_similarity(compact_bd.detach(), targets_bd)
+        return loss_b.sum(), {"loss/hpd": loss_b.detach().sum(), "similarity/positive": cosine_b.sum()}
+
+
+class HpdRecipe:
+    """Rows stand alone: nothing is gathered, nothing lives between steps."""
+
+    def __init__(self, task: HpdTask, batches: ShardBatches) -> None:
+        self.task = task
+        self.student = task.student
+        self.num_micro = batches.num_micro
+        self.steps_per_epoch = batches.order.steps_per_epoch
+        self.load = batches
+
+    def restore(self, step: int) -> None:
+        pass
+
+    def share(self, step: int, micro: list[MicroBatch]) -> None:
+        pass
+
+    def taken(self) -> None:
+        pass

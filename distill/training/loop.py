@@ -1,0 +1,179 @@
+"""Step, log, dev evaluation, checkpoint; from the first step or from the last checkpoint.
+
+The loss of a step is the mean over the global batch's rows, whatever ranks and micro-batches they are dealt to: each micro-batch
+gives the sum over its rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from distill.config import TrainConfig
+from distill.training.batches import MicroBatch, prefetch
+from distill.training.checkpoint import Checkpoints
+from distill.training.dev import Dev, score
+from distill.training.distributed import barrier, from_rank_0, rank, reduce_sums, world_size
+from distill.training.engine import gradient_norm, learning_rate, set_learning_rate, whole_state
+from distill.training.metrics import Metrics
+from distill.training.recipe import Recipe
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside parameters and optimiser: JSON-able and the same on every rank."""
+
+    step: int = 0
+    best_score: float = -math.inf
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """One training stage. After `run`, the best student lies in `student_dir`."""
+
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        engine: Any,
+        train: TrainConfig,
+        dev: Dev | None,
+        *,
+        student_dir: Path,
+        checkpoints: Checkpoints,
+        tensorboard: Path,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.recipe = recipe
+        self.engine = engine
+        self.train = train
+        self.dev = dev
+        self.student_dir = student_dir
+        self.checkpoints = checkpoints
+        self.device = device
+        self.num_steps = self._num_steps()
+        self.progress = Progress()
+        restored = checkpoints.load(engine)
+        if restored is not None:
+            self.progress = Progress(**restored)
+            recipe.restore(self.progress.step)
+            if rank() == 0:
+                print(f"{name}: continuing after step {self.progress.step} of {self.num_steps}", file=sys.stderr, flush=True)
+        self.metrics = Metrics(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
+
+    def _num_steps(self) -> int:
+        steps = math.ceil(self.train.epochs * self.recipe.steps_per_epoch)
+        return min(steps, self.train.max_steps or steps)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the stage's results."""
+        progress = self.progress
+        resumed_from, started, logged_at = progress.step, time.monotonic(), time.monotonic()
+        seconds_before = progress.seconds
+        steps = range(progress.step, self.num_steps)
+        bar = tqdm(
+            total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
+        )
+        for step, micro in zip(steps, prefetch(self.recipe.load, steps), strict=True):
+            measured = self._step(step, [part.to(self.device) for part in micro])
+            progress.step = step + 1
+            bar.update()
+            last = progress.step == self.num_steps
+            if progress.step % self.train.log_every == 0 or last:
+                now = time.monotonic()
+                steps_since = min(self.train.log_every, progress.step - resumed_from)
+                measured["sentences_a_second"] = steps_since * self.train.global_batch / (now - logged_at)
+                logged_at = now
+                self.metrics.log(progress.step, measured)
+                bar.set_postfix(loss=f"{measured['loss']:.4f}")
+            if progress.step % self.train.dev_every == 0 or last:
+                self._evaluate(measured)
+                logged_at = time.monotonic()
+            stop = self.train.patience is not None and progress.evaluations_without_gain >= self.train.patience
+            progress.seconds = seconds_before + time.monotonic() - started
+            if progress.step % self.train.save_every == 0 or last or stop:
+                self.checkpoints.save(self.engine, progress.step, asdict(progress))
+                self.metrics.flush()
+                logged_at = time.monotonic()
+            if stop:
+                break
+        bar.close()
+        self.metrics.close()
+        barrier()
+        return {
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "best_score": progress.best_score,
+            "seconds": round(progress.seconds, 1),
+            "sentences": progress.step * self.train.global_batch,
+        }
+
+    def _step(self, step: int, micro: list[MicroBatch]) -> dict[str, float]:
+        shared = self.recipe.share(step, micro)
+        rate = learning_rate(step, self.num_steps, self.train)
+        set_learning_rate(self.engine, rate)
+        factor = world_size() * len(micro) / self.train.global_batch
+        sums: dict[str, torch.Tensor] = {}
+        for index, part in enumerate(micro):
+            loss, measured = self.engine(part, shared)
+            self.engine.backward(loss * factor)
+            for name, value in {"loss": loss.detach(), **measured}.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+            if index < len(micro) - 1:
+                self.engine.step()
+        means = {name: value / self.train.global_batch for name, value in reduce_sums(sums).items()}
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"{self.name}: the loss of step {step} is {means['loss']}; lower {self.name}.lr, or set engine.precision=fp32"
+            )
+        self.engine.step()
+        self.recipe.taken()
+        means["learning_rate"] = rate
+        norm = gradient_norm(self.engine)
+        if norm is not None:
+            means["gradient_norm"] = norm
+        return means
+
+    def _evaluate(self, measured: dict[str, float]) -> None:
+        """Scores the student on all ranks and keeps it if it is the best so far."""
+        progress = self.progress
+        figures = self.dev(self.recipe.student) if self.dev else {}
+        value = score(figures, by_sts=self.name == "finetune") if figures else float(progress.step)
+        better = from_rank_0(value > progress.best_score, self.device)
+        if better:
+            progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+            self._keep_student()
+        else:
+            progress.evaluations_without_gain += 1
+        self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | {"dev/score": value})
+        if rank() == 0:
+            shown = "  ".join(f"{name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
+            tqdm.write(
+                f"{self.name}: step {progress.step}/{self.num_steps}  loss {measured['loss']:.4f}  {shown}{'  best' if better else ''}",
+                file=sys.stderr,
+            )
+
+    def _keep_student(self) -> None:
+        state = whole_state(self.engine)
+        if rank() == 0:
+            part = self.student_dir.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            prefix = "student."
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            extra = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
+            self.recipe.student.save(part, own, extra)
+            shutil.rmtree(self.student_dir, ignore_errors=True)
+            part.rename(self.student_dir)
+        barrier()

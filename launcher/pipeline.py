@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Runs all stages of a run, one after the other, on this machine: text, teacher, students, export, evaluation.
+
+    python launcher/pipeline.py --config configs/quickstart.yaml [key=value ...]
+
+A stage that is finished and whose inputs and config have not changed is skipped; the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import command
+
+LAUNCHER = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    from distill.stages import open_run, stage_of
+
+    config = command.config_of(arguments)
+    open_run(config)
+    ran = False
+    for name in config.stages:
+        reason = stage_of(config, name).reason_to_run()
+        if reason is None:
+            print(f"{name}: done already", flush=True)
+            continue
+        ran = True
+        print(f"{name}: {reason}", flush=True)
+        started = time.monotonic()
+        code = run_stage(config, name)
+        if code:
+            print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            return code
+        print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage_of(config, name).directory)}", flush=True)
+    if not ran:
+        print("nothing to do: every stage is done and nothing it depends on has changed")
+    table = config.run_dir / "evaluate" / "table.txt"
+    if table.exists():
+        print(f"\n{table.read_text()}")
+    return 0
+
+
+def run_stage(config: command.RunConfig, name: str) -> int:
+    """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
+    same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
+    python = [sys.executable]
+    if name == "precompute":
+        return precompute(python, same, config.teacher.tasks)
+    if name in ("export", "evaluate"):
+        script = "export.py" if name == "export" else "evaluate.py"
+        return run_all([[*python, str(LAUNCHER / script), *same]], threads=os.cpu_count() or 1)
+    ranks = config.engine.num_ranks or num_gpus() or 2
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return run_all(
+        [[*deepspeed, "--quiet", str(LAUNCHER / "train.py"), *same, f"stage={name}"]],
+        threads=max(1, (os.cpu_count() or 1) // ranks),
+    )
+
+
+def precompute(python: list[str], same: list[str], tasks: int) -> int:
+    script = str(LAUNCHER / "precompute.py")
+    threads = max(1, (os.cpu_count() or 1) // tasks)
+    if tasks > 1:
+        if code := run_all([[*python, script, *same, "--text-only"]], threads=1):
+            return code
+        shares = [[*python, script, *same, "--task", str(task), "--tasks", str(tasks)] for task in range(tasks)]
+        return run_all(shares, threads=threads)
+    return run_all([[*python, script, *same]], threads=threads)
+
+
+def run_all(commands: list[list[str]], *, threads: int) -> int:
+    """Runs commands side by side; when one fails, the others are ended. Returns the first code that is not 0."""
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes):
+                break
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.wait()  # the terminal has sent it to them too
+        return command.INTERRUPTED
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    return next((code for code in [process.wait() for process in processes] if code), 0)
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def summary(directory: Path) -> str:
+    """What a stage's DONE.json says of it, in a few words."""
+    from distill.stages import read_json
+
+    results = (read_json(directory / "DONE.json") or {}).get("results", {})
+    parts = [f"{results[key]:,} {key}" for key in ("sentences", "held_out", "steps") if isinstance(results.get(key), int)]
+    if isinstance(results.get("best_score"), float):
+        parts.append(f"best dev score {results['best_score']:.3f}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+if __name__ == "__main__":
+    arguments = command.parser(__doc__).parse_intermixed_args()
+    command.run(main, show_traceback=arguments.traceback)

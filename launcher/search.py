@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Answers questions from a run's own text, with the compact student and the teacher side by side.
+
+    python launcher/search.py --run runs/quickstart "how do I gather a tensor from all ranks"
+
+Without a question, and after the first, questions are read from standard input, one a line, until an empty one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import command
+
+
+def main() -> int:
+    if not (arguments.run / "config.yaml").is_file():
+        raise ValueError(f"no run at {arguments.run}: it has no config.yaml")
+    config = command.load_config(
+        arguments.run / "config.yaml", [f"runs_dir={arguments.run.parent}", f"name={arguments.run.name}"]
+    )
+    from distill.search import open_indices
+
+    student_index, teacher_index = open_indices(config)
+    import torch
+
+    from distill.evaluation.encode import Encoder, encoder_of
+    from distill.stages import trained_stages
+    from distill.teacher.encoder import load_teacher
+
+    command.quiet_libraries()
+    student = encoder_of(config.run_dir / "export" / trained_stages(config)[-1], device="cpu")
+    teacher = Encoder(load_teacher(config.teacher, torch.device("cpu"))) if config.teacher.model else None
+    titles = (
+        f"student, {student.dim} dimensions, {student.params / 1e6:.1f}M parameters",
+        f"teacher, {teacher.dim} dimensions, {teacher.params / 1e6:.1f}M parameters" if teacher else "teacher: no weights here",
+    )
+    from distill.search import side_by_side
+
+    def answer(question: str) -> None:
+        started = time.perf_counter()
+        ours = student_index.search(student([question])[0], arguments.count)
+        student_ms = (time.perf_counter() - started) * 1e3
+        theirs = teacher_index.search(teacher([config.teacher.prompt + question])[0], arguments.count) if teacher else []
+        total_ms = (time.perf_counter() - started) * 1e3
+        width = shutil.get_terminal_size((160, 24)).columns
+        print(f"\n{question}\n{side_by_side(ours, theirs, titles=titles, width=width)}")
+        print(f"{student_ms:.0f} ms with the student, {total_ms:.0f} ms with both", flush=True)
+
+    if arguments.question:
+        answer(arguments.question)
+    prompt = "\nnext question (empty line to end): " if sys.stdin.isatty() else ""
+    while question := _read(prompt):
+        answer(question)
+    return 0
+
+
+def _read(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
+    parser.add_argument("--count", type=int, default=5, help="answers a question")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    parser.add_argument("question", nargs="?", help="what you want to know")
+    arguments = parser.parse_args()
+    command.run(main, show_traceback=arguments.traceback)

@@ -1,0 +1,220 @@
+"""Pieces against a dead-simple in-memory reference, and the promises that hold at any size."""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distill.config import SourceConfig, TextConfig
+from distill.corpus import normalise, prepare_text, read_piece, text_hash
+
+
+def reference(texts, *, min_chars, max_chars, max_held_out):
+    """(kept, held out), each a list of (raw row number, sentence)."""
+    seen, kept, held_out = set(), [], []
+    for row, text in enumerate(map(normalise, texts)):
+        if min_chars <= len(text) <= max_chars and text not in seen:
+            seen.add(text)
+            (held_out if text_hash(text) % 2**64 % 50 == 0 else kept).append((row, text))
+    held_out.sort(key=lambda pair: text_hash(pair[1]) % 2**64)
+    return kept, held_out[:max_held_out]
+
+
+def config_of(path, texts, **more):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "raw.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return TextConfig(sources=[SourceConfig(type="file", path=str(path / "raw.jsonl"), field="text")], **more)
+
+
+def prepare(config, out, *, rows_per_piece=100, **more):
+    return prepare_text(config, out, rows_per_piece=rows_per_piece, show_progress=False, **more)
+
+
+def pieces_of(out, manifest):
+    return [read_piece(out / f"{piece['name']}.txt") for piece in manifest["pieces"]]
+
+
+def files_of(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def some_texts(count, seed=0):
+    """Sentences with many duplicates, some far apart, some differing in spaces alone, and some too short or too long."""
+    numbers = np.random.default_rng(seed).integers(0, count // 2 + 1, count).tolist()
+    return [("x" * 90 if n % 17 == 0 else "s") + f" {' ' * (row % 3)}number {n} é" for row, n in enumerate(numbers)] + [
+        "short"
+    ] * 3
+
+
+LIMITS = {"min_chars": 10, "max_chars": 60}
+
+
+@pytest.mark.parametrize("count", [60, 1000, 40_000])
+def test_pieces_and_held_out_are_those_of_the_reference(tmp_path, count):
+    texts = some_texts(count)
+    manifest = prepare(config_of(tmp_path / "in", texts, held_out=7, **LIMITS), tmp_path / "out", keep_row_numbers=True)
+    kept, held_out = reference(texts, max_held_out=7, **LIMITS)
+    pieces = pieces_of(tmp_path / "out", manifest)
+    assert [text for piece in pieces for text in piece] == [text for _, text in kept]
+    assert read_piece(tmp_path / "out/held_out.txt") == [text for _, text in held_out]
+    rows = np.concatenate([np.load(tmp_path / f"out/{piece['name']}.rows.npy") for piece in manifest["pieces"]])
+    assert rows.dtype == np.int64 and rows.tolist() == [row for row, _ in kept]
+    assert np.load(tmp_path / "out/held_out.rows.npy").tolist() == [row for row, _ in held_out]
+    assert [len(piece) for piece in pieces[:-1]] == [100] * (len(pieces) - 1) and 1 <= len(pieces[-1]) <= 100
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=4), min_size=1, max_size=120))
+def test_any_text_gives_what_the_reference_gives(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("any")
+    kept, held_out = reference(texts, min_chars=1, max_chars=3, max_held_out=2)
+    config = config_of(folder, texts, min_chars=1, max_chars=3, held_out=2)
+    if not kept:
+        with pytest.raises(ValueError, match="no sentence is left"):
+            prepare(config, folder / "out")
+        return
+    manifest = prepare(config, folder / "out", rows_per_piece=7)
+    assert [text for piece in pieces_of(folder / "out", manifest) for text in piece] == [text for _, text in kept]
+    assert read_piece(folder / "out/held_out.txt") == [text for _, text in held_out]
+
+
+def test_a_duplicate_far_apart_is_dropped_once(tmp_path):
+    middle = [f"sentence number {number}" for number in range(50_000)]
+    texts = ["this one comes twice", *middle, "this  one comes\ntwice"]
+    manifest = prepare(config_of(tmp_path / "in", texts), tmp_path / "out", rows_per_piece=100_000)
+    (piece,) = pieces_of(tmp_path / "out", manifest)
+    assert manifest["counts"]["duplicates"] == 1
+    assert piece.count("this one comes twice") == 1 and piece[0] == "this one comes twice"
+
+
+def test_counts_and_lengths_add_up(tmp_path):
+    texts = some_texts(3000)
+    manifest = prepare(config_of(tmp_path / "in", texts, held_out=5, max_sentences=300, **LIMITS), tmp_path / "out")
+    counts = manifest["counts"]
+    assert counts["read"] == len(texts) == sum(value for key, value in counts.items() if key != "read")
+    assert counts["too_short"] == 3 and counts["too_long"] == sum(len(normalise(text)) > 60 for text in texts)
+    assert counts["kept"] == 300 == sum(piece["rows"] for piece in manifest["pieces"])
+    assert counts["held_out"] == 5 == manifest["held_out"]["rows"] and counts["held_out_unused"] > 0
+    assert [source["count"] for source in manifest["sources"]] == [len(texts)]
+    lengths = [len(text) for piece in pieces_of(tmp_path / "out", manifest) for text in piece]
+    assert manifest["lengths"] == {
+        "mean_chars": round(float(np.mean(lengths)), 2),
+        "p50": int(np.percentile(lengths, 50, method="inverted_cdf")),
+        "p95": int(np.percentile(lengths, 95, method="inverted_cdf")),
+        "max": max(lengths),
+    }
+
+
+def test_the_manifest_describes_every_file_and_no_other_is_left(tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare(config_of(tmp_path / "in", some_texts(1000), **LIMITS), out)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    described = [*manifest["pieces"], manifest["held_out"]]
+    assert {path.name for path in out.iterdir()} == {"manifest.json", *(f"{file['name']}.txt" for file in described)}
+    for file in described:
+        data = (out / f"{file['name']}.txt").read_bytes()
+        assert (file["bytes"], file["sha256"], file["rows"]) == (len(data), hashlib.sha256(data).hexdigest(), data.count(b"\n"))
+    digests = "".join(file["sha256"] for file in described)
+    assert manifest["fingerprint"] == hashlib.sha256(digests.encode()).hexdigest()
+
+
+def test_held_out_sentences_never_reach_a_piece(tmp_path):
+    texts = [f"sentence number {number}" for number in range(5000)]
+    manifest = prepare(config_of(tmp_path / "in", texts, held_out=0), tmp_path / "out")
+    kept = {text for piece in pieces_of(tmp_path / "out", manifest) for text in piece}
+    assert read_piece(tmp_path / "out/held_out.txt") == []
+    assert kept == {text for text in texts if text_hash(text) % 2**64 % 50}
+
+
+def test_pieces_do_not_depend_on_bucket_count(tmp_path):
+    config = config_of(tmp_path / "in", some_texts(20_000), max_sentences=4000, **LIMITS)
+    for num_buckets in (1, 3, 64, 256):
+        prepare(config, tmp_path / str(num_buckets), num_buckets=num_buckets, keep_row_numbers=True)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3") == files_of(tmp_path / "64") == files_of(tmp_path / "256")
+
+
+def test_a_sample_is_exact_the_same_in_any_order_and_holds_smaller_samples(tmp_path):
+    texts = [f"sentence number {number}" for number in range(20_000)]
+    samples = {}
+    for name, ordered, size in [("a", texts, 3000), ("b", texts[::-1], 3000), ("c", texts, 1000), ("d", texts, 10**9)]:
+        manifest = prepare(
+            config_of(tmp_path / name, ordered, max_sentences=size), tmp_path / name / "out", rows_per_piece=10**6
+        )
+        samples[name] = pieces_of(tmp_path / name / "out", manifest)[0]
+    assert len(samples["a"]) == 3000 and samples["a"] == samples["b"][::-1]
+    assert len(samples["c"]) == 1000 and set(samples["c"]) < set(samples["a"]) < set(samples["d"])
+    in_the_first_half = sum(int(text.split()[-1]) < 10_000 for text in samples["a"])
+    assert 1350 < in_the_first_half < 1650
+
+
+def test_a_text_with_nothing_left_is_refused_with_its_counts_and_leaves_nothing(tmp_path):
+    config = config_of(tmp_path / "in", ["short", "", "x" * 5000])
+    with pytest.raises(ValueError, match=r"no sentence is left.* 3 read, 2 too short, 1 too long.*raw\.jsonl.*min_chars 12"):
+        prepare(config, tmp_path / "out")
+    with pytest.raises(ValueError, match="0 read"):
+        prepare(config_of(tmp_path / "in", []), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_damaged_source_leaves_no_manifest_and_no_spool(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a good sentence here\n" * 50_000 + b"\xff\n")
+    with pytest.raises(ValueError, match="line 50001: not UTF-8"):
+        prepare(TextConfig(sources=[SourceConfig(type="file", path=str(tmp_path / "a.txt"))]), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_mistake_in_the_last_source_is_found_before_any_work(tmp_path):
+    good = SourceConfig(type="file", path=str(config_of(tmp_path, ["a good sentence"]).sources[0].path), field="text")
+    for bad in (good.model_copy(update={"field": "sentence"}), good.model_copy(update={"path": "nowhere.txt"})):
+        with pytest.raises(ValueError, match=r"'sentence'|nowhere\.txt"):
+            prepare(TextConfig(sources=[good, bad]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_attempt_left_is_not_read(tmp_path):
+    config = config_of(tmp_path / "in", some_texts(500), **LIMITS)
+    prepare(config, tmp_path / "fresh")
+    (tmp_path / "again/spool.part").mkdir(parents=True)
+    (tmp_path / "again/spool.part/bucket.000").write_bytes(b"x" * 1600)
+    (tmp_path / "again/000000.txt.part").write_bytes(b"half a")
+    prepare(config, tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "fresh")
+
+
+def test_a_piece_ends_lines_at_newlines_only_and_a_cut_one_is_refused(tmp_path):
+    path = tmp_path / "000000.txt"
+    path.write_bytes("one \u2028 line\nanother\x0b\x85 line\n".encode())
+    assert read_piece(path) == ["one \u2028 line", "another\x0b\x85 line"]
+    path.write_bytes(b"one\ntw")
+    with pytest.raises(ValueError, match="cut off"):
+        read_piece(path)
+
+
+PEAK_MEMORY = """
+import resource, sys
+from pathlib import Path
+from distill.config import TextConfig
+from distill.corpus import prepare_text
+folder = Path(sys.argv[1])
+prepare_text(TextConfig(sources=[{"type": "file", "path": str(folder / "raw.txt.gz")}]), folder / "out", rows_per_piece=65_536)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    peaks = []
+    for count in (150_000, 1_000_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with gzip.open(folder / "raw.txt.gz", "wt", compresslevel=1) as file:
+            file.writelines(f"the sentence of number {number} is like all the others\n" for number in range(count))
+        ran = subprocess.run([sys.executable, "-c", PEAK_MEMORY, folder], capture_output=True, text=True, check=True)
+        assert ran.stderr == ""
+        peaks.append(int(ran.stdout))
+    assert peaks[1] < 250 and peaks[1] - peaks[0] < 30

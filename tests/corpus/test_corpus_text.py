@@ -1,0 +1,48 @@
+"""The normal form, the hash and the hold-out rule."""
+
+import hashlib
+import unicodedata
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.corpus import HELD_OUT_MODULUS, is_held_out, normalise, text_hash
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
+
+
+@given(ANY_TEXT)
+def test_normalising_twice_changes_nothing(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@given(ANY_TEXT)
+def test_a_normalised_sentence_is_one_line_of_utf8_in_nfc(text):
+    result = normalise(text)
+    assert len(result.splitlines()) <= 1
+    assert result.encode().decode() == result == unicodedata.normalize("NFC", result) == result.strip()
+    assert not any(unicodedata.category(character) == "Cc" for character in result)
+
+
+def test_every_kind_of_whitespace_and_control_is_one_space():
+    separators = "\n\r\t\x00\x0b\x0c\x1c\x1d\x1e\x1f\x7f\x85\u00a0\u2028\u2029\u3000\ud800"
+    assert normalise(separators + "a" + separators + "b" + separators) == "a b"
+    assert all(normalise(f"a{separator}b") == "a b" for separator in separators)
+
+
+def test_composed_and_decomposed_letters_are_the_same_sentence():
+    assert normalise("cafe\u0301") == normalise("café") == "café"
+
+
+def test_the_hash_is_signed_64_bit_and_never_changes():
+    assert text_hash("A sentence has a name.") == -6106200824828112321
+    assert text_hash("café") == int.from_bytes(hashlib.blake2b("café".encode(), digest_size=8).digest(), "little", signed=True)
+    hashes = [text_hash(str(number)) for number in range(1000)]
+    assert min(hashes) < 0 < max(hashes) and np.array(hashes).dtype == np.int64
+
+
+def test_held_out_is_the_unsigned_hash_modulo_fifty():
+    hashes = np.array([text_hash(str(number)) for number in range(5000)], dtype=np.int64)
+    assert is_held_out(hashes).tolist() == [value % 2**64 % HELD_OUT_MODULUS == 0 for value in hashes.tolist()]
+    assert 50 < is_held_out(hashes).sum() < 150

@@ -1,0 +1,138 @@
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from distill.evaluation import Encoder, encoder_of
+
+LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate.py"
+LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A sentence-transformers folder: a random BERT of width 32 over letters."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{x}" for x in LETTERS)])
+    )
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "plain")
+    config = BertConfig(vocab_size=57, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder / "plain")
+    encoder = Transformer(str(folder / "plain"), max_seq_length=32)
+    SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu").save(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [f"x\t{i % 6}\t{LETTERS[i] * 3} {LETTERS[i // 2]}\t{LETTERS[25 - i]} {LETTERS[i]}" for i in range(26)]
+    (folder / "stsb_test.tsv.gz").write_bytes(gzip.compress("\n".join(["subset\tscore\tsentence1\tsentence2", *rows]).encode()))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": x, "text": x * 3}) + "\n" for x in LETTERS))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "1", "text": "a b"}) + "\n")
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n")
+    return folder
+
+
+def test_vectors_come_in_the_callers_order_and_do_not_depend_on_company(tiny):
+    encode = encoder_of(tiny, batch_size=2, device="cpu")
+    sentences = ["a", "long words of many letters", "b c", "a", "zz"]
+    together = encode(sentences)
+    assert together.shape == (5, encode.dim)
+    assert together.dtype == np.float32
+    assert together == pytest.approx(np.concatenate([encode([text]) for text in sentences]), abs=1e-6)
+    assert (together[0] == together[3]).all()
+    assert encode([]).shape == (0, encode.dim)
+
+
+def test_an_encoder_knows_its_width_and_size(tiny):
+    encode = encoder_of(str(tiny), device="cpu")
+    assert encode.dim == 32
+    assert encode.params == sum(parameter.numel() for parameter in SentenceTransformer(str(tiny), device="cpu").parameters())
+
+
+def test_truncated_vectors_are_the_first_dimensions(tiny):
+    whole, part = encoder_of(tiny, device="cpu"), encoder_of(tiny, device="cpu", truncate_dim=8)
+    assert (whole.dim, part.dim) == (32, 8)
+    assert part(["abc"]) == pytest.approx(whole(["abc"])[:, :8])
+    with pytest.raises(ValueError, match="truncate_dim 33 is more than the 32 dimensions"):
+        encoder_of(tiny, device="cpu", truncate_dim=33)
+
+
+def test_a_model_that_gives_nan_is_refused(tiny):
+    model = SentenceTransformer(str(tiny), device="cpu")
+    encode = Encoder(model)
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite, first for 'abc'"):
+        encode(["abc"])
+
+
+def test_a_path_without_a_model_is_refused_by_what_it_lacks(tmp_path):
+    for name in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"config\.json|no such folder"):
+            encoder_of(name)
+
+
+def test_truncated_weights_are_refused(tiny, tmp_path):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="broken does not load"):
+        encoder_of(broken, device="cpu")
+
+
+def test_a_hub_name_without_a_network_is_refused_at_once():
+    code = "from distill.evaluation import encoder_of\nencoder_of('nobody/nothing', device='cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert "ValueError: no model nobody/nothing: there is no such folder, and the hub cannot be reached" in done.stderr
+
+
+def evaluate(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(LAUNCHER), *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def test_the_launcher_writes_results_and_prints_a_table(tiny, data, tmp_path):
+    out = tmp_path / "new" / "results.json"
+    done = evaluate("--model", tiny, "--sts", data, "--retrieval", data, "--out", out, "--truncate-dim", 16, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert (results["dim"], results["bytes_per_vector"]) == (16, 64)
+    assert results["sts"]["AVG_OF"] == ["STSB"]
+    assert set(results["retrieval"][data.name]) == {"ndcg@10", "recall@10", "recall@100", "mrr@10"}
+    assert "(1 sets)" in done.stdout
+    assert "STS16 is missing" in done.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"--model": "/no/such/model"}, "no model at /no/such/model"),
+        ({"--sts": "/no/such/sts"}, "no STS sets in /no/such/sts"),
+        ({"--retrieval": "/no/such/set"}, "no retrieval set at /no/such/set"),
+        ({"--out": "/"}, "is a folder"),
+        ({"--out": "/dev/null/no/file.json"}, "cannot write --out /dev/null/no/file.json"),
+        ({"--device": "teapot"}, "'teapot' is not a device"),
+        ({"--batch-size": "0"}, "--batch-size 0 must be 1 or more"),
+    ],
+)
+def test_the_launcher_says_what_is_wrong_in_one_line(tiny, data, tmp_path, wrong, message):
+    right = {"--model": tiny, "--sts": data, "--out": tmp_path / "results.json"}
+    done = evaluate(*(part for option in (right | wrong).items() for part in option))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

