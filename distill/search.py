@@ -1,7 +1,7 @@
 """Search over a run's own text: exact, by cosine, with the student's compact vectors and with the teacher's beside them.
 
-The student's vectors of the text are made once, by the evaluate stage, into evaluate/index.npy (fp16, normalised); the teacher's
-are in the shards already.
+The student's vectors of the text are made once, by the evaluate stage, into evaluate/index.npy (fp16, normalised); the
+teacher's are in the shards already.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
     python launcher/pipeline.py --config configs/quickstart.yaml [key=value ...]
 
-A stage that is finished and whose inputs and config have not changed is skipped; the same command again goes on where it stopped.
+A finished stage whose inputs and config have not changed is skipped; the same command again goes on where it stopped.
 """
 
 from __future__ import annotations

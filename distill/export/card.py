@@ -10,7 +10,7 @@ NAMES = {"ckd": "contrastive knowledge distillation", "finetune": "contrastive f
 
 
 def model_card(config: RunConfig, stage: str, text: dict[str, Any], results: dict[str, Any] | None) -> str:
-    """README.md of runs/NAME/export/STAGE. text: the corpus manifest; results: the stage's entry of results.json, if measured."""
+    """README.md of runs/NAME/export/STAGE. text: the corpus manifest; results: of results.json."""
     teacher = config.teacher.model or config.teacher.vectors
     counts, sources = text["counts"], ", ".join(source.name or source.path or source.type for source in config.text.sources)
     lines = [

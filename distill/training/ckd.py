@@ -94,7 +94,7 @@ def build_projection(width: int, teacher_dim: int, config: CkdConfig) -> nn.Line
     """P: Linear(d_s -> d_t) with bias, or None. Raises ValueError if widths and config do not fit."""
     if config.projection_width not in (None, teacher_dim):
         raise ValueError(
-            f"ckd.projection_width {config.projection_width} is not the teacher's width {teacher_dim}: set it so, or leave it out"
+            f"ckd.projection_width {config.projection_width} is not the teacher's width {teacher_dim}: leave it out"
         )
     if config.projection == "none" and width != teacher_dim:
         raise ValueError(f"ckd.projection is none, but the student is {width} wide and the teacher {teacher_dim}; use auto")

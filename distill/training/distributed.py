@@ -81,5 +81,5 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor, total: int) -> Tensor:
-    """`gather_dealt_rows` whose backward sums over ranks: exact under a mean over local rows and the engine's mean over ranks."""
+    """`gather_dealt_rows` whose backward sums over ranks: exact under a local mean and the engine's mean over ranks."""
     return _GatherWithGradient.apply(rows, total)

@@ -1,7 +1,7 @@
 """Step, log, dev evaluation, checkpoint; from the first step or from the last checkpoint.
 
-The loss of a step is the mean over the global batch's rows, whatever ranks and micro-batches they are dealt to: each micro-batch
-gives the sum over its rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
+The loss of a step is the mean over the global batch's rows, however they are dealt: each micro-batch gives the sum over its
+rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
 """
 
 from __future__ import annotations
@@ -158,11 +158,9 @@ class Trainer:
             progress.evaluations_without_gain += 1
         self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | {"dev/score": value})
         if rank() == 0:
-            shown = "  ".join(f"{name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
-            tqdm.write(
-                f"{self.name}: step {progress.step}/{self.num_steps}  loss {measured['loss']:.4f}  {shown}{'  best' if better else ''}",
-                file=sys.stderr,
-            )
+            shown = "".join(f"  {name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
+            of = f"{self.name}: step {progress.step}/{self.num_steps}  loss {measured['loss']:.4f}"
+            tqdm.write(f"{of}{shown}{'  best' if better else ''}", file=sys.stderr)
 
     def _keep_student(self) -> None:
         state = whole_state(self.engine)

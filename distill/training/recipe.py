@@ -16,10 +16,17 @@ class Recipe(Protocol):
     task(micro, shared) returns the sum over the micro-batch's rows of their losses, and sums of what is logged.
     """
 
-    task: nn.Module
-    student: Student
-    num_micro: int
-    steps_per_epoch: int
+    @property
+    def task(self) -> nn.Module: ...
+
+    @property
+    def student(self) -> Student: ...
+
+    @property
+    def num_micro(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
 
     def load(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; called in a background thread."""

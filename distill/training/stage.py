@@ -82,7 +82,7 @@ def check_inputs(config: RunConfig, stage: Stage) -> None:
             raise ValueError(f"{stage.name} needs {config.run_dir / name}, which is not finished: run that stage first")
     if stage.name == "ckd" and config.ckd.projection_width not in (None, shards.dim):
         raise ValueError(
-            f"ckd.projection_width {config.ckd.projection_width} is not the shards' width {shards.dim}: set it so, or leave it out"
+            f"ckd.projection_width {config.ckd.projection_width} is not the teacher's width {shards.dim}: leave it out"
         )
     if stage.name == "finetune" and -(-config.finetune.global_batch // world_size()) > config.finetune.micro_batch:
         raise ValueError(
@@ -130,9 +130,8 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
 def own_dropout(student: Student) -> float:
     """The dropout that the encoder's own config names."""
     config = student.encoder.config
-    return float(
-        getattr(config, "hidden_dropout_prob", None) or getattr(config, "dropout_rate", None) or getattr(config, "dropout", 0.1)
-    )
+    named = [getattr(config, name, None) for name in ("hidden_dropout_prob", "dropout_rate", "dropout")]
+    return next((float(value) for value in named if value is not None), 0.1)
 
 
 def teacher_projection(config: RunConfig, student: Student, teacher_dim: int) -> torch.nn.Linear | None:
