@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW_ROWS = 1 << 20
+CHUNK_ROWS = 8
+LENGTH_RATIO = 0.85
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
@@ -81,18 +83,35 @@ class GlobalOrder:
         return rows[permutation(len(rows), self.seed, epoch, window + 1)]
 
 
-def deal(global_batch: int, *, rank: int, world_size: int, micro_batch: int) -> list[np.ndarray]:
-    """The positions, in dealt order, of each micro-batch of one rank.
-
-    Rank r takes every W-th row of a batch sorted by length, so that ranks get like work, and cuts its share into equal runs of
-    neighbours, so that little is padded. Every rank has the same number of micro-batches, none above `micro_batch` rows;
-    shares differ by at most one row, and a micro-batch may be empty on a rank with one row less.
-    """
-    largest_share = -(-global_batch // world_size)
-    num_micro = -(-largest_share // micro_batch)
-    return np.array_split(np.arange(rank, global_batch, world_size), num_micro)
-
-
 def dealt_order(lengths: np.ndarray) -> np.ndarray:
     """The permutation that brings a global batch into dealt order: longest first, ties by position."""
     return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+
+
+def deal(lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int) -> list[list[np.ndarray]]:
+    """One rank's share of a global batch: the positions, in dealt order, of each chunk of each micro-batch.
+
+    lengths [G]: in dealt order, so never rising. Rank r takes every W-th row, so that ranks get like work; shares differ by at
+    most one row. A micro-batch (at most `micro_batch` rows, one backward pass) is a run of neighbours, cut into chunks (one
+    forward pass each) where the length has fallen enough, so that little is padded. Where the cuts lie depends on no rank: all
+    have the same numbers of micro-batches and chunks. A chunk is empty only on a rank with a row less, alone in a micro-batch.
+    """
+    global_batch = len(lengths)
+    largest_share = -(-global_batch // world_size)
+    num_micro = -(-largest_share // micro_batch)
+    dealt: list[list[np.ndarray]] = []
+    for rows in np.array_split(np.arange(largest_share), num_micro):
+        cuts = _cut_by_length(lengths[rows * world_size])
+        positions = [chunk * world_size + rank for chunk in np.split(rows, cuts)]
+        dealt.append([chunk[chunk < global_batch] for chunk in positions])
+    return dealt
+
+
+def _cut_by_length(lengths: np.ndarray) -> list[int]:
+    """Where to cut rows of falling length: every chunk but the last a multiple of CHUNK_ROWS, none shorter than that."""
+    cuts, start = [], 0
+    for row in range(CHUNK_ROWS, len(lengths) - CHUNK_ROWS + 1, CHUNK_ROWS):
+        if lengths[row] < LENGTH_RATIO * lengths[start]:
+            cuts.append(row)
+            start = row
+    return cuts

@@ -51,35 +51,36 @@ def main() -> int:
 def run_stage(config: command.RunConfig, name: str) -> int:
     """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
     same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
-    python = [sys.executable]
+    cores = os.cpu_count() or 1
     if name == "precompute":
-        return precompute(python, same, config.teacher.tasks)
+        return precompute(same, config.teacher.tasks, cores)
     if name in ("export", "evaluate"):
-        script = "export.py" if name == "export" else "evaluate.py"
-        return run_all([[*python, str(LAUNCHER / script), *same]], threads=os.cpu_count() or 1)
+        return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], threads=cores)
+    train = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
+    if arguments.srun:
+        return run_all([["srun", sys.executable, *train]], threads=1)
     ranks = config.engine.num_ranks or num_gpus() or 2
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    return run_all(
-        [[*deepspeed, "--quiet", str(LAUNCHER / "train.py"), *same, f"stage={name}"]],
-        threads=max(1, (os.cpu_count() or 1) // ranks),
-    )
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    ports = ["--master_port", str(free_port())]
+    return run_all([[deepspeed, "--num_gpus", str(ranks), *ports, "--quiet", *train]], threads=max(1, cores // ranks))
 
 
-def precompute(python: list[str], same: list[str], tasks: int) -> int:
-    script = str(LAUNCHER / "precompute.py")
-    threads = max(1, (os.cpu_count() or 1) // tasks)
-    if tasks > 1:
-        if code := run_all([[*python, script, *same, "--text-only"]], threads=1):
-            return code
-        shares = [[*python, script, *same, "--task", str(task), "--tasks", str(tasks)] for task in range(tasks)]
-        return run_all(shares, threads=threads)
-    return run_all([[*python, script, *same]], threads=threads)
+def precompute(same: list[str], tasks: int, cores: int) -> int:
+    """The text first, once; then shares of the shards side by side."""
+    script = [sys.executable, str(LAUNCHER / "precompute.py"), *same]
+    if code := run_all([[*script, "--text-only"]], threads=1):
+        return code
+    if arguments.srun:
+        return run_all([["srun", *script, "--task-of-slurm"]], threads=1)
+    shares = [[*script, "--task", str(task), "--tasks", str(tasks)] for task in range(tasks)]
+    return run_all(shares, threads=max(1, cores // tasks))
 
 
 def run_all(commands: list[list[str]], *, threads: int) -> int:
     """Runs commands side by side; when one fails, the others are ended. Returns the first code that is not 0."""
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     processes = [subprocess.Popen(command, env=environment) for command in commands]
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         while any(process.poll() is None for process in processes):
             if any(process.returncode for process in processes):
@@ -87,12 +88,17 @@ def run_all(commands: list[list[str]], *, threads: int) -> int:
             time.sleep(0.05)
     except KeyboardInterrupt:
         for process in processes:
-            process.wait()  # the terminal has sent it to them too
+            process.send_signal(signal.SIGINT)  # a terminal has sent it already, a batch system has not
+            process.wait()
         return command.INTERRUPTED
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     return next((code for code in [process.wait() for process in processes] if code), 0)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def num_gpus() -> int:
@@ -119,5 +125,7 @@ def summary(directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__).parse_intermixed_args()
+    parser = command.parser(__doc__)
+    parser.add_argument("--srun", action="store_true", help="inside a Slurm allocation: start ranks and tasks with srun")
+    arguments = parser.parse_intermixed_args()
     command.run(main, show_traceback=arguments.traceback)

@@ -9,6 +9,7 @@ Shards that are there already are kept: the same command again goes on where it 
 
 from __future__ import annotations
 
+import os
 import sys
 
 import command
@@ -33,9 +34,11 @@ def main() -> int:
     command.quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     amp = autocast_dtype(config.teacher.precision, device)
-    whole = run_precompute(config, device, amp, task=arguments.task, num_tasks=arguments.tasks)
-    if not whole:
-        print(f"precompute: task {arguments.task} of {arguments.tasks} has done its share; others are at work", file=sys.stderr)
+    task, tasks = arguments.task, arguments.tasks
+    if arguments.task_of_slurm:
+        task, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    if not run_precompute(config, device, amp, task=task, num_tasks=tasks):
+        print(f"precompute: task {task} of {tasks} has done its share; others are at work", file=sys.stderr)
     return 0
 
 
@@ -43,6 +46,7 @@ if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--task", type=int, default=0, help="this task's number, from 0")
     parser.add_argument("--tasks", type=int, default=1, help="how many tasks share the work")
+    parser.add_argument("--task-of-slurm", action="store_true", help="take both from SLURM_PROCID and SLURM_NTASKS")
     parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
     arguments = parser.parse_intermixed_args()
     command.run(main, show_traceback=arguments.traceback)

@@ -56,7 +56,8 @@ def _modules(student: Student, student_dir: Path) -> list[nn.Module]:
     token_pooling = "cls" if student.pooling in ("cls", "pooler") else "mean"
     modules.append(Pooling(student.width, pooling_mode=token_pooling))
     if student.pooling == "pooler":
-        pooler = student.encoder.pooler.dense
+        pooler = student.encoder.get_submodule("pooler.dense")
+        assert isinstance(pooler, nn.Linear)
         modules.append(_dense(pooler, nn.Tanh()))
     if student.head is not None:
         linear = student.head[0]

@@ -90,6 +90,24 @@ def attend(
     return running_max + torch.log(total), weighted_bd / total[:, None]
 
 
+@torch.no_grad()
+def hardest_negatives(
+    queries: Tensor, keys: Tensor, positives: Tensor, query_ids: Tensor, key_ids: Tensor, *, tile: int | None = None
+) -> Tensor:
+    """The largest q_i.k_j over keys that are no row's own and not its text, [B] float32; -inf where there is none."""
+    tile = min(tile or DEFAULT_TILE, len(keys))
+    hardest = torch.full((len(queries),), -torch.inf, device=queries.device)
+    rows = torch.arange(len(queries), device=queries.device)
+    for start in range(0, len(keys), tile):
+        stop = min(start + tile, len(keys))
+        cosines_bt = queries.float() @ keys[start:stop].float().T
+        cosines_bt[masked_pairs(query_ids, key_ids, None, start, stop)] = -torch.inf
+        own = (positives >= start) & (positives < stop)
+        cosines_bt[rows[own], positives[own] - start] = -torch.inf
+        hardest = torch.maximum(hardest, cosines_bt.amax(dim=1))
+    return hardest
+
+
 class _CrossEntropy(torch.autograd.Function):
     """l_i = lse_i - a q_i.r_i with the gradients above; lse and v are constants that `attend` has computed."""
 

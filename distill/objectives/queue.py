@@ -34,6 +34,12 @@ class KeyQueue:
         self._ids[positions] = ids[skipped:].to(self._ids)
         self._pushed += len(keys)
 
+    def restore(self, keys: Tensor, ids: Tensor, pushed: int) -> None:
+        """Becomes the queue into which `pushed` keys have gone, the last of them `keys` (oldest first), ring order included."""
+        assert len(keys) == min(pushed, self.capacity)
+        self._pushed = pushed - len(keys)
+        self.push(keys, ids)
+
     @property
     def keys(self) -> Tensor:
         """[len(self), d] fp16, in ring order."""

@@ -82,7 +82,7 @@ def _carry_relative_position_bias(stack: nn.ModuleList, layers: list[int]) -> No
     """T5 keeps the bias of all layers in its first block: the new first block takes it over."""
     for old in stack[0].modules():
         if getattr(old, "has_relative_attention_bias", False) and layers[0] != 0:
-            new = next(m for m in stack[layers[0]].modules() if hasattr(m, "has_relative_attention_bias"))
+            new: Any = next(m for m in stack[layers[0]].modules() if hasattr(m, "has_relative_attention_bias"))
             new.relative_attention_bias = old.relative_attention_bias
             new.has_relative_attention_bias = True
 
@@ -92,11 +92,9 @@ def set_dropout(encoder: PreTrainedModel, probability: float) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
-        for name in ("dropout_prob", "attention_dropout", "dropout_rate"):
+        for name in ("dropout", "dropout_prob", "dropout_rate", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, probability)
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = probability
 
 
 def save_encoder(

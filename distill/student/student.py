@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from distill.student.encoder import load_encoder, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool
 
+Tokens = dict[str, Tensor]
 PAD_TO = 8  # few distinct lengths: kernels are chosen once a shape
 
 
@@ -53,7 +54,7 @@ class Student(nn.Module):
     @property
     def dim(self) -> int:
         """The width of what `forward` returns."""
-        return self.width if self.head is None else int(self.head[0].out_features)  # type: ignore[union-attr, arg-type]
+        return self.width if self.head is None else int(self.head[0].out_features)  # type: ignore[arg-type]
 
     def add_head(self, dim: int, activation: str, seed: int) -> None:
         """A compact head, Linear(d_s -> dim) with or without Tanh."""
@@ -62,7 +63,7 @@ class Student(nn.Module):
             linear = nn.Linear(self.width, dim)
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
 
-    def tokenize(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+    def tokenize(self, sentences: Sequence[str]) -> Tokens:
         """input_ids and attention_mask [B, L], int64, L a multiple of 8 and at most max_length."""
         longest = self.max_length - self.max_length % PAD_TO or self.max_length
         tokens = self.tokenizer(
@@ -70,13 +71,28 @@ class Student(nn.Module):
         )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L] tokens to [B, dim] float32 vectors."""
-        output = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=self.pooling in NEEDS_HIDDEN_STATES
-        )
-        vectors_bd = pool(self.pooling, output, attention_mask)
+    def forward(self, *chunks: Tokens) -> Tensor:
+        """Chunks of tokens, [B_c, L_c] each and padded on the right, to [B, dim] float32 vectors of all their rows, in order.
+
+        Tokens of all chunks are looked up at once: the backward pass of a lookup writes the whole table.
+        """
+        lookup = self.encoder.get_input_embeddings()
+        embedded_td = lookup(torch.cat([chunk["input_ids"].flatten() for chunk in chunks]))
+        parts = embedded_td.split([chunk["input_ids"].numel() for chunk in chunks])
+        vectors = [
+            self._pooled(part.view(*chunk["input_ids"].shape, -1), chunk["attention_mask"])
+            for part, chunk in zip(parts, chunks, strict=True)
+        ]
+        vectors_bd = torch.cat(vectors)
         return vectors_bd if self.head is None else self.head(vectors_bd)
+
+    def _pooled(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:
+        output = self.encoder(
+            inputs_embeds=embedded_bld,
+            attention_mask=attention_mask_bl,
+            output_hidden_states=self.pooling in NEEDS_HIDDEN_STATES,
+        )
+        return pool(self.pooling, output, attention_mask_bl)
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -87,7 +103,7 @@ class Student(nn.Module):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens = {name: value.to(device) for name, value in self.tokenize([sentences[i] for i in rows]).items()}
-            vectors[rows] = nn.functional.normalize(self(**tokens).float(), dim=-1).cpu().numpy()
+            vectors[rows] = nn.functional.normalize(self(tokens).float(), dim=-1).cpu().numpy()
         return vectors
 
     def save(self, folder: Path, state: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:

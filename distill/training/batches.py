@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,28 +14,28 @@ from torch import Tensor
 
 from distill.sampling import GlobalOrder, deal, dealt_order
 from distill.shards import ShardReader
+from distill.student.student import Tokens
 
-Tokens = dict[str, Tensor]
 Tokenize = Callable[[list[str]], Tokens]
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """b rows of one forward pass.
+    """b rows of one backward pass.
 
-    tokens: input_ids, attention_mask [b, L]; positions [b] int64: the rows' places in dealt order; teacher [b, d_t] fp16;
-    hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
+    tokens: chunks of rows of like length, input_ids and attention_mask [b_c, L_c] each, b rows in all; positions [b] int64: the
+    rows' places in dealt order; teacher [b, d_t] fp16; hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
     """
 
-    tokens: Tokens
+    tokens: list[Tokens]
     positions: Tensor
     teacher: Tensor
     hashes: Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
-        tokens = {name: value.to(device, non_blocking=True) for name, value in self.tokens.items()}
+        tokens = [{name: value.to(device, non_blocking=True) for name, value in chunk.items()} for chunk in self.tokens]
         return MicroBatch(tokens, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
 
 
@@ -47,11 +48,12 @@ class ShardBatches:
         self.reader = reader
         self.order = order
         self._tokenize = tokenize
-        self._parts = deal(order.global_batch, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch)
 
     @property
     def num_micro(self) -> int:
-        return len(self._parts)
+        """Micro-batches a step: it follows from sizes alone."""
+        return len(self._deal(np.zeros(self.order.global_batch)))
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of global batch `step` in dealt order, the same on every rank."""
@@ -60,15 +62,17 @@ class ShardBatches:
 
     def __call__(self, step: int) -> list[MicroBatch]:
         dealt = self.rows(step)
-        return [
-            MicroBatch(
-                self._tokenize(self.reader.texts(dealt[part]) or [PLACEHOLDER]),
-                torch.from_numpy(part),
-                torch.from_numpy(self.reader.vectors(dealt[part])),
-                torch.from_numpy(self.reader.hashes(dealt[part])),
-            )
-            for part in self._parts
-        ]
+        return [self._micro_batch(dealt, chunks) for chunks in self._deal(self.reader.lengths(dealt))]
+
+    def _micro_batch(self, dealt: np.ndarray, chunks: list[np.ndarray]) -> MicroBatch:
+        positions = np.concatenate(chunks)
+        rows = dealt[positions]
+        return MicroBatch(
+            [self._tokenize(self.reader.texts(dealt[chunk]) or [PLACEHOLDER]) for chunk in chunks],
+            torch.from_numpy(positions),
+            torch.from_numpy(self.reader.vectors(rows)),
+            torch.from_numpy(self.reader.hashes(rows)),
+        )
 
     def keys_before(self, step: int, count: int) -> tuple[Tensor, Tensor]:
         """The last `count` teacher vectors of batches 0 .. step-1 and their hashes, oldest first."""

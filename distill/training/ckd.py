@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from distill.config import CkdConfig, TemperatureConfig
 from distill.objectives.ckd import ckd_losses, congen_losses, cosine_losses
+from distill.objectives.contrast import hardest_negatives
 from distill.objectives.queue import KeyQueue
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.distributed import gather_dealt_rows
+from distill.training.recipe import Task
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Temperature(nn.Module):
         return (self.logit_scale - above).exp()
 
 
-class CkdTask(nn.Module):
+class CkdTask(Task):
     """Student, projection and temperature in one module, so that ZeRO-3 gathers them.
 
     L = sum_i [ w_ckd CKD_i + w_congen ConGen_i + w_cosine (1 - q_i.t_i) ]        q_i = norm(P(s_i))
@@ -54,9 +56,8 @@ class CkdTask(nn.Module):
 
     def forward(self, micro: MicroBatch, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the rows' losses; and sums over rows of what is logged, without gradient."""
-        with torch.autocast(micro.positions.device.type, dtype=self.amp, enabled=self.amp is not None):
-            vectors_bd = self.student(**micro.tokens)
-        projected_bd = vectors_bd.float() if self.projection is None else self.projection(vectors_bd.float())
+        vectors_bd = self.embed(micro)
+        projected_bd = vectors_bd if self.projection is None else self.projection(vectors_bd)
         queries_bd = nn.functional.normalize(projected_bd, dim=-1)
         scale = self.temperature()
         # what no term uses still takes part, so that all ranks reduce the same gradients
@@ -64,11 +65,18 @@ class CkdTask(nn.Module):
         if len(micro.positions) == 0:
             return total + queries_bd.sum() * 0, {}
         losses = self._losses(queries_bd, scale, micro, keys)
+        weights = {str(name): weight for name, weight in self.config.weights.items()}
         for name, loss_b in losses.items():
-            total = total + self.config.weights[name] * loss_b.sum()
+            total = total + weights[name] * loss_b.sum()
         measured = {f"loss/{name}": loss_b.detach().sum() for name, loss_b in losses.items()}
         positive = (queries_bd.detach() * micro.teacher.to(queries_bd.dtype)).sum()
-        return total, measured | {"similarity/positive": positive}
+        measured |= {"similarity/positive": positive, "temperature": scale.detach().sum() * len(queries_bd)}
+        if self.measuring:
+            hardest_b = hardest_negatives(
+                queries_bd, keys.vectors, micro.positions, micro.hashes, keys.hashes, tile=self.config.tile
+            )
+            measured["similarity/hardest_negative"] = hardest_b.sum()
+        return total, measured
 
     def _losses(self, queries_bd: Tensor, scale: Tensor, micro: MicroBatch, keys: Keys) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -116,7 +124,8 @@ class CkdRecipe:
 
     def restore(self, step: int) -> None:
         """The queue holds what was pushed before `step`, read from the shards again."""
-        self.queue.push(*self.load.keys_before(step, self.queue.capacity))
+        keys, ids = self.load.keys_before(step, self.queue.capacity)
+        self.queue.restore(keys, ids, pushed=step * self.load.order.global_batch)
 
     def share(self, step: int, micro: list[MicroBatch]) -> Keys:
         """The keys of the step, the same on every rank; two collectives."""

@@ -63,7 +63,7 @@ class Dev:
             batch = [sentences[i] for i in mine[start : start + self.batch_size]]
             tokens = {name: value.to(device) for name, value in student.tokenize(batch or ["."]).items()}
             with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
-                vectors = nn.functional.normalize(student(**tokens).float(), dim=-1)
+                vectors = nn.functional.normalize(student(tokens).float(), dim=-1)
             parts.append(vectors[: len(batch)])
         gathered = gather_dealt_rows(torch.cat(parts), len(order)).cpu().numpy()
         restored = np.empty_like(gathered)

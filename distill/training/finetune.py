@@ -13,11 +13,12 @@ from distill.config import FinetuneConfig
 from distill.corpus import text_hash
 from distill.objectives.ckd import cosine_losses
 from distill.objectives.triplets import triplet_losses
-from distill.sampling import GlobalOrder, deal, dealt_order
+from distill.sampling import CHUNK_ROWS, GlobalOrder, dealt_order
 from distill.student import Student
-from distill.training.batches import MicroBatch, Tokenize
+from distill.training.batches import MicroBatch, Tokenize, Tokens
 from distill.training.ckd import Temperature
 from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank
+from distill.training.recipe import Task
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Triplets:
         return len(self.sentences)
 
 
-class FinetuneTask(nn.Module):
+class FinetuneTask(Task):
     """L = sum_i [ contrast_i + w (1 - h_i.t_i) ] over this rank's anchors; micro.tokens holds anchors, positives, negatives."""
 
     def __init__(self, student: Student, projection: nn.Linear | None, config: FinetuneConfig, amp: torch.dtype | None) -> None:
@@ -43,8 +44,7 @@ class FinetuneTask(nn.Module):
         self.amp = amp
 
     def forward(self, micro: MicroBatch, shared: None) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(micro.positions.device.type, dtype=self.amp, enabled=self.amp is not None):
-            vectors_bd = self.student(**micro.tokens).float()
+        vectors_bd = self.embed(micro)
         anchors_bd, positives_bd, negatives_bd = nn.functional.normalize(vectors_bd, dim=-1).chunk(3)
         total_rows = self.config.global_batch
         hashes_g3 = gather_dealt_rows(micro.hashes, total_rows)
@@ -101,7 +101,7 @@ class FinetuneRecipe:
         self.seed = seed
         self.order = GlobalOrder(np.array([len(triplets)]), global_batch=task.config.global_batch, seed=seed)
         self.steps_per_epoch = self.order.steps_per_epoch
-        (self._part,) = deal(task.config.global_batch, rank=rank, world_size=world_size, micro_batch=task.config.global_batch)
+        self._part = np.arange(rank, task.config.global_batch, world_size)
         self._lengths = np.array([sum(len(sentence) for sentence in triplet) for triplet in triplets.sentences])
 
     def load(self, step: int) -> list[MicroBatch]:
@@ -110,8 +110,12 @@ class FinetuneRecipe:
         chosen = [self.triplets.sentences[row] for row in rows]
         columns = [[triplet[column] for triplet in chosen] for column in range(3)]
         hashes = torch.tensor([[text_hash(sentence) for sentence in triplet] for triplet in chosen])
-        tokens = self.tokenize([sentence for column in columns for sentence in column])
+        tokens = [chunk for column in columns for chunk in self._chunks(column)]
         return [MicroBatch(tokens, torch.from_numpy(self._part), torch.from_numpy(self.triplets.vectors[rows]), hashes)]
+
+    def _chunks(self, sentences: list[str]) -> list[Tokens]:
+        """Triplets are dealt by their length in all, so neighbours are alike enough; every rank cuts alike."""
+        return [self.tokenize(sentences[start : start + CHUNK_ROWS]) for start in range(0, len(self._part), CHUNK_ROWS)]
 
     def restore(self, step: int) -> None:
         pass

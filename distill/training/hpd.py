@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from distill.objectives.hpd import hpd_losses
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
+from distill.training.recipe import Task
 
 
-class HpdTask(nn.Module):
+class HpdTask(Task):
     """The student with its head; forward is the summed loss of b rows. components [dim, d_t]: of the teacher's PCA."""
 
     def __init__(self, student: Student, components: Tensor, amp: torch.dtype | None, *, freeze_encoder: bool) -> None:
@@ -21,9 +22,7 @@ class HpdTask(nn.Module):
         student.encoder.requires_grad_(not freeze_encoder)
 
     def forward(self, micro: MicroBatch, shared: None) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(micro.positions.device.type, dtype=self.amp, enabled=self.amp is not None):
-            compact_bd = self.student(**micro.tokens)
-        compact_bd = compact_bd.float()
+        compact_bd = self.embed(micro)
         if len(micro.positions) == 0:
             return compact_bd.sum() * 0, {}
         targets_bd = micro.teacher.float() @ self.components.T.to(micro.teacher.device)

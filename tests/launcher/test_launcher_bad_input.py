@@ -1,0 +1,215 @@
+"""Bad input: one clear message, a non-zero exit, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import command, deepspeed, environment, kill_group_when, launch
+from conftest import make_encoder, write_config
+from ranks import free_port
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, tiny_encoder):
+    """A run whose precompute is done; tests copy it."""
+    folder = tmp_path_factory.mktemp("embedded")
+    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture
+def run(embedded, tmp_path, tiny_encoder):
+    shutil.copytree(embedded / "runs", tmp_path / "runs")
+    shutil.copy(embedded / "text.txt", tmp_path)
+    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode not in (0, None), done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stdout
+    assert "Traceback" not in done.stdout, done.stdout
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".part")]
+
+
+def test_no_such_config(tmp_path):
+    refused(launch("pipeline.py", "--config", tmp_path / "none.yaml"), "no config at")
+
+
+def test_unknown_key(tmp_path, tiny_encoder):
+    refused(launch("pipeline.py", "--config", write_config(tmp_path, tiny_encoder), "ckd.lrr=1"), "did you mean lr?")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_empty_text(tmp_path, tiny_encoder):
+    (tmp_path / "text.txt").write_text("\n\n")
+    refused(launch("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "no sentence")
+    assert not (tmp_path / "runs/tiny/shards").exists() and not half_written(tmp_path / "runs")
+
+
+def test_text_that_is_not_utf8(tmp_path, tiny_encoder):
+    (tmp_path / "text.txt").write_bytes(b"a good line\nanother\n\xff\xfe bad\n")
+    refused(launch("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "text.txt", "line 3", "UTF-8")
+
+
+def test_a_folder_that_holds_no_model(tmp_path, tiny_encoder):
+    (tmp_path / "empty").mkdir()
+    config = write_config(tmp_path, tmp_path / "empty")
+    refused(launch("precompute.py", "--config", config), "no model at", "config.json")
+
+
+def test_teacher_and_shards_of_different_width(run):
+    refused(launch("train.py", "--config", run[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
+
+
+def test_shards_made_by_another_teacher(run, tmp_path):
+    other = make_encoder(tmp_path / "other", seed=1)
+    refused(launch("train.py", "--config", run[0], f"teacher.model={other}"), "another teacher", "teacher.model")
+
+
+def test_a_run_directory_of_another_config(run):
+    refused(launch("precompute.py", "--config", run[0], "text.min_chars=20"), "begun with another", "text.min_chars: 12 -> 20")
+
+
+def test_an_unfinished_stage_of_another_config(run, tmp_path):
+    config, directory = run
+    kill_group_when(
+        command("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99"),
+        lambda: any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")),
+    )
+    refused(launch("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99", "ckd.lr=0.1"), "ckd.lr: 0.001 -> 0.1")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_shard(run, damage):
+    config, directory = run
+    shard = directory / "shards/000001.tar"
+    data = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    refused(launch("train.py", "--config", config), "000001.tar", "repair")
+
+
+def test_a_read_only_run_directory(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    place = tmp_path / "readonly"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a read-only file system: {mounted.stderr.strip()}")
+    try:
+        refused(launch("pipeline.py", "--config", config, f"runs_dir={place}"), "Read-only", "runs_dir=")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_disk_full_while_writing_a_shard(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    try:
+        assert launch("precompute.py", "--config", config, f"runs_dir={place}", "--text-only").returncode == 0
+        free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+        (place / "ballast").write_bytes(bytes(max(0, free - 30_000)))
+        refused(launch("precompute.py", "--config", config, f"runs_dir={place}"), "No space left", "free some space")
+        assert not list(place.glob("tiny/shards/*.part")) and not (place / "tiny/shards/manifest.json").exists()
+        (place / "ballast").unlink()
+        assert launch("precompute.py", "--config", config, f"runs_dir={place}").returncode == 0
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_ctrl_c_in_training_and_a_later_run_continues(run):
+    config, directory = run
+    started = ["--config", config, "stages=[ckd]", "ckd.max_steps=60", "ckd.epochs=99"]
+    printed = kill_group_when(
+        command("pipeline.py", *started),
+        lambda: any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")),
+        signum=signal.SIGINT,
+    )
+    assert "goes on from here" in printed and not (directory / "ckd/DONE.json").exists()
+    again = launch("pipeline.py", *started)
+    assert again.returncode == 0 and "continuing after step" in again.stdout, again.stdout
+
+
+def test_ctrl_c_in_precompute_and_a_later_run_continues(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    directory = tmp_path / "runs/tiny"
+    kill_group_when(
+        command("precompute.py", "--config", config), (directory / "shards/000000.tar").exists, signum=signal.SIGINT
+    )
+    assert not (directory / "precompute/DONE.json").exists() and not half_written(directory)
+    first = (directory / "shards/000000.tar").stat().st_mtime_ns
+    assert launch("precompute.py", "--config", config).returncode == 0
+    assert (directory / "shards/000000.tar").stat().st_mtime_ns == first
+
+
+def test_a_port_in_use(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        done = subprocess.run(
+            deepspeed(2, "--config", run[0], port=port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+            timeout=120,
+        )
+    refused(done, f"port {port} is in use", "--master_port")
+    assert time.monotonic() - started < 60
+
+
+def test_one_rank_failing_ends_the_other_within_seconds(run):
+    config, directory = run
+    process = subprocess.Popen(
+        deepspeed(2, "--config", config, "ckd.max_steps=4000", "ckd.epochs=999", port=free_port()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    while not any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{config}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - killed < 20
+
+
+def test_imported_vectors_of_another_length(tmp_path, tiny_encoder):
+    np.save(tmp_path / "vectors.npy", np.ones((5, 8), np.float32))
+    config = write_config(tmp_path, tiny_encoder)
+    overrides = [f"teacher={{vectors: {tmp_path / 'vectors.npy'}}}", f"student.init={tiny_encoder}"]
+    refused(launch("precompute.py", "--config", config, *overrides), "5 rows", "600 raw sentences")
+
+
+def test_a_stage_before_its_input(run):
+    refused(launch("train.py", "--config", run[0], "stage=hpd"), "hpd needs", "run that stage first")

@@ -1,0 +1,120 @@
+"""ckd_loss against the untiled definition in float64, value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from distill.objectives.ckd import ckd_loss, congen_losses, cosine_losses
+
+BATCH, QUEUE, WIDTH = 37, 101, 24
+
+
+def reference(queries, keys, positives, logit_scale, query_ids, key_ids, mask):
+    """-mean log softmax, holding B x N, in float64."""
+    logits = logit_scale.exp() * queries @ keys.T
+    excluded = torch.zeros_like(logits, dtype=torch.bool) if mask is None else mask.clone()
+    if query_ids is not None:
+        excluded |= query_ids[:, None] == key_ids[None]
+    excluded[torch.arange(len(queries)), positives] = False
+    return cross_entropy(logits.masked_fill(excluded, -torch.inf), positives)
+
+
+def problem(dtype, *, queue: bool, ids: bool, masked: bool, scale: float = 3.0):
+    draw = torch.Generator().manual_seed(1)
+    num_keys = BATCH + QUEUE * queue
+    queries = normalize(torch.randn(BATCH, WIDTH, generator=draw, dtype=torch.float64), dim=1)
+    keys = normalize(torch.randn(num_keys, WIDTH, generator=draw, dtype=torch.float64), dim=1)
+    positives = torch.randperm(BATCH, generator=draw)
+    key_ids = torch.randint(-5, 40, (num_keys,), generator=draw) if ids else None
+    query_ids = key_ids[positives] if key_ids is not None else None
+    mask = torch.rand(BATCH, num_keys, generator=draw) < 0.3 if masked else None
+    return (queries.to(dtype), keys.to(dtype), positives, torch.tensor([scale], dtype=dtype), query_ids, key_ids, mask)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("queue", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tile", [None, 1, 16, 1000])
+def test_value_and_gradients_equal_the_untiled_reference(dtype, tolerance, queue, ids, masked, tile):
+    queries, keys, positives, logit_scale, query_ids, key_ids, mask = problem(dtype, queue=queue, ids=ids, masked=masked)
+    queries.requires_grad_()
+    logit_scale.requires_grad_()
+    loss = ckd_loss(
+        queries, keys, positives, scale=logit_scale.exp(), tile=tile, query_ids=query_ids, key_ids=key_ids, mask=mask
+    )
+    exact_queries = queries.detach().double().requires_grad_()
+    exact_scale = logit_scale.detach().double().requires_grad_()
+    expected = reference(exact_queries, keys.double(), positives, exact_scale, query_ids, key_ids, mask)
+    gradients = torch.autograd.grad(loss, (queries, logit_scale))
+    expected_gradients = torch.autograd.grad(expected, (exact_queries, exact_scale))
+    for found, wanted in zip((loss, *gradients), (expected, *expected_gradients), strict=True):
+        assert (found.double() - wanted).abs().max() <= tolerance
+
+
+def test_every_key_masked_but_the_positive_gives_zero_loss():
+    queries, keys, positives, logit_scale, *_ = problem(torch.float64, queue=True, ids=False, masked=False)
+    everything = torch.ones(BATCH, len(keys), dtype=torch.bool)
+    loss = ckd_loss(queries, keys, positives, scale=logit_scale.exp(), tile=7, mask=everything)
+    assert loss.abs() < 1e-12
+
+
+def test_a_large_scale_does_not_overflow():
+    queries, keys, positives, _, *_ = problem(torch.float32, queue=True, ids=False, masked=False)
+    loss = ckd_loss(queries, keys, positives, scale=torch.tensor([1e4]), tile=16)
+    expected = reference(queries.double(), keys.double(), positives, torch.tensor([1e4]).double().log(), None, None, None)
+    assert torch.isfinite(loss) and abs(loss.item() / expected.item() - 1) < 1e-5
+
+
+def test_bf16_inputs_are_accumulated_in_fp32():
+    queries, keys, positives, logit_scale, *_ = problem(torch.float32, queue=True, ids=False, masked=False)
+    halves = queries.bfloat16(), keys.bfloat16()
+    loss = ckd_loss(*halves, positives, scale=logit_scale.exp(), tile=16)
+    expected = reference(halves[0].double(), halves[1].double(), positives, logit_scale.double(), None, None, None)
+    assert loss.dtype == torch.float32 and abs(loss.item() - expected.item()) < 2e-5
+
+
+def test_keys_get_no_gradient():
+    queries, keys, positives, logit_scale, *_ = problem(torch.float64, queue=True, ids=False, masked=False)
+    keys.requires_grad_()
+    queries.requires_grad_()
+    ckd_loss(queries, keys, positives, scale=logit_scale.exp()).backward()
+    assert keys.grad is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"keys": torch.zeros(5, 3)}, "must be"),
+        ({"positives": torch.zeros(3, dtype=torch.int64)}, "one key index"),
+        ({"query_ids": torch.zeros(BATCH, dtype=torch.int64)}, "come together"),
+        ({"mask": torch.zeros(2, 2, dtype=torch.bool)}, "mask"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change, message):
+    queries, keys, positives, logit_scale, *_ = problem(torch.float32, queue=False, ids=False, masked=False)
+    arguments = {"queries": queries, "keys": keys, "positives": positives, "scale": logit_scale.exp()} | change
+    with pytest.raises(ValueError, match=message):
+        ckd_loss(**arguments)
+
+
+@pytest.mark.parametrize("tile", [None, 5, 64])
+def test_congen_equals_the_cross_entropy_of_two_softmaxes(tile):
+    queries, keys, positives, *_ = problem(torch.float64, queue=True, ids=False, masked=False)
+    queries.requires_grad_()
+    teacher = keys[positives]
+    losses = congen_losses(queries, keys, teacher, student_temperature=0.07, teacher_temperature=0.05, tile=tile)
+    targets = torch.softmax(teacher @ keys.T / 0.05, dim=1)
+    expected = cross_entropy(queries @ keys.T / 0.07, targets, reduction="none")
+    assert torch.allclose(losses, expected, atol=1e-7)
+    (gradient,) = torch.autograd.grad(losses.sum(), queries, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected.sum(), queries)
+    assert torch.allclose(gradient, wanted, atol=1e-6)
+
+
+def test_cosine_loss_is_half_the_squared_distance():
+    queries, keys, positives, *_ = problem(torch.float64, queue=False, ids=False, masked=False)
+    teacher = keys[positives]
+    assert torch.allclose(cosine_losses(queries, teacher), (queries - teacher).square().sum(dim=1) / 2)

@@ -1,0 +1,65 @@
+"""Runs a function on several gloo ranks in forked processes: `on_ranks(2, function, *arguments)` -> their results."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+TIMEOUT = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(function: Callable[..., Any], rank: int, size: int, port: int, pipe: Connection, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+        pipe.send((True, function(*arguments)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        os._exit(1)
+    os._exit(0)
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on each of `size` ranks; results in rank order. A rank's exception is raised here."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(function, rank, size, port, theirs, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results, failures = [], []
+    for rank, pipe in enumerate(pipes):
+        try:
+            good, value = pipe.recv() if pipe.poll(TIMEOUT) else (False, "no answer")
+        except EOFError:
+            good, value = False, "ended without an answer"
+        (results if good else failures).append(value if good else f"rank {rank}: {value}")
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    assert not failures, "\n".join(failures)
+    return results

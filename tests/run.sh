@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The test suite, from a fresh clone: .venv, install, pytest. Further arguments go to pytest; --full adds the long soaks.
+#
+#   bash tests/run.sh
+#   bash tests/run.sh --full tests/training -k resume
+#
+#   DISTILL_DATA      a folder with sts/, retrieval/, unlabelled/ ...: tests that need it skip without it, and say so
+#   DISTILL_MODELS    a folder with minilm-l6/, mpnet-base/ ...: likewise
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+source launcher/install.sh
+install "$root" quickstart,dev
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest --durations=15 -rs "$@"

@@ -1,0 +1,107 @@
+"""The whole pipeline on a few hundred sentences: two DeepSpeed ranks, every stage, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from commands import ROOT, environment, launch
+from conftest import write_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_encoder):
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = write_config(folder, tiny_encoder)
+    done = launch("pipeline.py", "--config", config, "--traceback")
+    assert done.returncode == 0, done.stdout
+    return config, folder / "runs/tiny", done.stdout
+
+
+def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
+    _, run, printed = finished
+    for stage in ("precompute", "ckd", "finetune", "hpd", "export", "evaluate"):
+        assert json.loads((run / stage / "DONE.json").read_text())["stage"] == stage
+    results = json.loads((run / "evaluate/results.json").read_text())
+    assert list(results) and set(results) == {"teacher", "ckd", "finetune", "hpd", "hpd-8"}
+    assert results["teacher"]["fidelity"]["spearman"] > 0.999
+    assert results["hpd-8"]["dim"] == 8 and results["hpd-8"]["bytes_per_vector"] == 32
+    for name in results:
+        assert name in printed
+
+
+def test_training_brought_the_student_nearer_to_the_teacher(finished):
+    _, run, _ = finished
+    loss = {event.step: event.value for event in scalars(run, "ckd")["loss"]}
+    assert loss[12] < loss[1]
+
+
+def scalars(run, stage):
+    events = EventAccumulator(str(run / "tensorboard" / stage))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_step_once_and_what_people_look_for(finished):
+    _, run, _ = finished
+    logged = scalars(run, "ckd")
+    assert [event.step for event in logged["loss"]] == list(range(1, 13))
+    for tag in ("temperature", "learning_rate", "gradient_norm", "sentences_a_second", "similarity/positive",
+                "similarity/hardest_negative", "dev/fidelity/spearman"):  # fmt: skip
+        assert logged[tag], tag
+
+
+def test_typed_again_it_does_nothing_and_says_so(finished):
+    config, _, _ = finished
+    started = time.monotonic()
+    again = launch("pipeline.py", "--config", config)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert time.monotonic() - started < 15
+
+
+def test_a_changed_config_runs_what_depends_on_it_and_says_why(finished):
+    config, _, _ = finished
+    again = launch("pipeline.py", "--config", config, "stages=[hpd]", "hpd.lr=0.01")
+    assert again.returncode == 0 and "hpd: hpd.lr: 0.0002 -> 0.01" in again.stdout, again.stdout
+
+
+def test_an_export_loads_without_this_project(finished):
+    _, run, _ = finished
+    code = (
+        "import sys; sys.modules['distill'] = None\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        f"m = SentenceTransformer({str(run / 'export/hpd')!r}, device='cpu', truncate_dim=8)\n"
+        "v = m.encode(['the model learns.', 'a queue of tensor.'])\n"
+        "assert v.shape == (2, 8), v.shape\n"
+        "print(m.similarity_fn_name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "cosine", done.stderr
+    assert "Fidelity".lower() in (run / "export/hpd/README.md").read_text().lower()
+
+
+def test_search_answers_from_the_runs_text(finished):
+    _, run, _ = finished
+    question = (run / "precompute/text/000000.txt").read_text().splitlines()[0]
+    done = launch("search.py", "--run", run, question)
+    assert done.returncode == 0, done.stdout
+    assert question in done.stdout.split("-----")[-1] and "ms with the student" in done.stdout
+
+
+def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
+    """Vectors that somebody has already take the teacher's place; its weights are never needed."""
+    text = (finished[1].parents[1] / "text.txt").read_text().splitlines()
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(len(text), 48)).astype(np.float32))
+    config = write_config(tmp_path, tiny_encoder)
+    overrides = [f"teacher={{vectors: {tmp_path / 'vectors.npy'}}}", f"student.init={tiny_encoder}", "ckd.max_steps=3"]
+    done = launch("pipeline.py", "--config", config, *overrides, "stages=[precompute, ckd, export, evaluate]")
+    assert done.returncode == 0, done.stdout
+    results = json.loads((tmp_path / "runs/tiny/evaluate/results.json").read_text())
+    assert set(results) == {"ckd"} and results["ckd"]["dim"] == 32

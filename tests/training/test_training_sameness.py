@@ -1,0 +1,103 @@
+"""Law 2: loss and gradient do not depend on world size, micro-batch or tile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import write_config
+from ranks import on_ranks
+
+from distill.config import load_config
+from distill.sampling import GlobalOrder
+from distill.shards import ShardReader
+from distill.student import Student
+from distill.student.encoder import build_encoder, set_dropout
+from distill.teacher.precompute import run_precompute
+from distill.training.batches import ShardBatches
+from distill.training.ckd import CkdRecipe, CkdTask
+from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank, reduce_sums, world_size
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_encoder):
+    config = load_config(write_config(tmp_path_factory.mktemp("run"), tiny_encoder))
+    assert run_precompute(config, torch.device("cpu"), None)
+    return config
+
+
+def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int):
+    """The losses of three steps and the gradient of the third, as the engine would average it."""
+    reader = ShardReader(config.run_dir / "shards")
+    encoder, tokenizer = build_encoder(config.student, config.teacher.model, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+    set_dropout(student.encoder, 0.0)
+    ckd = config.ckd.model_copy(update={"global_batch": global_batch, "tile": tile})
+    torch.manual_seed(0)
+    task = CkdTask(student, reader.dim, ckd, None)
+    order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
+    batches = ShardBatches(reader, order, student.tokenize, micro_batch=micro_batch, rank=rank(), world_size=world_size())
+    recipe = CkdRecipe(task, batches, torch.device("cpu"))
+    losses = []
+    for step in range(3):
+        task.zero_grad()
+        micro = recipe.load(step)
+        shared = recipe.share(step, micro)
+        total = torch.zeros(())
+        for part in micro:
+            loss, _ = task(part, shared)
+            (loss * world_size() / global_batch).backward()
+            total = total + loss.detach()
+        losses.append(reduce_sums({"loss": total.double()})["loss"] / global_batch)
+        recipe.taken()
+    gradient = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+    if dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient /= world_size()
+    return losses, gradient.numpy()
+
+
+@pytest.mark.parametrize("global_batch, micro_batch, tile", [(32, 32, 4096), (32, 5, 7), (33, 8, 64), (5, 1, 4096)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, size, global_batch, micro_batch, tile):
+    losses, gradient = losses_and_gradient(run, global_batch, global_batch, 4096)
+    for found_losses, found_gradient in on_ranks(size, losses_and_gradient, run, global_batch, micro_batch, tile):
+        assert np.allclose(found_losses, losses, atol=1e-5, rtol=0)
+        assert np.abs(found_gradient - gradient).max() <= 1e-5
+
+
+def gathered(total: int):
+    rows = torch.arange(total, dtype=torch.float32)[rank() :: world_size(), None].expand(-1, 2).clone().requires_grad_()
+    everything = gather_with_gradient(rows, total)
+    # each rank's loss weighs row i of the gathered rows by i: the gradient must add up over ranks
+    (everything[:, 0] * torch.arange(total)).sum().backward()
+    return gather_dealt_rows(rows.detach(), total)[:, 0].tolist(), rows.grad[:, 0].tolist()
+
+
+@pytest.mark.parametrize("total", [4, 7])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gathering_restores_dealt_order_and_its_gradient_sums_over_ranks(size, total):
+    for number, (rows, gradient) in enumerate(on_ranks(size, gathered, total)):
+        assert rows == list(range(total))
+        assert gradient == [size * i for i in range(total)][number::size]
+
+
+def test_the_queue_is_restored_as_it_was(run):
+    reader = ShardReader(run.run_dir / "shards")
+    order = GlobalOrder(reader.shard_rows, global_batch=32, seed=0)
+    encoder, tokenizer = build_encoder(run.student, run.teacher.model, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+
+    def recipe() -> CkdRecipe:
+        batches = ShardBatches(reader, order, student.tokenize, micro_batch=8, rank=0, world_size=1)
+        return CkdRecipe(CkdTask(student, reader.dim, run.ckd, None), batches, torch.device("cpu"))
+
+    straight = recipe()
+    for step in range(order.steps_per_epoch + 3):
+        resumed = recipe()
+        resumed.restore(step)
+        assert torch.equal(resumed.queue.ids, straight.queue.ids)
+        assert torch.equal(resumed.queue.keys, straight.queue.keys)
+        straight.share(step, straight.load(step))
+        straight.taken()
