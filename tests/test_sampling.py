@@ -56,21 +56,38 @@ def test_too_little_text_for_a_batch_is_an_error():
         GlobalOrder(np.array([10]), global_batch=11, seed=0)
 
 
+def falling_lengths(global_batch: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).integers(10, 500, global_batch))[::-1]
+
+
 @pytest.mark.parametrize("global_batch", [4, 37, 256])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 5, 64, 1000])
 def test_every_row_is_dealt_once_and_shares_differ_by_at_most_one(global_batch, world_size, micro_batch):
-    dealt = [deal(global_batch, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
-    assert sorted(np.concatenate([part for parts in dealt for part in parts]).tolist()) == list(range(global_batch))
-    shares = [sum(map(len, parts)) for parts in dealt]
+    lengths = falling_lengths(global_batch)
+    dealt = [deal(lengths, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
+    rows = [chunk for micro in dealt for chunks in micro for chunk in chunks]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(global_batch))
+    shares = [sum(len(chunk) for chunks in micro for chunk in chunks) for micro in dealt]
     assert max(shares) - min(shares) <= 1
-    assert len({len(parts) for parts in dealt}) == 1
-    assert max(len(part) for parts in dealt for part in parts) <= micro_batch
+    assert max(sum(map(len, chunks)) for micro in dealt for chunks in micro) <= micro_batch
 
 
-def test_micro_batches_hold_rows_of_like_length():
-    lengths = np.random.default_rng(0).integers(1, 500, 1024)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 5, 64])
+def test_all_ranks_have_the_same_micro_batches_and_chunks(world_size, micro_batch):
+    lengths = falling_lengths(254)
+    dealt = [deal(lengths, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
+    assert len({tuple(len(chunks) for chunks in micro) for micro in dealt}) == 1
+    empty = [chunks for micro in dealt for chunks in micro if any(len(chunk) == 0 for chunk in chunks)]
+    assert all(len(chunks) == 1 for chunks in empty)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_little_is_padded(world_size):
+    draw = np.random.default_rng(0)
+    lengths = draw.lognormal(3, 0.6, 1024).clip(4, 64).astype(int)
     by_length = lengths[dealt_order(lengths)]
-    parts = deal(1024, rank=1, world_size=2, micro_batch=64)
-    padded = sum(len(part) * by_length[part].max() for part in parts)
-    assert sum(by_length[part].sum() for part in parts) / padded > 0.9
+    chunks = [c for micro in deal(by_length, rank=0, world_size=world_size, micro_batch=128) for c in micro]
+    padded = sum(len(chunk) * by_length[chunk].max() for chunk in chunks)
+    assert sum(by_length[chunk].sum() for chunk in chunks) / padded > 0.9

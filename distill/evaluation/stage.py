@@ -37,7 +37,8 @@ def evaluate_run(config: RunConfig) -> str:
     models: list[tuple[str, Encoder]] = []
     if config.teacher.model is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        models.append(("teacher", Encoder(load_teacher(config.teacher, device), batch_size=config.evaluate.batch_size)))
+        teacher = load_teacher(config.teacher, device)
+        models.append(("teacher", Encoder(teacher, batch_size=config.evaluate.batch_size, prompt=config.teacher.prompt)))
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):

@@ -44,7 +44,11 @@ def _results(results: dict[str, Any]) -> list[str]:
         f"- parameters: {results['params']:,}",
         f"- dimensions: {results['dim']} ({results['bytes_per_vector']} bytes a vector)",
     ]
-    lines += [f"- fidelity to the teacher, {name}: {value:.3f}" for name, value in results.get("fidelity", {}).items()]
+    fidelity = results.get("fidelity", {})
+    held_out = f" ({fidelity['sentences']:,} held-out sentences)" if "sentences" in fidelity else ""
+    lines += [
+        f"- fidelity to the teacher, {name}: {value:.3f}{held_out}" for name, value in fidelity.items() if name != "sentences"
+    ]
     lines += [f"- {name}: {value:.2f}" for name, value in results.get("sts", {}).items() if isinstance(value, float)]
     return lines
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer, WeightedLayerPooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WeightedLayerPooling
 from torch import nn
 
+from distill.files import flush
 from distill.student import Student
 from distill.student.pooling import NEEDS_HIDDEN_STATES
 
@@ -27,15 +28,22 @@ def export_student(student_dir: Path, out: Path, *, card: str, check_on: Sequenc
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    model = SentenceTransformer(modules=_modules(student, student_dir), device="cpu", similarity_fn_name="cosine")
-    model.save(str(part), create_model_card=False)
-    (part / "README.md").write_text(card, encoding="utf-8")
-    exported = SentenceTransformer(str(part), device="cpu", trust_remote_code=False)
-    worst = float((exported.encode(list(check_on), show_progress_bar=False) * student.encode(check_on)).sum(axis=1).min())
-    if not worst >= LOWEST_COSINE:
-        raise ValueError(f"the export of {student_dir} does not agree with the student: worst cosine {worst:.5f}")
+    try:
+        model = SentenceTransformer(modules=_modules(student, student_dir), device="cpu", similarity_fn_name="cosine")
+        model.save(str(part), create_model_card=False)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        exported = SentenceTransformer(str(part), device="cpu", trust_remote_code=False)
+        worst = float((exported.encode(list(check_on), show_progress_bar=False) * student.encode(check_on)).sum(axis=1).min())
+        if not worst >= LOWEST_COSINE:
+            raise ValueError(f"the export of {student_dir} does not agree with the student: worst cosine {worst:.5f}")
+        for path in part.rglob("*"):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
+    flush(out.parent)
 
 
 def _modules(student: Student, student_dir: Path) -> list[nn.Module]:

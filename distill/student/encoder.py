@@ -32,24 +32,53 @@ def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tupl
         path = resolve_model(teacher)
     else:
         path = resolve_model(config.init)
-    encoder = load_encoder(path, revision=config.revision, from_scratch=config.from_scratch, seed=seed)
-    if config.pooling == "pooler" and getattr(encoder, "pooler", None) is None:
-        raise ValueError(f"student.pooling is pooler, but the {encoder.config.model_type} encoder of {path} has none")
+    encoder = load_encoder(
+        path,
+        revision=config.revision,
+        from_scratch=config.from_scratch,
+        seed=seed,
+        needs_pooler=config.pooling == "pooler",
+    )
     if config.layers is not None:
         keep_layers(encoder, config.layers)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     return encoder, tokenizer
 
 
-def load_encoder(path: str, *, revision: str | None = None, from_scratch: bool = False, seed: int = 0) -> PreTrainedModel:
-    """An encoder from a folder or hub name, float32, safetensors only, never with remote code."""
+def load_encoder(
+    path: str,
+    *,
+    revision: str | None = None,
+    from_scratch: bool = False,
+    seed: int = 0,
+    needs_pooler: bool = False,
+) -> PreTrainedModel:
+    """An encoder from a folder or hub name, float32, safetensors only, never with remote code.
+
+    Raises ValueError if the weights of a part are not there: transformers would draw them anew, and only warn.
+    """
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     cls: Any = T5EncoderModel if isinstance(config, T5Config) else AutoModel
     if from_scratch:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return cls.from_config(config) if cls is AutoModel else cls(config)
-    return cls.from_pretrained(path, revision=revision, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+            encoder = cls.from_config(config) if cls is AutoModel else cls(config)
+        absent = []
+    else:
+        encoder, about = cls.from_pretrained(
+            path,
+            revision=revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        absent = [name for name in sorted(about["missing_keys"]) if needs_pooler or not name.startswith("pooler.")]
+    if needs_pooler and getattr(encoder, "pooler", None) is None:
+        raise ValueError(f"pooling is pooler, but the {encoder.config.model_type} encoder of {path} has none; use cls or mean")
+    if absent:
+        raise ValueError(f"{path} has no weights for {len(absent)} parts of its encoder, the first is {absent[0]}")
+    return encoder
 
 
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
@@ -66,6 +95,8 @@ def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == depth
     ]
+    inside = {id(module) for _, _, child in stacks for module in child.modules() if module is not child}
+    stacks = [stack for stack in stacks if id(stack[2]) not in inside]  # T5 keeps a list of sublayers in every layer
     if len(stacks) != 1:
         raise ValueError(
             f"student.layers: found {len(stacks)} stacks of {depth} layers in a {encoder.config.model_type}, not one"

@@ -64,12 +64,23 @@ class Student(nn.Module):
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
 
     def tokenize(self, sentences: Sequence[str]) -> Tokens:
-        """input_ids and attention_mask [B, L], int64, L a multiple of 8 and at most max_length."""
-        longest = self.max_length - self.max_length % PAD_TO or self.max_length
+        """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right to L, a multiple of 8 where
+        the encoder has that many positions."""
         tokens = self.tokenizer(
-            list(sentences), padding=True, truncation=True, max_length=longest, pad_to_multiple_of=PAD_TO, return_tensors="pt"
+            list(sentences),
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        length = tokens["input_ids"].shape[1]
+        # not by the tokenizer, which pads to a multiple only where max_length is one
+        extra = (0, min(-(-length // PAD_TO) * PAD_TO, _longest_input(self.encoder)) - length)
+        return {
+            "input_ids": nn.functional.pad(tokens["input_ids"], extra, value=self.tokenizer.pad_token_id),
+            "attention_mask": nn.functional.pad(tokens["attention_mask"], extra),
+        }
 
     def forward(self, *chunks: Tokens) -> Tensor:
         """Chunks of tokens, [B_c, L_c] each and padded on the right, to [B, dim] float32 vectors of all their rows, in order.
@@ -95,15 +106,16 @@ class Student(nn.Module):
         return pool(self.pooling, output, attention_mask_bl)
 
     @torch.no_grad()
-    def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """L2-normalised vectors [n, dim] float32 of sentences, in their order; in eval mode, on the encoder's device."""
+    def encode(self, sentences: Sequence[str], batch_size: int = 64, *, normalize: bool = True) -> np.ndarray:
+        """Vectors [n, dim] float32 of sentences, L2-normalised or as they are, in their order; on the encoder's device."""
         device = next(self.parameters()).device
         order = sorted(range(len(sentences)), key=lambda i: (len(sentences[i]), i))
         vectors = np.zeros((len(sentences), self.dim), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens = {name: value.to(device) for name, value in self.tokenize([sentences[i] for i in rows]).items()}
-            vectors[rows] = nn.functional.normalize(self(tokens).float(), dim=-1).cpu().numpy()
+            encoded = self(tokens).float()
+            vectors[rows] = (nn.functional.normalize(encoded, dim=-1) if normalize else encoded).cpu().numpy()
         return vectors
 
     def save(self, folder: Path, state: dict[str, Tensor], extra: dict[str, Tensor] | None = None) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
 from distill.config import TeacherConfig
 from distill.models import resolve_model
+from distill.student.encoder import load_encoder
 
 PAD_TO = 8  # few distinct lengths: kernels are chosen once a shape
 
@@ -32,6 +33,10 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> SentenceTransfo
     else:
         model = SentenceTransformer(modules=_pooled(path, config), device=str(device))
     if config.max_length is not None:
+        positions = getattr(getattr(model[0], "model", None), "config", None)
+        most = getattr(positions, "max_position_embeddings", None)
+        if most is not None and config.max_length > most:
+            raise ValueError(f"teacher.max_length {config.max_length} is above the {most} positions of {path}")
         model.max_seq_length = config.max_length
     return model.eval()
 
@@ -42,9 +47,7 @@ def _pooled(path: str, config: TeacherConfig) -> list[torch.nn.Module]:
     width = transformer.get_embedding_dimension()
     if config.pooling != "pooler":
         return [transformer, Pooling(width, pooling_mode=config.pooling)]
-    pooler = getattr(transformer.model, "pooler", None)
-    if pooler is None:
-        raise ValueError(f"teacher.pooling is pooler, but the encoder at {path} has none; use cls or mean")
+    pooler: Any = load_encoder(path, revision=config.revision, needs_pooler=True).get_submodule("pooler")
     dense = Dense(
         width, width, activation_function=torch.nn.Tanh(), init_weight=pooler.dense.weight, init_bias=pooler.dense.bias
     )

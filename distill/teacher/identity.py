@@ -10,11 +10,13 @@ from distill.files import sha256_of
 from distill.models import resolve_model
 from distill.shards import Manifest
 
+FILES = frozenset({".safetensors", ".json", ".txt", ".model"})
 NAMED = ("model", "vectors", "vectors_field", "revision", "pooling", "max_length", "prompt")
 
 
 def teacher_identity(config: TeacherConfig, precision: str) -> dict[str, Any]:
-    """The teacher as JSON: its settings, the precision it runs in ('fp32' or 'bf16'), and the sha256 of its files.
+    """The teacher as JSON: its settings, the precision it runs in ('fp32' or 'bf16'), and the sha256 of its files: weights,
+    configs and vocabularies.
 
     A hub model is pinned by its `revision` instead of by checksums.
     """
@@ -22,7 +24,7 @@ def teacher_identity(config: TeacherConfig, precision: str) -> dict[str, Any]:
     if config.vectors is not None:
         return identity | {"precision": "given", "sha256": sha256_of(Path(config.vectors))}
     folder = Path(resolve_model(config.model or ""))
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in FILES and path.is_file())
     return identity | {"files": {str(path.relative_to(folder)): sha256_of(path) for path in files}}
 
 

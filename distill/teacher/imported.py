@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
 from distill.config import TeacherConfig
@@ -43,18 +45,29 @@ class ImportedVectors:
 def _open_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"teacher.vectors: {path} is not a plain .npy array: {error}") from None
 
 
 def _open_parquet(path: Path, field: str) -> np.ndarray:
-    columns = parquet.read_schema(path).names
-    if field not in columns:
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"teacher.vectors: {path} is not a readable parquet file: {error}") from None
+    if field not in schema.names:
         raise ValueError(
-            f"teacher.vectors: {path} has no column {field}; it has {', '.join(columns)}: set teacher.vectors_field"
+            f"teacher.vectors: {path} has no column {field}; it has {', '.join(schema.names)}: set teacher.vectors_field"
         )
-    column = parquet.read_table(path, columns=[field], memory_map=True).column(field).combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    if len(column) == 0 or len(values) % len(column):
-        raise ValueError(f"teacher.vectors: the vectors in {field} of {path} differ in length")
-    return values.reshape(len(column), -1)
+    kind = schema.field(field).type
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not is_list or not pyarrow.types.is_floating(kind.value_type):
+        raise ValueError(f"teacher.vectors: column {field} of {path} holds {kind}, not lists of floats")
+    column = parquet.read_table(path, columns=[field], memory_map=True).column(field)
+    lengths = compute.unique(compute.list_value_length(column)).to_pylist()
+    if len(lengths) != 1 or not lengths[0]:
+        raise ValueError(
+            f"teacher.vectors: the vectors in {field} of {path} differ in length, are empty or null: {lengths[:5]}"
+        )
+    # chunk by chunk: a chunk's offsets are int32, and all chunks together may hold more than 2^31 numbers
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, lengths[0]) for chunk in column.chunks]
+    return np.concatenate(chunks)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from distill.config import RunConfig
 from distill.corpus import prepare_text, read_piece, text_hash
+from distill.files import sha256_of
 from distill.shards import Manifest, fingerprint, finish, missing, write_shard
 from distill.stages import Stage, read_json, stage_of
 from distill.teacher.identity import teacher_identity
@@ -32,21 +34,35 @@ def prepare(config: RunConfig) -> dict[str, Any]:
 
     Raises ValueError if the run directory was begun with another text or teacher: vectors are too dear to be overwritten.
     """
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / ".precompute.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of tasks that start together one cuts the text; a killed one holds it no longer
+        return _prepare(config)
+
+
+def _prepare(config: RunConfig) -> dict[str, Any]:
     stage = stage_of(config, "precompute")
     begun = read_json(stage.directory / "BEGUN.json")
-    if begun is not None and (changes := stage.changes_since(begun)):
+    changes = stage.changes_since(begun) if begun is not None else []
+    if changes and any((config.run_dir / "shards").rglob("*.tar")):
         raise ValueError(
             f"{config.run_dir} was begun with another text or teacher ({'; '.join(changes)}): put the config back to go on with"
             f" it, use another name=, or delete {stage.directory} and {config.run_dir / 'shards'}"
         )
-    if begun is None:
+    if changes or begun is None:
+        shutil.rmtree(stage.directory, ignore_errors=True)
         stage.begin()
     text = stage.directory / "text"
     if not (text / "manifest.json").exists():
         part = stage.directory / "text.part"
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        prepare_text(config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=config.teacher.vectors is not None)
+        try:
+            prepare_text(
+                config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=config.teacher.vectors is not None
+            )
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         part.rename(text)
     manifest = read_json(text / "manifest.json")
     assert manifest is not None
@@ -77,17 +93,24 @@ def build_encode(config: RunConfig, device: torch.device, amp: torch.dtype | Non
 def encode_missing(
     config: RunConfig, text: dict[str, Any], encode: Encode, identity: dict[str, Any], *, task: int = 0, num_tasks: int = 1
 ) -> int:
-    """Writes this task's share of the missing shards; returns how many sentences it embedded."""
+    """Writes this task's share of the missing shards, those with index mod num_tasks = task; returns the sentences embedded.
+
+    Shares depend on nothing else, so tasks that start at different times neither meet nor leave a shard to nobody.
+    Raises ValueError for a piece of the text that is not as it was written.
+    """
     folder = config.run_dir / "precompute" / "text"
     teacher = fingerprint(identity)
     embedded = 0
     for directory, names, entries in _sets(config, text):
         directory.mkdir(parents=True, exist_ok=True)
-        share = missing(directory, len(names))[task::num_tasks]
+        share = [index for index in missing(directory, len(names)) if index % num_tasks == task]
         total = sum(entries[index]["rows"] for index in share)
         with tqdm(total=total, desc=f"precompute {directory.name}", unit="sentence", disable=None) as bar:
             for index in share:
-                sentences = read_piece(folder / f"{names[index]}.txt")
+                piece = folder / f"{names[index]}.txt"
+                if sha256_of(piece) != entries[index]["sha256"]:
+                    raise ValueError(f"{piece} is not as it was written (sha256): delete {folder} to cut the text again")
+                sentences = read_piece(piece)
                 numbers_path = folder / f"{names[index]}.rows.npy"
                 numbers = np.load(numbers_path, allow_pickle=False) if numbers_path.exists() else None
                 vectors = _in_blocks(encode, sentences, numbers, config.shards.block_rows, bar)

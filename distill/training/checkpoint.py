@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,15 @@ class Checkpoints:
 
     def _newest_sound(self) -> str | None:
         for folder in reversed(self._complete()):
-            files = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))["files"]
-            if all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items()):
+            if _is_sound(folder):
                 return folder.name
-            print(f"{folder} does not match its checksums and is passed over", flush=True)
+            print(f"{folder} does not match its checksums and is passed over", file=sys.stderr, flush=True)
         return None
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))["files"]
+        return all(sha256_of(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, LookupError):
+        return False

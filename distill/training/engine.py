@@ -90,5 +90,6 @@ def whole_state(engine: Any) -> dict[str, Tensor]:
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_optimization_stage() == 3):
         if engine.global_rank == 0:
             state = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-            state |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
+            kept = engine.module.state_dict().keys()
+            state |= {n: buffer.detach().cpu().clone() for n, buffer in engine.module.named_buffers() if n in kept}
     return state

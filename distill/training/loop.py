@@ -81,7 +81,7 @@ class Trainer:
         progress = self.progress
         resumed_from, started, logged_at = progress.step, time.monotonic(), time.monotonic()
         seconds_before = progress.seconds
-        steps = range(progress.step, self.num_steps)
+        steps = range(progress.step, progress.step if self._has_stopped_early() else self.num_steps)
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
         )
@@ -101,7 +101,7 @@ class Trainer:
             if progress.step % self.train.dev_every == 0 or last:
                 self._evaluate(measured)
                 logged_at = time.monotonic()
-            stop = self.train.patience is not None and progress.evaluations_without_gain >= self.train.patience
+            stop = self._has_stopped_early()
             progress.seconds = seconds_before + time.monotonic() - started
             if progress.step % self.train.save_every == 0 or last or stop:
                 self.checkpoints.save(self.engine, progress.step, asdict(progress))
@@ -119,6 +119,9 @@ class Trainer:
             "seconds": round(progress.seconds, 1),
             "sentences": progress.step * self.train.global_batch,
         }
+
+    def _has_stopped_early(self) -> bool:
+        return self.train.patience is not None and self.progress.evaluations_without_gain >= self.train.patience
 
     def _step(self, step: int, micro: list[MicroBatch]) -> dict[str, float]:
         shared = self.recipe.share(step, micro)
@@ -151,7 +154,8 @@ class Trainer:
         progress = self.progress
         figures = self.dev(self.recipe.student) if self.dev else {}
         value = score(figures, by_sts=self.name == "finetune") if figures else float(progress.step)
-        better = from_rank_0(value > progress.best_score, self.device)
+        value = -math.inf if math.isnan(value) else value
+        better = from_rank_0(progress.best_step == 0 or value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
             self._keep_student()

@@ -11,7 +11,7 @@ import torch
 from distill.config import RunConfig, TrainConfig
 from distill.corpus import read_rows
 from distill.files import sha256_of
-from distill.sampling import GlobalOrder
+from distill.sampling import GlobalOrder, permutation
 from distill.shards import ShardReader
 from distill.stages import Stage, stage_of
 from distill.student import Student
@@ -25,7 +25,7 @@ from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import autocast_dtype, build_engine
 from distill.training.finetune import FinetuneRecipe, FinetuneTask, Triplets
-from distill.training.hpd import HpdRecipe, HpdTask
+from distill.training.hpd import FIT_SENTENCES, HpdRecipe, HpdTask, fit_head
 from distill.training.loop import Trainer
 from distill.training.mining import mine_triplets
 from distill.training.recipe import Recipe
@@ -102,6 +102,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     else:
         student = Student.load(config.run_dir / getattr(config, name).init / "student")
     set_dropout(student.encoder, 0.0)
+    student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     if device.type == "cpu":
         student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
 
@@ -118,6 +119,8 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
             raise ValueError(f"hpd.dim {config.hpd.dim} is above what the teacher's {len(reader)} x {reader.dim} vectors have")
         student.add_head(config.hpd.dim, config.hpd.head, config.seed)
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
+        sample = permutation(len(reader), config.seed, 0)[:FIT_SENTENCES]
+        fit_head(student, reader.texts(sample), reader.vectors(sample).astype(np.float64) @ components.numpy().T)
         return HpdRecipe(HpdTask(student, components, amp, freeze_encoder=config.hpd.freeze_encoder), shard_batches())
     if config.finetune.dropout is None or config.finetune.dropout > 0:
         set_dropout(student.encoder, own_dropout(student) if config.finetune.dropout is None else config.finetune.dropout)

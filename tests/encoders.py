@@ -1,0 +1,65 @@
+"""Tiny encoders of every family a student may come from, with random weights and tiny_encoder's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertModel,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+FAMILIES = ("bert", "roberta", "mpnet", "distilbert", "t5")
+POSITIONS = 40
+
+
+def make_family(family: str, *, layers: int = 3, vocabulary: int = 120, seed: int = 0) -> PreTrainedModel:
+    """An encoder of width 16 with room for POSITIONS tokens (T5 has no limit), in eval mode."""
+    torch.manual_seed(seed)
+    heads = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    common = {"vocab_size": vocabulary, "pad_token_id": padding_of(family)}
+    if family == "bert":
+        model = BertModel(BertConfig(**heads, **common, max_position_embeddings=POSITIONS))
+    elif family == "roberta":
+        model = RobertaModel(RobertaConfig(**heads, **common, max_position_embeddings=POSITIONS + 2, type_vocab_size=1))
+    elif family == "mpnet":
+        model = MPNetModel(MPNetConfig(**heads, **common, max_position_embeddings=POSITIONS + 2))
+    elif family == "distilbert":
+        model = DistilBertModel(
+            DistilBertConfig(dim=16, hidden_dim=32, n_layers=layers, n_heads=2, max_position_embeddings=POSITIONS, **common)
+        )
+    else:
+        model = T5EncoderModel(
+            T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, relative_attention_num_buckets=8, **common)
+        )
+    for parameter in model.parameters():  # the default initial weights are too small for a wrong one to show
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def padding_of(family: str) -> int:
+    """The padding token's number, from which RoBERTa and MPNet count positions."""
+    return 1 if family in ("roberta", "mpnet") else 0
+
+
+def save_family(family: str, tiny_encoder: Path, folder: Path, **options: int) -> Path:
+    """The encoder as an ordinary folder with a tokenizer of tiny_encoder's words."""
+    make_family(family, **options).save_pretrained(folder)
+    words = (tiny_encoder / "vocab.txt").read_text().split()
+    if padding_of(family) == 1:
+        words[:2] = words[1], words[0]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder

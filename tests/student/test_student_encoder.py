@@ -1,0 +1,147 @@
+"""Where a student begins: chosen layers in their order, new weights by the seed alone, nothing random that was not asked for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import sentences
+from safetensors.torch import load_file, save_file
+from encoders import FAMILIES, POSITIONS, make_family, save_family
+from transformers import AutoModel
+
+from distill.config import StudentConfig
+from distill.student import Student
+from distill.student.encoder import build_encoder, keep_layers, load_encoder, set_dropout
+
+STACK = {"bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer", "distilbert": "transformer.layer",
+         "t5": "encoder.block"}  # fmt: skip
+
+
+def layer_states(encoder, family):
+    return [
+        {name: value for name, value in layer.state_dict().items() if "relative_attention_bias" not in name}
+        for layer in encoder.get_submodule(STACK[family])
+    ]
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_layers_keep_their_weights_and_their_order(family, depth):
+    whole = make_family(family, layers=depth)
+    before = [{name: value.clone() for name, value in state.items()} for state in layer_states(whole, family)]
+    chosen = [depth - 1, 0]
+    keep_layers(whole, chosen)
+    after = layer_states(whole, family)
+    assert len(after) == 2 and whole.config.num_hidden_layers == 2
+    for state, index in zip(after, chosen, strict=True):
+        assert state.keys() == before[index].keys()
+        assert all(torch.equal(state[name], before[index][name]) for name in state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_layers_changes_no_vector_and_the_folder_says_how_many_there_are(family, tiny_encoder, tmp_path):
+    folder = save_family(family, tiny_encoder, tmp_path / "whole", layers=4)
+    tokens = {"input_ids": torch.randint(5, 100, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    everything, _ = build_encoder(StudentConfig(init=str(folder), layers=[0, 1, 2, 3]), None, 0)
+    expected = load_encoder(str(folder)).eval()(**tokens).last_hidden_state
+    assert torch.equal(everything.eval()(**tokens).last_hidden_state, expected)
+    some, tokenizer = build_encoder(StudentConfig(init=str(folder), layers=[3, 1]), None, 0)
+    some.eval().save_pretrained(tmp_path / "some")
+    tokenizer.save_pretrained(tmp_path / "some")
+    again = load_encoder(str(tmp_path / "some")).eval()
+    assert torch.equal(again(**tokens).last_hidden_state, some(**tokens).last_hidden_state)
+    assert len(again.get_submodule(STACK[family])) == 2
+
+
+def test_t5_gives_its_relative_bias_to_the_new_first_layer():
+    encoder = make_family("t5", layers=3)
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.clone()
+    keep_layers(encoder, [2, 1])
+    first = encoder.encoder.block[0].layer[0].SelfAttention
+    assert first.has_relative_attention_bias and torch.equal(first.relative_attention_bias.weight, bias)
+    tokens = {"input_ids": torch.arange(5, 13)[None], "attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    swapped = {"input_ids": tokens["input_ids"].flip(1), "attention_mask": tokens["attention_mask"]}
+    forward, backward = (encoder(**t).last_hidden_state.mean(dim=1) for t in (tokens, swapped))
+    assert not torch.allclose(forward, backward, atol=1e-3), "without the bias, word order would not count"
+
+
+def test_a_layer_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"layers \[0, 3\]: the encoder has layers 0 to 2"):
+        keep_layers(make_family("bert"), [0, 3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_weights_depend_on_the_seed_alone(family, tiny_encoder, tmp_path):
+    config = StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / "old")), from_scratch=True)
+    states = []
+    for noise, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(noise)
+        draws = torch.random.get_rng_state()
+        states.append(build_encoder(config, None, seed)[0].state_dict())
+        assert torch.equal(torch.random.get_rng_state(), draws)
+    old = load_encoder(config.init).state_dict()
+    name = next(name for name, value in old.items() if value.ndim == 2 and "embed" not in name and "relative" not in name)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0][name], states[2][name]) and not torch.equal(states[0][name], old[name])
+
+
+def test_the_teacher_is_the_default_and_must_be_named(tiny_encoder):
+    ours, _ = build_encoder(StudentConfig(), str(tiny_encoder), 0)
+    theirs = AutoModel.from_pretrained(tiny_encoder)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"no teacher\.model"):
+        build_encoder(StudentConfig(), None, 0)
+
+
+def without(tiny_encoder, folder, prefix):
+    shutil.copytree(tiny_encoder, folder)
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if not name.startswith(prefix)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return StudentConfig(init=str(folder))
+
+
+def test_weights_that_are_missing_are_never_drawn_anew(tiny_encoder, tmp_path):
+    config = without(tiny_encoder, tmp_path / "broken", "encoder.layer.1.")
+    with pytest.raises(ValueError, match=r"no weights for 16 parts of its encoder, the first is encoder\.layer\.1\."):
+        build_encoder(config, None, 0)
+
+
+def test_a_pooler_without_weights_matters_only_to_who_pools_with_it(tiny_encoder, tmp_path):
+    config = without(tiny_encoder, tmp_path / "headless", "pooler.")
+    build_encoder(config, None, 0)
+    with pytest.raises(ValueError, match=r"no weights for 2 parts of its encoder, the first is pooler\."):
+        build_encoder(config.model_copy(update={"pooling": "pooler"}), None, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_0_makes_training_mode_deterministic(family):
+    tokens = {"input_ids": torch.randint(5, 100, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    encoder = make_family(family).train()
+    assert not torch.equal(encoder(**tokens).last_hidden_state, encoder(**tokens).last_hidden_state)
+    set_dropout(encoder, 0.0)
+    once = encoder(**tokens).last_hidden_state
+    assert torch.equal(once, encoder(**tokens).last_hidden_state)
+    assert torch.equal(once, encoder.eval()(**tokens).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_by_looked_up_embeddings_are_those_by_token_ids(family, tiny_encoder, tmp_path):
+    """A student looks up the tokens of all chunks at once; positions and masks must come out as usual."""
+    encoder, tokenizer = build_encoder(StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32).eval()
+    tokens = student.tokenize(sentences(8))
+    states = student.encoder(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][:, :, None]
+    assert torch.allclose(student(tokens), (states * mask).sum(1) / mask.sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_sentence_fits_the_encoders_positions(family, tiny_encoder, tmp_path):
+    encoder, tokenizer = build_encoder(StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=512).eval()
+    assert student.max_length == (512 if family == "t5" else POSITIONS)
+    tokens = student.tokenize(["a " * 1000])
+    assert int(tokens["attention_mask"].sum()) == student.max_length
+    assert torch.isfinite(student(tokens)).all()

@@ -1,0 +1,54 @@
+"""What makes vectors a teacher's changes its identity, and nothing else does."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import make_encoder, write_config
+
+from distill.config import TeacherConfig, load_config
+from distill.teacher.identity import check_teacher, teacher_identity
+
+
+def identity(encoder, precision="fp32", **config):
+    return teacher_identity(TeacherConfig(model=str(encoder), pooling="mean", **config), precision)
+
+
+def test_how_the_work_is_cut_is_no_part_of_the_identity(tiny_encoder):
+    assert identity(tiny_encoder) == identity(tiny_encoder, tokens_per_batch=17, tasks=5)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "query: "}, {"max_length": 16}, {"precision": "bf16"}, {"revision": "abc"}])
+def test_settings_that_change_vectors_change_the_identity(tiny_encoder, change):
+    assert identity(tiny_encoder, **change) != identity(tiny_encoder)
+
+
+def test_other_weights_or_another_vocabulary_in_the_same_place_are_another_teacher(tmp_path):
+    encoder = make_encoder(tmp_path / "encoder")
+    before = identity(encoder)
+    shutil.copy(make_encoder(tmp_path / "other", seed=1) / "model.safetensors", encoder)
+    changed = identity(encoder)
+    assert changed != before
+    (encoder / "vocab.txt").write_text((encoder / "vocab.txt").read_text().replace("teacher", "pupil"))
+    assert identity(encoder) != changed
+
+
+def test_given_vectors_are_known_by_their_bytes(tmp_path):
+    np.save(tmp_path / "v.npy", np.ones((3, 4)))
+    config = TeacherConfig(vectors=str(tmp_path / "v.npy"))
+    before = teacher_identity(config, "fp32")
+    assert before == teacher_identity(config, "bf16")
+    np.save(tmp_path / "v.npy", np.zeros((3, 4)))
+    assert teacher_identity(config, "fp32") != before
+
+
+def test_shards_of_another_teacher_are_refused_with_every_difference_named(tmp_path, tiny_encoder):
+    config = load_config(write_config(tmp_path, tiny_encoder))
+    made_by = teacher_identity(config.teacher, "fp32")
+    check_teacher(config, SimpleNamespace(teacher=made_by))
+    other = SimpleNamespace(teacher=made_by | {"prompt": "query: ", "max_length": 64})
+    with pytest.raises(ValueError, match=r"max_length: 64 in the shards, 32 in the config; teacher\.prompt: 'query: ' in the"):
+        check_teacher(config, other)

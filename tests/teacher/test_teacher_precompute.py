@@ -1,0 +1,142 @@
+"""Shards are a function of text and teacher: not of tasks, nor of how often the work was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_encoder, sentences, write_config
+
+from distill.config import load_config
+from distill.corpus import HELD_OUT_MODULUS, text_hash
+from distill.shards import ShardReader, verify_all
+from distill.stages import stage_of
+from distill.teacher.precompute import prepare, run_precompute
+
+CPU = torch.device("cpu")
+
+
+def config_of(folder, encoder, *overrides):
+    folder.mkdir(exist_ok=True)
+    return load_config(write_config(folder, encoder), list(overrides))
+
+
+def digests(config):
+    shards = config.run_dir / "shards"
+    return {str(p.relative_to(shards)): hashlib.sha256(p.read_bytes()).hexdigest() for p in shards.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_encoder):
+    config = config_of(tmp_path_factory.mktemp("whole"), tiny_encoder)
+    assert run_precompute(config, CPU, None)
+    return config
+
+
+def test_shards_do_not_depend_on_the_number_of_tasks(whole, tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    assert not run_precompute(config, CPU, None, task=1, num_tasks=2)
+    assert not (config.run_dir / "precompute/DONE.json").exists()
+    assert run_precompute(config, CPU, None, task=0, num_tasks=2)
+    assert digests(config) == digests(whole)
+    assert stage_of(config, "precompute").reason_to_run() is None
+
+
+def test_a_task_that_starts_when_others_are_done_leaves_no_shard_to_nobody(whole, tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder, "shards.rows=64")
+    results = [run_precompute(config, CPU, None, task=task, num_tasks=3) for task in (2, 0, 1)]
+    assert results == [False, False, True]
+
+
+def test_what_a_killed_task_left_missing_is_made_by_any_number_of_later_ones(whole, tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    shutil.copytree(whole.run_dir, config.run_dir)
+    for name in ("manifest.json", "000001.tar"):
+        (config.run_dir / "shards" / name).unlink()
+    shutil.rmtree(config.run_dir / "precompute")
+    assert [run_precompute(config, CPU, None, task=task, num_tasks=4) for task in range(4)][1]
+    assert digests(config) == digests(whole)
+
+
+def _prepare(path, results):
+    results.put(prepare(load_config(path))["fingerprint"])
+
+
+def test_tasks_that_start_together_cut_the_text_once(tmp_path, tiny_encoder):
+    path = write_config(tmp_path, tiny_encoder)
+    (tmp_path / "text.txt").write_text("\n".join(sentences(20_000)) + "\n")
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    tasks = [context.Process(target=_prepare, args=(path, results)) for _ in range(4)]
+    for task in tasks:
+        task.start()
+    found = {results.get(timeout=60) for _ in tasks}
+    for task in tasks:
+        task.join()
+    assert len(found) == 1 and all(task.exitcode == 0 for task in tasks)
+    text = tmp_path / "runs/tiny/precompute/text"
+    assert not list(text.parent.glob("*.part"))
+
+
+def test_the_training_set_holds_no_sentence_of_the_held_out_residue_and_the_held_out_set_no_other(whole):
+    training, held_out = ShardReader(whole.run_dir / "shards"), ShardReader(whole.run_dir / "shards/held_out")
+    for reader, expected in ((training, False), (held_out, True)):
+        rows = np.arange(len(reader))
+        residues = [(text_hash(text) % 2**64) % HELD_OUT_MODULUS for text in reader.texts(rows)]
+        assert all((residue == 0) is expected for residue in residues) and residues
+        assert reader.hashes(rows).tolist() == [text_hash(text) for text in reader.texts(rows)]
+    assert len(training) + len(held_out) == 600
+
+
+def test_every_byte_is_as_it_was_written(whole):
+    assert verify_all(whole.run_dir / "shards") == [] == verify_all(whole.run_dir / "shards/held_out")
+
+
+def test_given_vectors_stay_with_their_sentences_although_rows_were_dropped(tmp_path, tiny_encoder):
+    kept = sentences(300)
+    raw = [line for text in kept for line in (text, "short", text.upper().lower(), "x" * 2000)]
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(raw), 12)).astype(np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    (tmp_path / "text.txt").write_text("\n".join(raw) + "\n")
+    teacher = f"teacher={{vectors: {tmp_path / 'v.npy'}}}"
+    config = config_of(tmp_path, tiny_encoder, teacher, f"student.init={tiny_encoder}", "shards.rows=100")
+    assert run_precompute(config, CPU, None)
+    row_of = {text: row for row, text in reversed(list(enumerate(raw)))}
+    found = 0
+    for reader in (ShardReader(config.run_dir / "shards"), ShardReader(config.run_dir / "shards/held_out")):
+        for index in range(len(reader)):
+            text, vector = reader[index]
+            given = vectors[row_of[text]]
+            assert np.allclose(vector, given / np.linalg.norm(given), atol=1e-3)
+            found += 1
+    assert found == len(kept)
+
+
+def test_a_piece_of_text_that_was_changed_is_found_and_named(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    prepare(config)
+    piece = config.run_dir / "precompute/text/000001.txt"
+    piece.write_bytes(piece.read_bytes().replace(b"model", b"nodel", 1))
+    with pytest.raises(ValueError, match=r"000001\.txt is not as it was written"):
+        run_precompute(config, CPU, None)
+
+
+def test_shards_of_two_teachers_are_never_mixed(tmp_path):
+    encoder = make_encoder(tmp_path / "encoder")
+    config = config_of(tmp_path, encoder)
+    assert not run_precompute(config, CPU, None, task=0, num_tasks=2)
+    shutil.copy(make_encoder(tmp_path / "other", seed=1) / "model.safetensors", encoder)
+    with pytest.raises(ValueError, match=r"0000\d\d\.tar: made by another teacher"):
+        run_precompute(config, CPU, None, task=1, num_tasks=2)
+    assert not (config.run_dir / "shards/manifest.json").exists()
+
+
+def test_the_same_run_again_embeds_nothing(whole, tmp_path, tiny_encoder):
+    before = {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")}
+    assert run_precompute(whole, CPU, None)
+    assert {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")} == before
