@@ -44,7 +44,7 @@ def check_model_folder(path: Path) -> None:
 
 
 def _first_module(path: Path) -> tuple[Path, bool]:
-    """Where the weights of a folder lie, and whether they are a transformer's: the first module of modules.json, or the folder."""
+    """Where a folder's weights lie (in the first module of modules.json, else in itself); whether they are a transformer's."""
     if not (path / "modules.json").is_file():
         return path, True
     try:

@@ -37,6 +37,8 @@ def main() -> int:
     task, tasks = arguments.task, arguments.tasks
     if arguments.task_of_slurm:
         task, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    if not 0 <= task < tasks:
+        raise ValueError(f"--task {task} is not one of 0 to {tasks - 1}: --tasks says how many there are")
     if not run_precompute(config, device, amp, task=task, num_tasks=tasks):
         print(f"precompute: task {task} of {tasks} has done its share; others are at work", file=sys.stderr)
     return 0

@@ -11,7 +11,7 @@ pieces.py      lines                  -> files that are complete or absent; and 
 from distill.corpus.pieces import read_piece
 from distill.corpus.prepare import prepare_text
 from distill.corpus.rows import read_rows
-from distill.corpus.sources import read_source, read_sources
+from distill.corpus.sources import read_dataset, read_source, read_sources
 from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normalise, text_hash
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "is_held_out",
     "normalise",
     "prepare_text",
+    "read_dataset",
     "read_piece",
     "read_rows",
     "read_source",

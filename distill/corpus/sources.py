@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -84,18 +84,29 @@ def _refuse_url(value: str, key: str) -> None:
 
 
 def _read_dataset(source: SourceConfig) -> Iterator[str]:
-    name, field = source.name or "", source.field or ""
+    rows = read_dataset(source.name or "", (source.field or "",), source.split, source.subset, source.revision)
+    return (text for (text,) in rows)
+
+
+def read_dataset(
+    name: str, fields: Sequence[str], split: str, subset: str | None = None, revision: str | None = None
+) -> Iterator[tuple[str, ...]]:
+    """The values of `fields`, in that order, of every row of a Hugging Face dataset, streaming; a null is an empty string.
+
+    Raises ValueError naming the dataset and, for a field that it has not, those it has.
+    """
     _refuse_url(name, "name")
     import datasets
 
-    where = f"Hugging Face dataset {name!r} (subset {source.subset}, split {source.split})"
+    where = f"Hugging Face dataset {name!r} (subset {subset}, split {split})"
     try:
-        stream = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        stream = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         batches: Iterator[dict[str, list[Any]]] = stream.iter(batch_size=1000)
         for batch in batches:
-            if field not in batch:
-                raise ValueError(f"no field {field!r}; its fields are {', '.join(sorted(batch))}")
-            for value in batch[field]:
-                yield text_of(value, f"field {field!r}")
+            for field in fields:
+                if field not in batch:
+                    raise ValueError(f"no field {field!r}; its fields are {', '.join(sorted(batch))}")
+            columns = [[text_of(value, f"field {field!r}") for value in batch[field]] for field in fields]
+            yield from zip(*columns, strict=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot read the {where}: {error}") from error

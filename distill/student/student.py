@@ -64,8 +64,10 @@ class Student(nn.Module):
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
 
     def tokenize(self, sentences: Sequence[str]) -> Tokens:
-        """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right to L, a multiple of 8 where
-        the encoder has that many positions."""
+        """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right.
+
+        L is a multiple of 8, or the encoder's last position.
+        """
         tokens = self.tokenizer(
             list(sentences),
             padding=True,

@@ -154,8 +154,7 @@ class Trainer:
         progress = self.progress
         figures = self.dev(self.recipe.student) if self.dev else {}
         value = score(figures, by_sts=self.name == "finetune") if figures else float(progress.step)
-        value = -math.inf if math.isnan(value) else value
-        better = from_rank_0(progress.best_step == 0 or value > progress.best_score, self.device)
+        better = from_rank_0(value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
             self._keep_student()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from distill.config import RunConfig, TrainConfig
-from distill.corpus import read_rows
+from distill.corpus import read_dataset, read_rows
 from distill.files import sha256_of
 from distill.sampling import GlobalOrder, permutation
 from distill.shards import ShardReader
@@ -152,7 +152,10 @@ def load_triplets(config: RunConfig, reader: ShardReader, directory: Path) -> Tr
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     finetune = config.finetune
     if finetune.triplets or finetune.dataset:
-        given = read_rows(finetune.triplets or "", finetune.fields)
+        if finetune.triplets:
+            given = read_rows(finetune.triplets, finetune.fields)
+        else:
+            given = read_dataset(finetune.dataset or "", finetune.fields, finetune.split)
         sentences = [(anchor, positive, negative) for anchor, positive, negative in given]
         return Triplets(sentences, np.zeros((len(sentences), 0), dtype=np.float16))
     path = directory / "triplets.npy"

@@ -15,7 +15,6 @@ from distill.export.sentence_transformers import export_student, layer_weights
 from distill.student import Student
 from distill.student.encoder import build_encoder
 
-
 TEXTS = [*sentences(20), "the model reads a tensor from a queue of keys and writes it to a shard " * 4]
 
 

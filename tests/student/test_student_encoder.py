@@ -1,4 +1,4 @@
-"""Where a student begins: chosen layers in their order, new weights by the seed alone, nothing random that was not asked for."""
+"""Where a student begins: chosen layers in their order, new weights by the seed alone, nothing else random."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import sentences
-from safetensors.torch import load_file, save_file
 from encoders import FAMILIES, POSITIONS, make_family, save_family
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from distill.config import StudentConfig

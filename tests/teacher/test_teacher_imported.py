@@ -49,7 +49,7 @@ def test_another_column_is_named(tmp_path):
     path = write_parquet(tmp_path / "v.parquet", VECTORS.tolist())
     with pytest.raises(ValueError, match=r"no column vector; it has text, embedding: set teacher\.vectors_field"):
         imported(path, vectors_field="vector")
-    with pytest.raises(ValueError, match="column text .* holds string, not lists of floats"):
+    with pytest.raises(ValueError, match=r"column text .* holds string, not lists of floats"):
         imported(path, vectors_field="text")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -74,8 +75,6 @@ def saved(request, tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    import shutil
-
     shutil.copytree(saved[0], tmp_path / "checkpoints")
     return tmp_path / "checkpoints", saved[1], saved[2]
 

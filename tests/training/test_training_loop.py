@@ -6,8 +6,8 @@ import math
 import os
 import threading
 import time
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_config
@@ -29,9 +29,11 @@ def test_the_rate_rises_to_its_peak_once_and_falls_to_nothing(num_steps, warmup)
     rates = [learning_rate(step, num_steps, train) for step in range(num_steps)]
     peak = math.ceil(warmup * num_steps) - 1
     assert 0 < rates[0] <= 0.5 and rates[peak] == pytest.approx(0.5)
-    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
-    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
-    assert min(rates) > 0 and learning_rate(num_steps, num_steps, train) == pytest.approx(0)
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
+    assert min(rates) > 0
+    if peak + 1 < num_steps:
+        assert learning_rate(num_steps, num_steps, train) == pytest.approx(0)
 
 
 def test_without_warmup_the_first_step_has_the_whole_rate_and_the_middle_half():
@@ -135,23 +137,3 @@ def test_a_stage_that_stopped_early_and_was_killed_before_it_said_so_ends_where_
     (again,) = on_ranks(1, train_stage, embedded, *overrides)
     assert again == results
     assert read_json(run / "patient/ckd/DONE.json")["results"]["steps"] == 6
-
-
-def test_the_best_student_is_kept_even_if_no_score_is_a_number(embedded):
-    """A student that gives one vector for everything has no rank correlation; the stage must still end with a student."""
-    from safetensors.torch import load_file, save_file
-
-    run = embedded.parent / "runs"
-    (run / "constant").mkdir()
-    (run / "constant/shards").symlink_to(run / "tiny/shards")
-    encoder = embedded.parent / "constant_encoder"
-    import shutil
-
-    shutil.copytree(load_config(embedded).teacher.model, encoder)
-    weights = {name: torch.zeros_like(value) for name, value in load_file(encoder / "model.safetensors").items()}
-    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
-    overrides = ["name=constant", f"student.init={encoder}", "ckd.lr=1e-30", "ckd.max_steps=2", "ckd.dev_every=1"]
-    (results,) = on_ranks(1, train_stage, embedded, *overrides)
-    assert results["best_step"] >= 1
-    assert (run / "constant/ckd/student/student.json").exists()
-    assert np.isfinite(load_file(run / "constant/ckd/student/model.safetensors")["embeddings.LayerNorm.weight"]).all()
