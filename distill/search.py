@@ -60,7 +60,7 @@ class Index:
 def open_indices(config: RunConfig) -> tuple[Index, Index]:
     """The student's and the teacher's index over the same sentences. Raises ValueError if the run has none yet."""
     path = config.run_dir / "evaluate" / "index.npy"
-    if not path.is_file():
+    if not (path.with_name("DONE.json").is_file() and path.is_file()):
         raise ValueError(f"nothing to search in {config.run_dir}: no {path}; run the pipeline to its evaluate stage first")
     reader = ShardReader(config.run_dir / "shards")
     compact = np.load(path, allow_pickle=False)

@@ -20,7 +20,7 @@ from typing import Any
 from distill.config import RunConfig, dump_config
 from distill.files import publish, sha256_of, write_json
 
-COSMETIC = frozenset({"log_every", "keep", "save_every", "micro_batch", "tile", "tasks"})
+COSMETIC = frozenset({"log_every", "keep", "save_every", "micro_batch", "tile", "tasks", "nested"})
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     elif name == "export":
         inputs |= {stage: fingerprint_of(run_dir / stage) for stage in trained_stages(config)}
     elif name == "evaluate":
-        parts |= {"evaluate": config.evaluate, "search": config.search}
+        parts |= {"evaluate": config.evaluate, "search": config.search, "sizes": config.hpd.nested}
         inputs |= {"export": fingerprint_of(run_dir / "export"), "shards": _digest(run_dir / "shards" / "manifest.json")}
     else:
         raise ValueError(f"no stage is called {name}")

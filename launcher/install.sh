@@ -45,7 +45,7 @@ PY
   if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv ${own_torch:+--system-site-packages} "$venv"
   fi
-  local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  local pip=("$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
   # shellcheck disable=SC2206  # words are meant to be split
   pip+=(${DISTILL_PIP_ARGS:-})
   if [ -n "$own_torch" ]; then

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import command
 
+SRUN = ("srun", "--kill-on-bad-exit=1")  # a rank that fails leaves no other waiting
 LAUNCHER = Path(__file__).resolve().parent
 
 
@@ -58,8 +59,9 @@ def run_stage(config: command.RunConfig, name: str) -> int:
         return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], threads=cores)
     train = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
     if arguments.srun:
-        return run_all([["srun", sys.executable, *train]], threads=1)
-    ranks = config.engine.num_ranks or num_gpus() or 2
+        return run_all([[*SRUN, sys.executable, *train]], threads=1)
+    gpus = num_gpus()
+    ranks = min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     ports = ["--master_port", str(free_port())]
     return run_all([[deepspeed, "--num_gpus", str(ranks), *ports, "--quiet", *train]], threads=max(1, cores // ranks))
@@ -71,7 +73,7 @@ def precompute(same: list[str], tasks: int, cores: int) -> int:
     if code := run_all([[*script, "--text-only"]], threads=1):
         return code
     if arguments.srun:
-        return run_all([["srun", *script, "--task-of-slurm"]], threads=1)
+        return run_all([[*SRUN, *script, "--task-of-slurm"]], threads=1)
     shares = [[*script, "--task", str(task), "--tasks", str(tasks)] for task in range(tasks)]
     return run_all(shares, threads=max(1, cores // tasks))
 

@@ -32,13 +32,14 @@ def main() -> int:
         prepare(config)
         return 0
     command.quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    amp = autocast_dtype(config.teacher.precision, device)
     task, tasks = arguments.task, arguments.tasks
     if arguments.task_of_slurm:
         task, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     if not 0 <= task < tasks:
         raise ValueError(f"--task {task} is not one of 0 to {tasks - 1}: --tasks says how many there are")
+    gpu = int(os.environ.get("SLURM_LOCALID", task)) % max(1, torch.cuda.device_count())
+    device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
+    amp = autocast_dtype(config.teacher.precision, device)
     if not run_precompute(config, device, amp, task=task, num_tasks=tasks):
         print(f"precompute: task {task} of {tasks} has done its share; others are at work", file=sys.stderr)
     return 0

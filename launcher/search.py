@@ -29,11 +29,12 @@ def main() -> int:
     import torch
 
     from distill.evaluation.encode import Encoder, encoder_of
-    from distill.stages import trained_stages
+    from distill.stages import read_json
     from distill.teacher.encoder import load_teacher
 
     command.quiet_libraries()
-    student = encoder_of(config.run_dir / "export" / trained_stages(config)[-1], device="cpu")
+    done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
+    student = encoder_of(config.run_dir / "export" / done["results"]["index"], device="cpu")
     teacher = Encoder(load_teacher(config.teacher, torch.device("cpu"))) if config.teacher.model else None
     titles = (
         f"student, {student.dim} dimensions, {student.params / 1e6:.1f}M parameters",

@@ -11,9 +11,13 @@ On a machine without GPUs, `deepspeed --num_gpus N` starts N ranks on its proces
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import command
 
@@ -40,22 +44,33 @@ def main() -> int:
     if rank == 0:
         open_run(config)
     stage = stage_of(config, config.stage)
-    reason = stage.reason_to_run()
-    if reason is None:
-        if rank == 0:
-            print(f"{stage.name}: done already ({stage.directory})")
-        return 0
-    if rank == 0:
-        print(f"{stage.name}: {reason}", file=sys.stderr, flush=True)
     command.quiet_libraries()
     device = start_process_group(config.engine.timeout)
+    import torch.distributed
+
+    from distill.training.distributed import from_rank_0
     from distill.training.stage import run_stage
 
-    run_stage(config, config.stage, device)
-    import torch.distributed
+    reason = from_rank_0(stage.reason_to_run(), device)
+    if rank == 0:
+        print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
+    if reason is not None:
+        with only_one(config.run_dir / f".{stage.name}.lock") if rank == 0 else nullcontext():
+            run_stage(config, config.stage, device)
 
     torch.distributed.destroy_process_group()
     return 0
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Holds a lock as long as this process lives. Raises ValueError if another process trains here."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is training this stage; wait for it, or end it") from None
+        yield
 
 
 def start_process_group(timeout: float):

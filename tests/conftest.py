@@ -54,6 +54,7 @@ def make_encoder(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 
         num_attention_heads=4,
         intermediate_size=2 * width,
         max_position_embeddings=64,
+        initializer_range=0.2,  # at BERT's own 0.02, random layers do next to nothing
     )
     BertModel(config).save_pretrained(folder)
     return folder

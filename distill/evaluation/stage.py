@@ -43,17 +43,17 @@ def evaluate_run(config: RunConfig) -> str:
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
         results |= _measure(config, name, encoder, held_out, speed_sentences)
-    build_index(config, reader, models[-1][1], stage.directory)
+    if trained_stages(config):
+        build_index(config, reader, models[-1][1], stage.directory)
     write_json(stage.directory / "results.json", results)
     text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
-    assert text is not None
     for name in trained_stages(config):
         with publish(config.run_dir / "export" / name / "README.md") as file:
             file.write(model_card(config, name, text, results[name]).encode())
     printed = table([{"model": name, **row} for name, row in results.items()])
     with publish(stage.directory / "table.txt") as file:
         file.write(printed.encode() + b"\n")
-    stage.finish({"models": list(results)}, fingerprint(results))
+    stage.finish({"models": list(results), "index": models[-1][0]}, fingerprint(results))
     return printed
 
 

@@ -9,10 +9,11 @@ from distill.config import RunConfig
 NAMES = {"ckd": "contrastive knowledge distillation", "finetune": "contrastive fine-tuning", "hpd": "projective distillation"}
 
 
-def model_card(config: RunConfig, stage: str, text: dict[str, Any], results: dict[str, Any] | None) -> str:
+def model_card(config: RunConfig, stage: str, text: dict[str, Any] | None, results: dict[str, Any] | None) -> str:
     """README.md of runs/NAME/export/STAGE. text: the corpus manifest; results: of results.json."""
     teacher = config.teacher.model or config.teacher.vectors
-    counts, sources = text["counts"], ", ".join(source.name or source.path or source.type for source in config.text.sources)
+    counts = (text or {}).get("counts", {})
+    sources = ", ".join(source.name or source.path or source.type for source in config.text.sources)
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -22,7 +23,7 @@ def model_card(config: RunConfig, stage: str, text: dict[str, Any], results: dic
         "---",
         f"# {config.name}, after {NAMES[stage]}",
         "",
-        f"A student of `{teacher}`, trained by [distill] on {counts['kept']:,} sentences from {sources}.",
+        f"A student of `{teacher}`, trained by distill on {counts.get('kept', 0):,} sentences from {sources}.",
         "Its weights descend from its teacher's and its text's: their licences apply.",
         "",
         "```python",

@@ -19,7 +19,6 @@ def export_run(config: RunConfig) -> dict[str, str]:
         if not found:
             raise ValueError(f"export needs {config.run_dir / name}, which is not finished: run that stage first")
     text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
-    assert text is not None
     reader = ShardReader(config.run_dir / "shards")
     check_on = reader.texts(list(range(min(NUM_CHECKED, len(reader)))))
     stage.begin()

@@ -50,7 +50,7 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
             f" it, use another name=, or delete {stage.directory} and {config.run_dir / 'shards'}"
         )
     if changes or begun is None:
-        shutil.rmtree(stage.directory, ignore_errors=True)
+        (stage.directory / "BEGUN.json").unlink(missing_ok=True)  # so that begin() clears the rest at once
         stage.begin()
     text = stage.directory / "text"
     if not (text / "manifest.json").exists():

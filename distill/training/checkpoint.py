@@ -45,7 +45,8 @@ class Checkpoints:
             for path in files:
                 flush(path)
             checksums = {str(path.relative_to(part)): sha256_of(path) for path in files}
-            write_json(part / "COMPLETE.json", {"step": step, "world_size": world_size(), "files": checksums})
+            described = {"step": step, "world_size": world_size(), "zero": _layout(engine), "files": checksums}
+            write_json(part / "COMPLETE.json", described)
             final = self.directory / f"step-{step:08d}"
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
@@ -57,7 +58,7 @@ class Checkpoints:
     def load(self, engine: Any) -> dict[str, Any] | None:
         """Restores the newest checkpoint whose checksums hold and returns its `state`; None if there is none.
 
-        Raises ValueError if it was taken at another world size.
+        Raises ValueError if it was taken at another world size, or with a ZeRO stage that stores it in another way.
         """
         name = from_rank_0(self._newest_sound() if rank() == 0 else None, self.device)
         if name is None:
@@ -68,6 +69,11 @@ class Checkpoints:
             raise ValueError(
                 f"{folder} was taken with {described['world_size']} ranks and this run has {world_size()}:"
                 f" start it with {described['world_size']}, or delete {self.directory} to begin the stage again"
+            )
+        if described["zero"] != _layout(engine):
+            raise ValueError(
+                f"{folder} was taken with ZeRO {described['zero']} and engine.deepspeed is of ZeRO {_layout(engine)}:"
+                f" put it back, or delete {self.directory} to begin the stage again"
             )
         path, state = engine.load_checkpoint(str(folder), tag=TAG)
         assert path is not None
@@ -88,6 +94,11 @@ class Checkpoints:
                 return folder.name
             print(f"{folder} does not match its checksums and is passed over", file=sys.stderr, flush=True)
         return None
+
+
+def _layout(engine: Any) -> str:
+    """ZeRO stages that read each other's checkpoints."""
+    return {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[engine.zero_optimization_stage()]
 
 
 def _is_sound(folder: Path) -> bool:

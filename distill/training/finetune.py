@@ -17,7 +17,7 @@ from distill.sampling import CHUNK_ROWS, GlobalOrder, dealt_order
 from distill.student import Student
 from distill.training.batches import MicroBatch, Tokenize, Tokens
 from distill.training.ckd import Temperature
-from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank
+from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank, world_size
 from distill.training.recipe import Task
 
 
@@ -114,8 +114,10 @@ class FinetuneRecipe:
         return [MicroBatch(tokens, torch.from_numpy(self._part), torch.from_numpy(self.triplets.vectors[rows]), hashes)]
 
     def _chunks(self, sentences: list[str]) -> list[Tokens]:
-        """Triplets are dealt by their length in all, so neighbours are alike enough; every rank cuts alike."""
-        return [self.tokenize(sentences[start : start + CHUNK_ROWS]) for start in range(0, len(self._part), CHUNK_ROWS)]
+        """Triplets are dealt by their length in all, so neighbours are alike enough. Every rank makes as many chunks."""
+        smallest_share = self.order.global_batch // world_size()
+        cuts = np.array_split(np.arange(len(sentences)), max(1, smallest_share // CHUNK_ROWS))
+        return [self.tokenize([sentences[row] for row in rows]) for rows in cuts]
 
     def restore(self, step: int) -> None:
         pass

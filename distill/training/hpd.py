@@ -41,7 +41,8 @@ class HpdTask(Task):
         self.student = student
         self.components = components
         self.amp = amp
-        student.encoder.requires_grad_(not freeze_encoder)
+        if freeze_encoder:
+            student.encoder.requires_grad_(False)
 
     def forward(self, micro: MicroBatch, shared: None) -> tuple[Tensor, dict[str, Tensor]]:
         compact_bd = self.embed(micro)

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from distill.config import TrainConfig
+from distill.files import flush
 from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
 from distill.training.dev import Dev, score
@@ -64,6 +65,7 @@ class Trainer:
         self.device = device
         self.num_steps = self._num_steps()
         self.progress = Progress()
+        self._mend_student()
         restored = checkpoints.load(engine)
         if restored is not None:
             self.progress = Progress(**restored)
@@ -176,6 +178,21 @@ class Trainer:
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             extra = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
             self.recipe.student.save(part, own, extra)
-            shutil.rmtree(self.student_dir, ignore_errors=True)
+            for path in part.rglob("*"):
+                flush(path)
+            old = self.student_dir.with_suffix(".old")
+            if self.student_dir.exists():
+                self.student_dir.rename(old)
             part.rename(self.student_dir)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+    def _mend_student(self) -> None:
+        """A kill between the two renames of `_keep_student` leaves the student before under its other name."""
+        old = self.student_dir.with_suffix(".old")
+        if rank() == 0 and old.exists():
+            if self.student_dir.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(self.student_dir)
         barrier()

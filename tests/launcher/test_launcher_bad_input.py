@@ -91,7 +91,7 @@ def test_an_unfinished_stage_of_another_config(run, tmp_path):
     config, directory = run
     kill_group_when(
         command("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99"),
-        lambda: any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")),
+        lambda: any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")),
     )
     refused(launch("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99", "ckd.lr=0.1"), "ckd.lr: 0.001 -> 0.1")
 
@@ -146,7 +146,7 @@ def test_ctrl_c_in_training_and_a_later_run_continues(run):
     started = ["--config", config, "stages=[ckd]", "ckd.max_steps=60", "ckd.epochs=99"]
     printed = kill_group_when(
         command("pipeline.py", *started),
-        lambda: any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")),
+        lambda: any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")),
         signum=signal.SIGINT,
     )
     assert "goes on from here" in printed and not (directory / "ckd/DONE.json").exists()
@@ -194,7 +194,7 @@ def test_one_rank_failing_ends_the_other_within_seconds(run):
         env=environment(),
         start_new_session=True,
     )
-    while not any((directory / "ckd/checkpoints").glob("step-*/COMPLETE.json")):
+    while not any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")):
         assert process.poll() is None
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{config}"], capture_output=True, text=True).stdout.split()

@@ -130,6 +130,15 @@ def test_a_checkpoint_that_was_being_written_is_not_one(copy):
     assert state["step"] == 4
 
 
+def test_another_zero_stage_is_named_unless_it_stores_the_same(copy):
+    directory, stage, weights = copy
+    with pytest.raises(AssertionError, match=r"was taken with ZeRO .* and engine\.deepspeed is of ZeRO 3: put it back"):
+        on_ranks(1, resume, directory, 3)
+    if stage == 2:
+        ((state, found),) = on_ranks(1, resume, directory, 1)
+        assert state["step"] == 6 and found == weights[8]
+
+
 def test_another_world_size_is_named_with_both_remedies(copy):
     directory, stage, _ = copy
     path = directory / "step-00000006/COMPLETE.json"
