@@ -79,12 +79,6 @@ class Checkpoints:
         assert path is not None
         return state["training"]
 
-    def any(self) -> bool:
-        return bool(self._complete())
-
-    def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _complete(self) -> list[Path]:
         return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".part" and (p / "COMPLETE.json").is_file())
 

@@ -18,10 +18,6 @@ class Metrics:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def text(self, name: str, text: str) -> None:
-        if self._writer is not None:
-            self._writer.add_text(name, text, 0)
-
     def flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
