@@ -220,7 +220,7 @@ class EngineConfig(Section):
 
 
 class EvaluateConfig(Section):
-    sts: Path | None = Field(None, description="a folder with sts12_test.tsv.gz ...; null evaluates fidelity alone")
+    sts: str | None = Field(None, description="a folder with sts12_test.tsv.gz ...; hub; null evaluates fidelity alone")
     num_held_out: int = Field(2000, gt=2, description="held-out sentences that fidelity is measured on")
     dev_sentences: int = Field(1000, gt=2, description="held-out sentences of a dev evaluation in training")
     batch_size: int = Field(64, gt=0)

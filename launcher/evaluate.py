@@ -21,7 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", metavar="DIR_OR_NAME", help="a folder, package:NAME/FOLDER or a hub name")
     what.add_argument("--config", help="a run's YAML: its teacher and exported students, into runs/NAME/evaluate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: any key of it")
-    parser.add_argument("--sts", type=Path, metavar="DIR", help="a folder with sts12_test.tsv.gz, ..., stsb_test.tsv.gz")
+    parser.add_argument("--sts", metavar="DIR", help="a folder with sts12_test.tsv.gz, ..., sickr_test.tsv.gz; or hub")
     parser.add_argument(
         "--retrieval",
         type=Path,
@@ -71,10 +71,9 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from distill.evaluation.encode import encoder_of
     from distill.evaluation.retrieval import retrieval_files, retrieval_scores
-    from distill.evaluation.sts import sts_files, sts_scores
+    from distill.evaluation.sts import read_sets, sts_scores
 
-    if args.sts is not None:
-        sts_files(args.sts)
+    sts = {} if args.sts is None else read_sets(args.sts)
     for folder in args.retrieval:
         retrieval_files(folder)
     encoder = encoder_of(
@@ -85,8 +84,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         progress=sys.stderr.isatty(),
     )
     results: dict[str, Any] = {"dim": encoder.dim, "params": encoder.params, "bytes_per_vector": 4 * encoder.dim}
-    if args.sts is not None:
-        results |= sts_scores(encoder, args.sts, bootstrap=args.bootstrap, seed=args.seed)
+    if sts:
+        results |= sts_scores(encoder, sts, bootstrap=args.bootstrap, seed=args.seed)
     if args.retrieval:
         results["retrieval"] = {folder.resolve().name: retrieval_scores(encoder, folder) for folder in args.retrieval}
     return results

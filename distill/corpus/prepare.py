@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from distill.config import TextConfig
 from distill.corpus.fates import HELD_OUT, KEPT, RECORD, Spool, decide_fates
-from distill.corpus.pieces import PieceWriter, write_manifest
+from distill.corpus.pieces import PieceWriter
 from distill.corpus.sources import check_source, read_source
 from distill.corpus.text import normalise, text_hash
+from distill.files import write_json
 
 BLOCK_ROWS = 16_384
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def prepare_text(
         ],
         "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*pieces, held_out]).encode()).hexdigest(),
     }
-    write_manifest(out, manifest)
+    write_json(out / "manifest.json", manifest)
     return manifest
 
 

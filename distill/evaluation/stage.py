@@ -12,7 +12,7 @@ from distill.config import RunConfig
 from distill.evaluation.encode import Encoder, encoder_of, throughput
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.report import table
-from distill.evaluation.sts import sts_scores
+from distill.evaluation.sts import Pairs, read_sets, sts_scores
 from distill.export.card import model_card
 from distill.files import publish, write_json
 from distill.search import build_index
@@ -31,6 +31,7 @@ def evaluate_run(config: RunConfig) -> str:
         raise ValueError(f"evaluate needs {config.run_dir / 'export'}, which is not finished: run the export stage first")
     stage.begin()
     held_out = _held_out(config)
+    sts = read_sets(config.evaluate.sts) if config.evaluate.sts is not None else {}
     reader = ShardReader(config.run_dir / "shards")
     speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
     results: dict[str, dict[str, Any]] = {}
@@ -42,7 +43,7 @@ def evaluate_run(config: RunConfig) -> str:
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
-        results |= _measure(config, name, encoder, held_out, speed_sentences)
+        results |= _measure(config, name, encoder, held_out, sts, speed_sentences)
     if trained_stages(config):
         build_index(config, reader, models[-1][1], stage.directory)
     write_json(stage.directory / "results.json", results)
@@ -67,7 +68,12 @@ def _held_out(config: RunConfig) -> tuple[list[str], np.ndarray] | None:
 
 
 def _measure(
-    config: RunConfig, name: str, encoder: Encoder, held_out: tuple[list[str], np.ndarray] | None, speed_sentences: list[str]
+    config: RunConfig,
+    name: str,
+    encoder: Encoder,
+    held_out: tuple[list[str], np.ndarray] | None,
+    sts: dict[str, Pairs],
+    speed_sentences: list[str],
 ) -> dict[str, dict[str, Any]]:
     """The rows of one model: itself and, for HPD, its nested sizes, which are prefixes of the same vectors."""
     speed = throughput(encoder, speed_sentences)
@@ -87,7 +93,7 @@ def _measure(
         }
         if held_out is not None and vectors is not None:
             row["fidelity"] = fidelity(vectors[:, :size], held_out[1]) | {"sentences": len(vectors)}
-        if config.evaluate.sts is not None:
-            row |= sts_scores(truncated, config.evaluate.sts)
+        if sts:
+            row |= sts_scores(truncated, sts)
         rows[name if size == encoder.dim else f"{name}-{size}"] = row
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,48 @@ from distill.evaluation.rank import bootstrap_spearman, spearman
 PAIRS = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICKR": 4927}
 """The sets in the usual order, each with its number of pairs that have gold."""
 
+HUB = {name: f"mteb/{name.lower()}-sts" for name in ("STS12", "STS13", "STS14", "STS15", "STS16")} | {
+    "STSB": "mteb/stsbenchmark-sts",
+    "SICKR-MTEB": "mteb/sickr-sts",
+}
+"""The sets' names on the Hugging Face hub, each with the columns sentence1, sentence2 and score. SICK-R is there only as
+MTEB measures it, on all 9,927 pairs; it goes under a name of its own and not into the average."""
+
 
 class Pairs(NamedTuple):
     first: list[str]
     second: list[str]
     gold: np.ndarray  # float64 [n]
+
+
+def read_sets(where: str | Path) -> dict[str, Pairs]:
+    """The sets of a folder, or those of the hub for "hub", in the usual order. Raises ValueError where one cannot be read."""
+    if str(where) == "hub":
+        return {name: read_hub(name, "test") for name in HUB}
+    return {name: read_pairs(path) for name, path in sts_files(where).items()}
+
+
+def read_hub(name: str, split: str) -> Pairs:
+    """The pairs with gold of a set of HUB. Raises ValueError if it cannot be fetched."""
+    import datasets
+
+    where = f"the Hugging Face dataset {HUB[name]} (split {split})"
+    try:
+        rows = datasets.load_dataset(HUB[name], split=split)
+        columns = [rows[column] for column in ("sentence1", "sentence2", "score")]
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"cannot read {where}: {error}; without a connection, name a folder of .tsv.gz files instead"
+        ) from error
+    return _pairs(zip(*columns, strict=True), where)
+
+
+def read_dev(where: str | Path) -> Pairs | None:
+    """STS-B's dev set; None if `where` is a folder without stsb_dev.tsv.gz."""
+    if str(where) == "hub":
+        return read_hub("STSB", "validation")
+    path = Path(where) / "stsb_dev.tsv.gz"
+    return read_pairs(path) if path.is_file() else None
 
 
 def sts_files(folder: str | Path) -> dict[str, Path]:
@@ -38,18 +75,18 @@ def sts_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def sts_scores(encode: Encode, folder: str | Path, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Spearman x 100 of every set in `folder`, with 95% percentile intervals from `bootstrap` resamples of the pairs.
+def sts_scores(encode: Encode, sets: dict[str, Pairs], *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Spearman x 100 of every set, with 95% percentile intervals from `bootstrap` resamples of the pairs.
 
     {"sts": {"STS12": 72.37, ..., "AVG": .., "AVG_OF": ["STS12", ..]}, "sts_ci": {"STS12": [low, high], ..., "AVG": [..]},
-     "sts_warnings": [..]}. A missing set is in none of them but the warnings; AVG is the plain mean of AVG_OF.
+     "sts_warnings": [..]}. A missing set is in none of them but the warnings; AVG is the plain mean of AVG_OF, which are
+    those of PAIRS that were measured.
     """
-    sets = {name: read_pairs(path) for name, path in sts_files(folder).items()}
-    warnings = [f"{name} is missing: no {name.lower()}_test.tsv.gz; AVG is without it" for name in PAIRS if name not in sets]
+    warnings = [f"{name} is missing: AVG is without it" for name in PAIRS if name not in sets]
     warnings += [
         f"{name} has {len(pairs.gold)} pairs, not the usual {PAIRS[name]}: not comparable with published figures"
         for name, pairs in sets.items()
-        if len(pairs.gold) != PAIRS[name]
+        if name in PAIRS and len(pairs.gold) != PAIRS[name]
     ]
     scores: dict[str, Any] = {}
     resampled = {}
@@ -57,32 +94,33 @@ def sts_scores(encode: Encode, folder: str | Path, *, bootstrap: int = 1000, see
         gold = sets[name].gold
         scores[name] = 100 * spearman(cosine, gold)
         # the resamples of a set depend on nothing else, so two models are measured on the same ones
-        rng = np.random.default_rng([seed, list(PAIRS).index(name)])
+        rng = np.random.default_rng([seed, [*PAIRS, *HUB].index(name)])
         resampled[name] = 100 * bootstrap_spearman(cosine, gold, bootstrap, rng)
-    resampled["AVG"] = np.mean(list(resampled.values()), axis=0)
+    averaged = [name for name in scores if name in PAIRS]
+    resampled["AVG"] = np.mean([resampled[name] for name in averaged], axis=0)
     intervals = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items() if bootstrap}
-    average = {"AVG": float(np.mean(list(scores.values()))), "AVG_OF": list(scores)}
+    average = {"AVG": float(np.mean([scores[name] for name in averaged])), "AVG_OF": averaged}
     return {"sts": scores | average, "sts_ci": intervals, "sts_warnings": warnings}
 
 
-def dev_score(encode: Encode, folder: str | Path) -> float:
-    """Spearman x 100 on stsb_dev.tsv.gz of `folder`."""
-    path = Path(folder) / "stsb_dev.tsv.gz"
-    if not path.is_file():
-        raise ValueError(f"no STS-B dev set: there is no {path}")
-    pairs = read_pairs(path)
+def dev_score(encode: Encode, pairs: Pairs) -> float:
+    """Spearman x 100 on one set."""
     return 100 * spearman(_cosines(encode, {"dev": pairs})["dev"], pairs.gold)
 
 
 def read_pairs(path: Path) -> Pairs:
     """The pairs with gold of a gzipped TSV with the columns score, sentence1 and sentence2 (others are ignored)."""
     try:
-        rows = list(_rows(path))
+        return _pairs(_rows(path), path)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if len(rows) < 2:
-        raise ValueError(f"{path} has {len(rows)} pairs with a gold score; a correlation needs 2 or more")
-    first, second, gold = zip(*rows, strict=True)
+
+
+def _pairs(rows: Iterable[tuple[str, str, float | None]], where: str | Path) -> Pairs:
+    scored = [row for row in rows if row[2] is not None and math.isfinite(row[2])]
+    if len(scored) < 2:
+        raise ValueError(f"{where} has {len(scored)} pairs with a gold score; a correlation needs 2 or more")
+    first, second, gold = zip(*scored, strict=True)
     return Pairs(list(first), list(second), np.array(gold))
 
 
@@ -99,11 +137,9 @@ def _rows(path: Path) -> Iterator[tuple[str, str, float]]:
             if not row["score"].strip():
                 continue
             try:
-                score = float(row["score"])
+                yield row["sentence1"], row["sentence2"], float(row["score"])
             except ValueError:
                 raise ValueError(f"{where}: the score {row['score']!r} is not a number") from None
-            if math.isfinite(score):
-                yield row["sentence1"], row["sentence2"], score
 
 
 def _cosines(encode: Encode, sets: dict[str, Pairs]) -> dict[str, np.ndarray]:

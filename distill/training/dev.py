@@ -6,13 +6,13 @@ All ranks encode their share with the same number of batches, since under ZeRO-3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from distill.evaluation import dev_score, fidelity
+from distill.evaluation.sts import Pairs
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.training.distributed import gather_dealt_rows, rank, world_size
@@ -31,14 +31,14 @@ def split_held_out(num_held_out: int, wanted_test: int, wanted_dev: int) -> tupl
 
 
 class Dev:
-    """The dev evaluation of one stage. held_out: the shard set of held-out sentences, or None."""
+    """The dev evaluation of one stage. held_out: the shard set of held-out sentences; sts: STS-B's dev set, or None."""
 
     def __init__(
-        self, held_out: ShardReader, rows: np.ndarray, sts: Path | None, *, batch_size: int, amp: torch.dtype | None
+        self, held_out: ShardReader, rows: np.ndarray, sts: Pairs | None, *, batch_size: int, amp: torch.dtype | None
     ) -> None:
         self.sentences = held_out.texts(rows)
         self.teacher = held_out.vectors(rows).astype(np.float32)
-        self.sts = sts if sts is not None and (sts / "stsb_dev.tsv.gz").is_file() else None
+        self.sts = sts
         self.batch_size = batch_size
         self.amp = amp
 

@@ -10,6 +10,7 @@ import torch
 
 from distill.config import RunConfig, TrainConfig
 from distill.corpus import read_dataset, read_rows
+from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.sampling import GlobalOrder, permutation
 from distill.shards import ShardReader
@@ -176,4 +177,5 @@ def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:
     _, rows = split_held_out(len(held_out), config.evaluate.num_held_out, config.evaluate.dev_sentences)
     if len(rows) < 3:
         return None
-    return Dev(held_out, rows, config.evaluate.sts, batch_size=config.evaluate.batch_size, amp=amp)
+    sts = None if config.evaluate.sts is None else read_dev(config.evaluate.sts)
+    return Dev(held_out, rows, sts, batch_size=config.evaluate.batch_size, amp=amp)

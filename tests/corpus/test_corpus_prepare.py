@@ -182,7 +182,6 @@ def test_what_an_earlier_attempt_left_is_not_read(tmp_path):
     prepare(config, tmp_path / "fresh")
     (tmp_path / "again/spool.part").mkdir(parents=True)
     (tmp_path / "again/spool.part/bucket.000").write_bytes(b"x" * 1600)
-    (tmp_path / "again/000000.txt.part").write_bytes(b"half a")
     prepare(config, tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "fresh")
 

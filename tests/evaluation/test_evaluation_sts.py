@@ -1,5 +1,6 @@
 import gzip
 import importlib.util
+import json
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from distill.evaluation import dev_score, encoder_of, sts_scores
-from distill.evaluation.sts import PAIRS, read_pairs
+from distill.evaluation.sts import HUB, PAIRS, read_dev, read_pairs, read_sets
 
 KNOWN = {"STS12": 72.37, "STS13": 80.60, "STS14": 75.60, "STS15": 85.39, "STSB": 82.03}
 
@@ -36,7 +37,7 @@ def test_a_score_is_scipys_spearman_of_cosines_over_all_subsets_together(tmp_pat
     first, second = encode([row[2] for row in rows]), encode([row[3] for row in rows])
     cosine = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     expected = 100 * spearmanr(cosine.round(6), [float(row[1]) for row in rows]).statistic
-    results = sts_scores(encode, tmp_path, bootstrap=200)
+    results = sts_scores(encode, read_sets(tmp_path), bootstrap=200)
     assert results["sts"].pop("AVG_OF") == ["STS13"]
     assert results["sts"] == pytest.approx({"STS13": expected, "AVG": expected})
     low, high = results["sts_ci"]["STS13"]
@@ -46,7 +47,7 @@ def test_a_score_is_scipys_spearman_of_cosines_over_all_subsets_together(tmp_pat
 def test_a_missing_set_is_said_and_not_averaged(tmp_path):
     write(tmp_path / "sts12_test.tsv.gz", pairs_of(30))
     write(tmp_path / "stsb_test.tsv.gz", pairs_of(30, seed=1))
-    results = sts_scores(encode, tmp_path, bootstrap=10)
+    results = sts_scores(encode, read_sets(tmp_path), bootstrap=10)
     scores = results["sts"]
     assert list(scores) == ["STS12", "STSB", "AVG", "AVG_OF"]
     assert scores["AVG"] == pytest.approx((scores["STS12"] + scores["STSB"]) / 2)
@@ -57,15 +58,18 @@ def test_a_missing_set_is_said_and_not_averaged(tmp_path):
 
 def test_an_unusual_number_of_pairs_is_said(tmp_path):
     write(tmp_path / "sts12_test.tsv.gz", pairs_of(30))
-    assert any("STS12 has 30 pairs, not the usual 3108" in warning for warning in sts_scores(encode, tmp_path)["sts_warnings"])
+    assert any(
+        "STS12 has 30 pairs, not the usual 3108" in warning
+        for warning in sts_scores(encode, read_sets(tmp_path))["sts_warnings"]
+    )
 
 
 def test_intervals_repeat_and_do_not_depend_on_the_other_sets(tmp_path):
     write(tmp_path / "stsb_test.tsv.gz", pairs_of(30))
-    alone = sts_scores(encode, tmp_path, bootstrap=50)["sts_ci"]["STSB"]
+    alone = sts_scores(encode, read_sets(tmp_path), bootstrap=50)["sts_ci"]["STSB"]
     write(tmp_path / "sts12_test.tsv.gz", pairs_of(30, seed=1))
-    assert sts_scores(encode, tmp_path, bootstrap=50)["sts_ci"]["STSB"] == alone
-    assert sts_scores(encode, tmp_path, bootstrap=50, seed=1)["sts_ci"]["STSB"] != alone
+    assert sts_scores(encode, read_sets(tmp_path), bootstrap=50)["sts_ci"]["STSB"] == alone
+    assert sts_scores(encode, read_sets(tmp_path), bootstrap=50, seed=1)["sts_ci"]["STSB"] != alone
 
 
 def test_pairs_with_no_gold_are_dropped_and_quotes_are_text(tmp_path):
@@ -80,15 +84,16 @@ def test_pairs_with_no_gold_are_dropped_and_quotes_are_text(tmp_path):
 def test_identical_sentences_tie_whatever_their_vectors_round_to(tmp_path):
     texts = ["".join(np.random.default_rng(i).choice(list("abcdefgh"), size=9)) for i in range(40)]
     write(tmp_path / "stsb_test.tsv.gz", [("x", str(i), text, text) for i, text in enumerate(texts)])
-    assert sts_scores(encode, tmp_path, bootstrap=2)["sts"]["STSB"] == 0
+    assert sts_scores(encode, read_sets(tmp_path), bootstrap=2)["sts"]["STSB"] == 0
 
 
 def test_dev_score_reads_the_dev_set(tmp_path):
-    with pytest.raises(ValueError, match=r"no .*stsb_dev\.tsv\.gz"):
-        dev_score(encode, tmp_path)
+    assert read_dev(tmp_path) is None
     write(tmp_path / "stsb_dev.tsv.gz", pairs_of(30))
     write(tmp_path / "stsb_test.tsv.gz", pairs_of(30))
-    assert dev_score(encode, tmp_path) == pytest.approx(sts_scores(encode, tmp_path)["sts"]["STSB"])
+    pairs = read_dev(tmp_path)
+    assert pairs is not None
+    assert dev_score(encode, pairs) == pytest.approx(sts_scores(encode, read_sets(tmp_path))["sts"]["STSB"])
 
 
 @pytest.mark.parametrize(
@@ -103,25 +108,46 @@ def test_dev_score_reads_the_dev_set(tmp_path):
 def test_a_malformed_set_is_refused_by_file_and_line(tmp_path, rows, header, message):
     write(tmp_path / "sts12_test.tsv.gz", rows, header)
     with pytest.raises(ValueError, match=message) as error:
-        sts_scores(encode, tmp_path)
+        sts_scores(encode, read_sets(tmp_path))
     assert "sts12_test.tsv.gz" in str(error.value)
 
 
 def test_a_folder_without_sets_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none of sts12_test\.tsv\.gz"):
-        sts_scores(encode, tmp_path)
+        sts_scores(encode, read_sets(tmp_path))
     with pytest.raises(ValueError, match="no such folder"):
-        sts_scores(encode, tmp_path / "nowhere")
+        read_sets(tmp_path / "nowhere")
 
 
 def test_the_bootstrap_of_all_sets_takes_seconds(tmp_path):
     for name, count in PAIRS.items():
         write(tmp_path / f"{name.lower()}_test.tsv.gz", pairs_of(count))
     start = time.process_time()
-    results = sts_scores(encode, tmp_path)
+    results = sts_scores(encode, read_sets(tmp_path))
     assert time.process_time() - start < 30  # about 3 s when the machine is idle
     assert results["sts_warnings"] == []
     assert results["sts"]["AVG_OF"] == list(PAIRS)
+
+
+def test_sets_of_the_hub_are_read_by_name_and_mtebs_sickr_is_not_averaged(tmp_path, monkeypatch):
+    rows = [(float(score), first, second) for _, score, first, second in pairs_of(30)]
+    for name in HUB:
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("test", "validation"):
+            lines = [json.dumps({"score": score, "sentence1": first, "sentence2": second}) for score, first, second in rows]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        monkeypatch.setitem(HUB, name, str(folder))
+    sets = read_sets("hub")
+    assert list(sets) == ["STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICKR-MTEB"]
+    assert sets["STS12"].gold.tolist() == [row[0] for row in rows]
+    results = sts_scores(encode, sets, bootstrap=5)
+    assert results["sts"]["AVG_OF"] == ["STS12", "STS13", "STS14", "STS15", "STS16", "STSB"]
+    assert results["sts"]["SICKR-MTEB"] == pytest.approx(results["sts"]["STSB"])
+    assert read_dev("hub") is not None
+    monkeypatch.setitem(HUB, "STS12", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"nowhere .*name a folder"):
+        read_sets("hub")
 
 
 def minilm() -> str:
@@ -140,6 +166,6 @@ def test_minilm_gives_its_public_figures_to_two_decimals(tmp_path, names):
         pytest.skip("DISTILL_DATA is unset: no STS sets")
     for name in names:
         (tmp_path / f"{name.lower()}_test.tsv.gz").symlink_to(Path(data) / "sts" / f"{name.lower()}_test.tsv.gz")
-    results = sts_scores(encoder_of(minilm(), device="cpu"), tmp_path, bootstrap=0)
+    results = sts_scores(encoder_of(minilm(), device="cpu"), read_sets(tmp_path), bootstrap=0)
     assert {name: round(results["sts"][name], 2) for name in names} == {name: KNOWN[name] for name in names}
     assert not any("pairs, not the usual" in warning for warning in results["sts_warnings"])
