@@ -66,29 +66,63 @@ class TextConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
+class ModelConfig(Section):
+    """One encoder of the teacher."""
+
     model: str | None = Field(
         None, description="a folder, a hub name, or package:NAME/FOLDER for a model that a Python package carries"
     )
-    vectors: str | None = Field(
-        None, description="instead of a model: .npy or .parquet with a vector for each raw sentence of the text, in order"
-    )
-    vectors_field: str = Field("embedding", description="vectors in parquet: the column that holds them")
-    revision: str | None = None
+    revision: str | None = Field(None, description="a hub model's commit, tag or branch")
     pooling: Literal["cls", "pooler", "mean"] | None = Field(
         None, description="for a plain encoder, which does not say how it pools; a sentence-transformers folder does"
     )
     max_length: int | None = Field(None, gt=2, description="tokens; longer sentences are truncated")
-    prompt: str = Field("", description="put before every sentence")
+    prompt: str | None = Field(None, description="put before every sentence; null takes the model's own default, if it has one")
+    prompt_name: str | None = Field(None, description="instead: the name of one of the model's own prompts")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> ModelConfig:
+        if self.prompt is not None and self.prompt_name is not None:
+            raise ValueError("give `prompt` or `prompt_name`, not both")
+        return self
+
+
+class TeacherConfig(ModelConfig):
+    """What embeds the text: an encoder, several side by side (`concat`), or vectors that are there already."""
+
+    concat: list[ModelConfig] = Field([], description="further encoders, whose vectors are appended to the first one's")
+    vectors: str | None = Field(
+        None, description="instead of a model: .npy or .parquet with a vector for each raw sentence of the text, in order"
+    )
+    vectors_field: str = Field("embedding", description="vectors in parquet: the column that holds them")
     precision: Precision = Field("auto", description="auto: bf16 where the processor has it")
     tokens_per_batch: int = Field(8192, gt=0, description="padded tokens in one forward pass")
     tasks: int = Field(1, ge=1, description="processes that pipeline.py starts for precompute")
+    placement: Literal["device", "auto", "zero3"] = Field(
+        "device",
+        description="auto: over all GPUs, memory and disk, by accelerate; zero3: over the ranks that precompute.py runs on",
+    )
+    max_memory: dict[str, str] | None = Field(
+        None,
+        description='placement auto: what may be used, e.g. {"0": 70GiB, cpu: 100GiB}; the rest stays on disk',
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
         if (self.model is None) == (self.vectors is None):
             raise ValueError("teacher needs either `model` or `vectors`, not both and not neither")
+        if self.concat and (self.vectors is not None or any(other.model is None for other in self.concat)):
+            raise ValueError("teacher.concat needs a `model` in teacher and in each of its entries")
+        if self.placement == "zero3" and self.concat:
+            raise ValueError("teacher.placement zero3 is for one encoder; teacher.concat has several")
+        if self.max_memory is not None and self.placement != "auto":
+            raise ValueError("teacher.max_memory is for placement auto")
         return self
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """All encoders, in the order of their dimensions."""
+        return [self, *self.concat]
 
 
 class ShardsConfig(Section):

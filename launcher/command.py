@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.config import RunConfig, load_config
+from distill.memory import keep_freed_memory
 
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
@@ -46,6 +47,7 @@ def quiet_libraries() -> None:
 def run(main: Callable[[], int | None], *, rank: int = 0, show_traceback: bool = False) -> None:
     """Exits with main's code; with 2 and one line for what a user can mend, with 130 on Ctrl-C."""
     prefix = f"rank {rank}: " if rank else ""
+    keep_freed_memory()
     try:
         code = main() or 0
     except KeyboardInterrupt:

@@ -68,20 +68,25 @@ def run_stage(config: command.RunConfig, name: str) -> int:
 
 
 def precompute(same: list[str], tasks: int, cores: int) -> int:
-    """The text first, once; then shares of the shards side by side."""
+    """The text first, once; then tasks side by side."""
     script = [sys.executable, str(LAUNCHER / "precompute.py"), *same]
     if code := run_all([[*script, "--text-only"]], threads=1):
         return code
     if arguments.srun:
-        return run_all([[*SRUN, *script, "--task-of-slurm"]], threads=1)
-    shares = [[*script, "--task", str(task), "--tasks", str(tasks)] for task in range(tasks)]
-    return run_all(shares, threads=max(1, cores // tasks))
+        return run_all([[*SRUN, *script]], threads=1)
+    return run_all([script] * tasks, threads=max(1, cores // tasks), numbered=True)
 
 
-def run_all(commands: list[list[str]], *, threads: int) -> int:
-    """Runs commands side by side; when one fails, the others are ended. Returns the first code that is not 0."""
+def run_all(commands: list[list[str]], *, threads: int, numbered: bool = False) -> int:
+    """Runs commands side by side; when one fails, the others are ended. Returns the first code that is not 0.
+
+    `numbered`: each finds its number, from 0, in LOCAL_RANK, and so its GPU.
+    """
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    processes = [
+        subprocess.Popen(command, env=environment | ({"LOCAL_RANK": str(number)} if numbered else {}))
+        for number, command in enumerate(commands)
+    ]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while any(process.poll() is None for process in processes):

@@ -2,9 +2,10 @@
 """Embeds a run's text with its teacher, into WebDataset shards under runs/NAME/shards.
 
     python launcher/precompute.py --config configs/quickstart.yaml
-    python launcher/precompute.py --config C --task 3 --tasks 8      one of eight; any machine that sees the run directory
 
-Shards that are there already are kept: the same command again goes on where it stopped.
+Start it as often as you like, here and on other machines that see the run directory: each takes shards that nobody else is
+making. Shards that are there already are kept, so the same command again goes on where it stopped. A teacher too large for one
+device: teacher.placement=auto, or teacher.placement=zero3 under the deepspeed launcher.
 """
 
 from __future__ import annotations
@@ -32,24 +33,18 @@ def main() -> int:
         prepare(config)
         return 0
     command.quiet_libraries()
-    task, tasks = arguments.task, arguments.tasks
-    if arguments.task_of_slurm:
-        task, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    if not 0 <= task < tasks:
-        raise ValueError(f"--task {task} is not one of 0 to {tasks - 1}: --tasks says how many there are")
-    gpu = int(os.environ.get("SLURM_LOCALID", task)) % max(1, torch.cuda.device_count())
-    device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local % torch.cuda.device_count())
     amp = autocast_dtype(config.teacher.precision, device)
-    if not run_precompute(config, device, amp, task=task, num_tasks=tasks):
-        print(f"precompute: task {task} of {tasks} has done its share; others are at work", file=sys.stderr)
+    if not run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr)):
+        print("precompute: nothing is left for this task; others are at work", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
     parser = command.parser(__doc__)
-    parser.add_argument("--task", type=int, default=0, help="this task's number, from 0")
-    parser.add_argument("--tasks", type=int, default=1, help="how many tasks share the work")
-    parser.add_argument("--task-of-slurm", action="store_true", help="take both from SLURM_PROCID and SLURM_NTASKS")
     parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
     arguments = parser.parse_intermixed_args()
     command.run(main, show_traceback=arguments.traceback)

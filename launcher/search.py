@@ -28,14 +28,14 @@ def main() -> int:
     student_index, teacher_index = open_indices(config)
     import torch
 
-    from distill.evaluation.encode import Encoder, encoder_of
+    from distill.evaluation.encode import encoder_of
     from distill.stages import read_json
-    from distill.teacher.encoder import load_teacher
+    from distill.teacher.encoder import Teacher
 
     command.quiet_libraries()
     done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
     student = encoder_of(config.run_dir / "export" / done["results"]["index"], device="cpu")
-    teacher = Encoder(load_teacher(config.teacher, torch.device("cpu"))) if config.teacher.model else None
+    teacher = Teacher(config.teacher, torch.device("cpu"), None) if config.teacher.model else None
     titles = (
         f"student, {student.dim} dimensions, {student.params / 1e6:.1f}M parameters",
         f"teacher, {teacher.dim} dimensions, {teacher.params / 1e6:.1f}M parameters" if teacher else "teacher: no weights here",
@@ -46,7 +46,7 @@ def main() -> int:
         started = time.perf_counter()
         ours = student_index.search(student([question])[0], arguments.count)
         student_ms = (time.perf_counter() - started) * 1e3
-        theirs = teacher_index.search(teacher([config.teacher.prompt + question])[0], arguments.count) if teacher else []
+        theirs = teacher_index.search(teacher([question])[0], arguments.count) if teacher else []
         total_ms = (time.perf_counter() - started) * 1e3
         width = shutil.get_terminal_size((160, 24)).columns
         print(f"\n{question}\n{side_by_side(ours, theirs, titles=titles, width=width)}")

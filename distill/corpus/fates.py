@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from distill.corpus.spool import RECORD, Spool
 from distill.corpus.text import is_held_out
 from distill.sampling import splitmix64
 
 KEPT, DUPLICATE, HELD_OUT, HELD_OUT_UNUSED, NOT_SAMPLED = range(5)
-RECORD = np.dtype([("hash", "<u8"), ("place", "<i8")])
 _FATE_NAMES = ("duplicates", "held_out", "held_out_unused", "not_sampled", "kept")
 _RANK_BITS = 16
-
-
-@dataclass(frozen=True)
-class Spool:
-    """The working files of one `prepare_text`: sentences by their place, and records by their hash."""
-
-    folder: Path
-    num_buckets: int
-    has_rows: bool
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_buckets <= 256:
-            raise ValueError(f"num_buckets {self.num_buckets} must be from 1 to 256")
-
-    @property
-    def sentences(self) -> Path:
-        return self.folder / "sentences"
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / "rows"
-
-    @property
-    def fates(self) -> Path:
-        return self.folder / "fates"
-
-    @property
-    def buckets(self) -> list[Path]:
-        return [self.folder / f"bucket.{number:03d}" for number in range(self.num_buckets)]
-
-    def by_bucket(self, records: np.ndarray) -> list[np.ndarray]:
-        """Splits records, keeping their order, over the buckets; a lower bucket holds only lower hashes."""
-        buckets = ((records["hash"] >> np.uint64(56)) * np.uint64(self.num_buckets)) >> np.uint64(8)
-        order = np.argsort(buckets, kind="stable")
-        cuts = np.searchsorted(buckets[order], np.arange(1, self.num_buckets, dtype=np.uint64))
-        return np.split(records[order], cuts)
-
-    def read_fates(self, place: int, count: int) -> np.ndarray:
-        """uint8 [count], the fates of the sentences from `place` on."""
-        return np.fromfile(self.fates, np.uint8, count, offset=place)
-
-    def read_row_numbers(self, place: int, count: int) -> np.ndarray:
-        """int64 [count], the raw row numbers of the sentences from `place` on; zeros if they are not recorded."""
-        if not self.has_rows:
-            return np.zeros(count, np.int64)
-        return np.fromfile(self.rows, np.int64, count, offset=place * 8)
 
 
 def decide_fates(

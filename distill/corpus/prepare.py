@@ -13,24 +13,19 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from distill.config import TextConfig
-from distill.corpus.fates import HELD_OUT, KEPT, RECORD, Spool, decide_fates
+from distill.corpus.fates import HELD_OUT, KEPT, decide_fates
 from distill.corpus.pieces import PieceWriter
-from distill.corpus.sources import check_source, read_source
-from distill.corpus.text import normalise, text_hash
-from distill.files import write_json
-
-BLOCK_ROWS = 16_384
-T = TypeVar("T")
+from distill.corpus.sources import check_source
+from distill.corpus.spool import BLOCK_ROWS, Spool, fill
+from distill.files import sweep, write_json
 
 
 def prepare_text(
@@ -42,7 +37,9 @@ def prepare_text(
     show_progress: bool = True,
     num_buckets: int = 256,
 ) -> dict[str, Any]:
-    """Writes the text's pieces, held-out sentences and manifest.json into the fresh folder `out`; returns the manifest.
+    """Writes the text's pieces, held-out sentences and manifest.json into the folder `out`; returns the manifest.
+
+    If it was killed, the same call goes on from its last journal entry, or writes the pieces again.
 
     000000.txt ...: `rows_per_piece` sentences each but the last, in the order of the sources. held_out.txt: of the
     sentences with hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; none of them is in a
@@ -55,20 +52,22 @@ def prepare_text(
     for source in config.sources:
         check_source(source)
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out, older_than=0)  # of a killed call; nobody else writes here
     spool = Spool(out / "spool.part", num_buckets, keep_row_numbers)
-    shutil.rmtree(spool.folder, ignore_errors=True)
-    spool.folder.mkdir()
-    progress = None if show_progress else True  # tqdm's `disable`; None shows bars on a terminal only
+    disable = None if show_progress else True  # tqdm's; None shows bars on a terminal only
     try:
-        counts, source_counts = _fill_spool(config, spool, progress)
-        num_sentences = counts["read"] - counts["too_short"] - counts["too_long"]
-        fate_counts, held_out_places = decide_fates(spool, num_sentences, config.held_out, config.max_sentences, progress)
-        counts.update(fate_counts)
-        if not counts["kept"]:
-            raise ValueError(_nothing_left(config, counts))
-        pieces, held_out, lengths = _write_pieces(spool, num_sentences, held_out_places, out, rows_per_piece, progress)
-    finally:
-        shutil.rmtree(spool.folder, ignore_errors=True)
+        progress = fill(config, spool, disable)
+    except BaseException:
+        if not can_resume(out):
+            shutil.rmtree(spool.folder, ignore_errors=True)
+        raise
+    counts = Counter(progress.counts)
+    fate_counts, held_out_places = decide_fates(spool, progress.num_spooled, config.held_out, config.max_sentences, disable)
+    counts.update(fate_counts)
+    if not counts["kept"]:
+        shutil.rmtree(spool.folder)
+        raise ValueError(_nothing_left(config, counts))
+    pieces, held_out, lengths = _write_pieces(spool, progress.num_spooled, held_out_places, out, rows_per_piece, disable)
     manifest = {
         "version": 1,
         "pieces": pieces,
@@ -77,46 +76,18 @@ def prepare_text(
         "lengths": _describe_lengths(lengths),
         "sources": [
             {**source.model_dump(mode="json"), "count": count}
-            for source, count in zip(config.sources, source_counts, strict=True)
+            for source, count in zip(config.sources, progress.read_of, strict=True)
         ],
         "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*pieces, held_out]).encode()).hexdigest(),
     }
     write_json(out / "manifest.json", manifest)
+    shutil.rmtree(spool.folder, ignore_errors=True)
     return manifest
 
 
-def _fill_spool(config: TextConfig, spool: Spool, progress: bool | None) -> tuple[Counter[str], list[int]]:
-    """Pass 1: writes sentences, records and row numbers; returns the counts and the raw strings of each source."""
-    counts = Counter(read=0, too_short=0, too_long=0)
-    source_counts = []
-    num_spooled = 0
-    with ExitStack() as stack:
-        sentences = stack.enter_context(spool.sentences.open("wb"))
-        rows = stack.enter_context(spool.rows.open("wb")) if spool.has_rows else None
-        buckets = [stack.enter_context(path.open("wb")) for path in spool.buckets]
-        bar = stack.enter_context(tqdm(desc="reading text", unit=" sentences", unit_scale=True, disable=progress))
-        for source in config.sources:
-            before = counts["read"]
-            for block in _blocks(read_source(source), BLOCK_ROWS):
-                texts = [normalise(text) for text in block]
-                lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-                fits = (lengths >= config.min_chars) & (lengths <= config.max_chars)
-                texts = list(compress(texts, fits))
-                sentences.write("".join(f"{text}\n" for text in texts).encode())
-                if rows:
-                    rows.write((counts["read"] + np.flatnonzero(fits)).astype(np.int64).tobytes())
-                records = np.empty(len(texts), RECORD)
-                records["hash"] = np.fromiter(map(text_hash, texts), np.int64, len(texts)).view(np.uint64)
-                records["place"] = np.arange(num_spooled, num_spooled + len(texts))
-                for bucket, part in zip(buckets, spool.by_bucket(records), strict=True):
-                    bucket.write(part.tobytes())
-                counts["too_short"] += int(np.count_nonzero(lengths < config.min_chars))
-                counts["too_long"] += int(np.count_nonzero(lengths > config.max_chars))
-                counts["read"] += len(block)
-                num_spooled += len(texts)
-                bar.update(len(block))
-            source_counts.append(counts["read"] - before)
-    return counts, source_counts
+def can_resume(out: Path) -> bool:
+    """Whether a `prepare_text` that was cut off in `out` has come so far that it is worth going on from there."""
+    return Spool(out / "spool.part", 1, False).journal.exists()
 
 
 def _write_pieces(
@@ -144,12 +115,6 @@ def _write_pieces(
     with PieceWriter(out, max(1, len(chosen)), spool.has_rows, name="held_out") as writer:
         writer.write([line for line, _ in chosen], np.array([row for _, row in chosen], np.int64))
     return pieces.entries, writer.entries[0], lengths
-
-
-def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while block := list(islice(iterator, size)):
-        yield block
 
 
 def _describe_lengths(lengths: Counter[int]) -> dict[str, float | int]:

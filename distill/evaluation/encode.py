@@ -24,12 +24,10 @@ class Encoder:
 
     dim     width of its vectors, after `truncate_dim`
     params  number of its parameters
-    prompt  put before every sentence
     """
 
-    def __init__(self, model: SentenceTransformer, *, batch_size: int = 64, progress: bool = False, prompt: str = "") -> None:
+    def __init__(self, model: SentenceTransformer, *, batch_size: int = 64, progress: bool = False) -> None:
         self.model = model
-        self.prompt = prompt
         self.batch_size = batch_size
         self.progress = progress
         self.params = sum(parameter.numel() for parameter in model.parameters())
@@ -51,8 +49,7 @@ class Encoder:
 
     def _encode(self, sentences: list[str], progress: bool = False) -> np.ndarray:
         # sentence-transformers itself batches by length, longest first, and restores the order
-        prompted = [self.prompt + sentence for sentence in sentences] if self.prompt else sentences
-        vectors = self.model.encode(prompted, batch_size=self.batch_size, show_progress_bar=progress, convert_to_numpy=True)
+        vectors = self.model.encode(sentences, batch_size=self.batch_size, show_progress_bar=progress, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
 

@@ -18,7 +18,7 @@ from distill.files import publish, write_json
 from distill.search import build_index
 from distill.shards import ShardReader, fingerprint
 from distill.stages import read_json, stage_of, trained_stages
-from distill.teacher.encoder import load_teacher
+from distill.teacher.encoder import Teacher
 from distill.training.dev import split_held_out
 
 THROUGHPUT_SENTENCES = 512
@@ -35,11 +35,11 @@ def evaluate_run(config: RunConfig) -> str:
     reader = ShardReader(config.run_dir / "shards")
     speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
     results: dict[str, dict[str, Any]] = {}
-    models: list[tuple[str, Encoder]] = []
+    models: list[tuple[str, Encoder | Teacher]] = []
     if config.teacher.model is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = load_teacher(config.teacher, device)
-        models.append(("teacher", Encoder(teacher, batch_size=config.evaluate.batch_size, prompt=config.teacher.prompt)))
+        offload = config.run_dir / "precompute" / "offload"
+        models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
@@ -70,7 +70,7 @@ def _held_out(config: RunConfig) -> tuple[list[str], np.ndarray] | None:
 def _measure(
     config: RunConfig,
     name: str,
-    encoder: Encoder,
+    encoder: Encoder | Teacher,
     held_out: tuple[list[str], np.ndarray] | None,
     sts: dict[str, Pairs],
     speed_sentences: list[str],

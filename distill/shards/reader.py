@@ -18,6 +18,7 @@ from distill.files import sha256_of
 from distill.shards.blocks import ShardIndex, open_map, scan
 from distill.shards.format import MOMENTS, Manifest, ShardError, repair_hint
 from distill.shards.moments import Moments
+from distill.shards.remote import Remote, is_remote
 from distill.shards.verify import check_layout, check_shard
 
 MAX_OPEN = 256
@@ -62,10 +63,22 @@ class ShardReader:
 
     A shard is opened when it is first touched: its sha256 is then held against the manifest, once a process and shard, unless
     `verify` is False. At most `max_open` shards are mapped at a time. Raises ShardError that names what is damaged and the fix.
+
+    `place` is a folder or the URL of one (any file system of fsspec); what lies elsewhere is brought to the folder `cache`,
+    a shard when it is first touched.
     """
 
-    def __init__(self, directory: str | Path, *, verify: bool = True, max_open: int = MAX_OPEN) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self, place: str | Path, *, verify: bool = True, max_open: int = MAX_OPEN, cache: str | Path | None = None
+    ) -> None:
+        self._remote: Remote | None = None
+        if is_remote(place):
+            if cache is None:
+                raise ValueError(f"the shards at {place} lie elsewhere: name a local folder to keep them in (cache)")
+            self._remote = Remote(str(place), cache)
+            self._remote.bring_manifest()
+        self.directory = Path(place) if self._remote is None else self._remote.folder
+        self._arguments = (place, verify, max_open, cache)
         self.manifest = Manifest.load(self.directory)
         self.shard_rows: Int64 = np.array([entry.rows for entry in self.manifest.shards], dtype=np.int64)
         self._starts: Int64 = np.concatenate([[0], np.cumsum(self.shard_rows)])
@@ -75,7 +88,7 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.directory, self._verify, self._max_open)
+        return _reopen, self._arguments
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -156,6 +169,8 @@ class ShardReader:
     def _open_shard(self, number: int) -> _OpenShard:
         entry = self.manifest.shards[number]
         path = self.directory / entry.name
+        if self._remote is not None:
+            self._remote.bring(entry)
         try:
             data = open_map(path)
             stat = path.stat()
@@ -168,9 +183,12 @@ class ShardReader:
                 check_layout(index, number, self.manifest)
                 self._indices[number] = index
         except ShardError as error:
+            if self._remote is not None:
+                self._remote.drop(entry)
+                raise ShardError(f"{self._remote.url}: {error}; the copy in {path.parent} was deleted, try again") from None
             raise ShardError(f"{self.directory}: {error}; {repair_hint(self.directory)}") from None
         return _OpenShard(data, self._indices[number])
 
 
-def _reopen(directory: Path, verify: bool, max_open: int) -> ShardReader:
-    return ShardReader(directory, verify=verify, max_open=max_open)
+def _reopen(place: str | Path, verify: bool, max_open: int, cache: str | Path | None) -> ShardReader:
+    return ShardReader(place, verify=verify, max_open=max_open, cache=cache)

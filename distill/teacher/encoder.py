@@ -1,96 +1,173 @@
-"""Sentences to vectors by the teacher: sorted by length, cut by a budget of padded tokens, back in order."""
+"""The teacher: sentences to vectors, by one encoder or several whose vectors are put side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+from torch.utils.flop_counter import FlopCounterMode
 
-from distill.config import TeacherConfig
-from distill.models import resolve_model
-from distill.student.encoder import load_encoder
+from distill.config import ModelConfig, TeacherConfig
+from distill.teacher.load import load_model
+from distill.teacher.tokens import Batch, Tokens, can_tokenise, cut, pad, tokenise
 
-PAD_TO = 8  # few distinct lengths: kernels are chosen once a shape
+SENTENCES_PER_BATCH = 256  # for models that read no tokens
+
+Read = list[Tokens | list[str]]  # what each encoder reads, of the same sentences
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> SentenceTransformer:
-    """The teacher in eval mode, from safetensors, never with remote code.
+@dataclass
+class Work:
+    """What was computed: tokens that are real, tokens with padding, operations (2 x multiply-adds), shapes of batches."""
 
-    A folder without modules.json is a plain encoder: `teacher.pooling` must say how it pools. Raises ValueError.
+    tokens: int = 0
+    padded: int = 0
+    flops: int = 0
+    shapes: set[tuple[int, int, int]] = field(default_factory=set)  # (encoder, rows, width)
+
+    @property
+    def padding_efficiency(self) -> float:
+        return self.tokens / max(1, self.padded)
+
+
+class Teacher:
+    """read(sentences) on one thread, encode(...) on another -> L2-normalised fp16 vectors [n, dim], in the sentences' order.
+
+    amp: bfloat16 or None. Of several encoders, each one's vectors are normalised, concatenated, and divided by the square root
+    of their number: the cosine of the whole is the mean of the cosines.
     """
-    path = resolve_model(config.model or "")
-    arguments: dict[str, Any] = {"model_kwargs": {"use_safetensors": True, "dtype": torch.float32}, "revision": config.revision}
-    says_how = not Path(path).exists() or (Path(path) / "modules.json").exists()
-    if says_how and config.pooling is None:
-        model = SentenceTransformer(path, device=str(device), trust_remote_code=False, **arguments)
-    elif config.pooling is None:
-        raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
-    else:
-        model = SentenceTransformer(modules=_pooled(path, config), device=str(device))
-    if config.max_length is not None:
-        positions = getattr(getattr(model[0], "model", None), "config", None)
-        most = getattr(positions, "max_position_embeddings", None)
-        if most is not None and config.max_length > most:
-            raise ValueError(f"teacher.max_length {config.max_length} is above the {most} positions of {path}")
-        model.max_seq_length = config.max_length
-    return model.eval()
+
+    def __init__(
+        self, config: TeacherConfig, device: torch.device, amp: torch.dtype | None, *, offload: Path | None = None
+    ) -> None:
+        place: dict[str, Any] = {}
+        if config.placement == "auto":
+            limits = {int(key) if key.isdigit() else key: value for key, value in (config.max_memory or {}).items()}
+            place = {"device_map": "auto", "max_memory": limits or None, "offload_folder": str(offload)}
+        self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
+        self.work = Work()
+
+    def __call__(self, sentences: Sequence[str]) -> np.ndarray:
+        """float32 [n, dim], L2-normalised: the teacher as evaluation and search see it."""
+        return self.encode(self.read(sentences)).astype(np.float32)
+
+    @cached_property
+    def dim(self) -> int:
+        return int(self(["width"]).shape[1])
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for encoder in self.encoders for parameter in encoder.model.parameters())
+
+    def read(self, sentences: Sequence[str], numbers: np.ndarray | None = None) -> Read:
+        """Tokenises. Touches neither the weights nor the device."""
+        return [encoder.read(sentences) for encoder in self.encoders]
+
+    def encode(self, read: Read, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
+        """`tick` is told the sentences of each batch that is under way."""
+        parts = [
+            encoder.encode(tokens, self.work, number, tick if number == len(self.encoders) - 1 else lambda rows: None)
+            for number, (encoder, tokens) in enumerate(zip(self.encoders, read, strict=True))
+        ]
+        if len(parts) == 1:
+            return parts[0].to(torch.float16).cpu().numpy()
+        return (torch.cat(parts, dim=1) / len(parts) ** 0.5).to(torch.float16).cpu().numpy()
 
 
-def _pooled(path: str, config: TeacherConfig) -> list[torch.nn.Module]:
-    arguments = {"use_safetensors": True, "dtype": torch.float32, "revision": config.revision}
-    transformer = Transformer(path, model_kwargs=arguments, max_seq_length=config.max_length)
-    width = transformer.get_embedding_dimension()
-    if config.pooling != "pooler":
-        return [transformer, Pooling(width, pooling_mode=config.pooling)]
-    pooler: Any = load_encoder(path, revision=config.revision, needs_pooler=True).get_submodule("pooler")
-    dense = Dense(
-        width, width, activation_function=torch.nn.Tanh(), init_weight=pooler.dense.weight, init_bias=pooler.dense.bias
-    )
-    return [transformer, Pooling(width, pooling_mode="cls"), dense]
-
-
-class TeacherEncoder:
-    """encode(sentences) -> L2-normalised fp16 vectors [n, dim], in the sentences' order. amp: bfloat16 or None."""
-
-    def __init__(self, config: TeacherConfig, device: torch.device, amp: torch.dtype | None) -> None:
-        self.model = load_teacher(config, device)
+class _Encoder:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        amp: torch.dtype | None,
+        tokens_per_batch: int,
+        place: dict[str, Any],
+    ) -> None:
+        self.model = load_model(config, device, amp, **place)
         self.device = device
         self.amp = amp
-        self.prompt = config.prompt
-        self.tokens_per_batch = config.tokens_per_batch
+        self.prompt = prompt_of(self.model, config)
+        self.tokens_per_batch = tokens_per_batch
+        self._flops_a_row: tuple[float, float] | None = None
+
+    def read(self, sentences: Sequence[str]) -> Tokens | list[str]:
+        return tokenise(self.model, sentences, self.prompt) if can_tokenise(self.model) else list(sentences)
 
     @torch.inference_mode()
-    def encode(self, sentences: Sequence[str]) -> np.ndarray:
-        prompted = [self.prompt + sentence for sentence in sentences]
-        lengths = self._lengths(prompted)
-        order = np.argsort(-lengths, kind="stable")
-        batches: list[tuple[np.ndarray, torch.Tensor]] = []
-        start = 0
-        while start < len(order):
-            padded = -(-int(lengths[order[start]]) // PAD_TO) * PAD_TO
-            rows = order[start : start + max(1, self.tokens_per_batch // padded)]
-            batches.append((rows, self._forward([prompted[row] for row in rows])))
-            start += len(rows)
-        vectors = np.zeros((len(sentences), batches[0][1].shape[1]), dtype=np.float16)
-        for rows, encoded in batches:
-            vectors[rows] = encoded.cpu().numpy()
-        return vectors
+    def encode(self, read: Tokens | list[str], work: Work, number: int, tick: Callable[[int], object]) -> torch.Tensor:
+        """float32 [n, d] on the device, L2-normalised."""
+        if not isinstance(read, Tokens):
+            return self._encode_sentences(read, tick)
+        rows, vectors = [], []
+        for batch in cut(read.lengths, self.tokens_per_batch, self.model.max_seq_length):
+            vectors.append(self._forward(pad(self.model, read, batch)))
+            work.shapes.add((number, len(batch.rows), batch.width))
+            work.flops += self._flops(read, len(batch.rows), batch.width)
+            work.tokens += int(read.lengths[batch.rows].sum())
+            work.padded += batch.rows.size * batch.width
+            rows.append(batch.rows)
+            tick(len(batch.rows))
+        return _in_order(vectors, rows)
 
-    def _lengths(self, sentences: list[str]) -> np.ndarray:
-        longest = self.model.max_seq_length or 1 << 20
-        encodings = self.model.tokenizer(sentences, truncation=True, max_length=longest)["input_ids"]
-        return np.array([len(ids) for ids in encodings])
+    def _encode_sentences(self, sentences: list[str], tick: Callable[[int], object]) -> torch.Tensor:
+        order = np.array(sorted(range(len(sentences)), key=lambda row: -len(sentences[row])))
+        rows = np.array_split(order, range(SENTENCES_PER_BATCH, len(order), SENTENCES_PER_BATCH))
+        vectors = []
+        for chosen in rows:
+            features = self.model.preprocess([sentences[row] for row in chosen], prompt=self.prompt or None)
+            vectors.append(self._forward(features))
+            tick(len(chosen))
+        return _in_order(vectors, rows)
 
-    def _forward(self, sentences: list[str]) -> torch.Tensor:
+    def _flops(self, tokens: Tokens, rows: int, width: int) -> int:
+        """2 x multiply-adds of a batch, a width + b width^2 a row, with a and b from two forward passes that are counted."""
+        if self._flops_a_row is None:
+            counts = []
+            for width_counted in (8, 16):
+                flat = {name: np.resize(values, width_counted) for name, values in tokens.flat.items()}
+                one = Tokens(flat, np.array([0, width_counted]), tokens.shared)
+                with FlopCounterMode(display=False) as counter:
+                    self._forward(pad(self.model, one, Batch(np.array([0]), width_counted)))
+                counts.append(counter.get_total_flops())
+            square = (counts[1] - 2 * counts[0]) / 128
+            self._flops_a_row = counts[0] / 8 - 8 * square, square
+        linear, square = self._flops_a_row
+        return round(rows * (linear * width + square * width**2))
+
+    def _forward(self, features: dict[str, Any]) -> torch.Tensor:
         features = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.model.preprocess(sentences).items()
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in features.items()
         }
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             vectors = self.model(features)["sentence_embedding"]
-        return torch.nn.functional.normalize(vectors.float(), dim=-1).to(torch.float16)
+        return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+
+def prompt_of(model: SentenceTransformer, config: ModelConfig) -> str:
+    """The text put before every sentence: `prompt`, or the model's own of the name `prompt_name`, or its default.
+
+    Raises ValueError for a name that the model does not know.
+    """
+    if config.prompt is not None:
+        return config.prompt
+    name = config.prompt_name or model.default_prompt_name
+    if name is None:
+        return ""
+    if name not in model.prompts:
+        raise ValueError(f"teacher.prompt_name {name!r}: {config.model} has the prompts {sorted(model.prompts)}")
+    return model.prompts[name] or ""
+
+
+def _in_order(vectors: list[torch.Tensor], rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """Vectors of batches put back to the rows they came from."""
+    joined = torch.cat(vectors)
+    ordered = torch.empty_like(joined)
+    ordered[torch.from_numpy(np.concatenate(rows)).to(joined.device)] = joined
+    return ordered

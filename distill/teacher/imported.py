@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,19 @@ class ImportedVectors:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
+    def read(self, sentences: list[str], numbers: np.ndarray | None) -> np.ndarray:
         """The L2-normalised fp16 vectors of these raw sentences. Raises ValueError naming a row that has no direction."""
+        assert numbers is not None
         vectors = np.asarray(self._rows[numbers], dtype=np.float32)
         norms = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
         if len(bad):
             raise ValueError(f"teacher.vectors: row {numbers[bad[0]]} of {self.path} is zero or not finite")
         return (vectors / norms[:, None]).astype(np.float16)
+
+    def encode(self, read: np.ndarray, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
+        tick(len(read))
+        return read
 
 
 def _open_npy(path: Path) -> np.ndarray:

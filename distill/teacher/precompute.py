@@ -2,31 +2,65 @@
 
     <run>/precompute/text/000007.txt  ->  <run>/shards/000007.tar        and held_out.txt -> <run>/shards/held_out/000000.tar
 
-`prepare` cuts the text, once. Any number of tasks then call `encode_missing`; whoever finds nothing missing calls `finish_set`.
+`prepare` cuts the text, once. Any number of tasks then call `encode_missing`, which deals out what is missing by claims
+(claims.py) and overlaps three things: reading and tokenising the next piece, encoding this one, writing the one before.
+Whoever finds nothing missing calls `finish_set`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import shutil
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from distill.config import RunConfig
-from distill.corpus import prepare_text, read_piece, text_hash
-from distill.files import sha256_of
-from distill.shards import Manifest, fingerprint, finish, missing, write_shard
+from distill.corpus import can_resume, prepare_text, read_piece, text_hash
+from distill.files import sha256_of, write_json
+from distill.shards import Manifest, ShardError, fingerprint, finish, missing, write_shard
 from distill.stages import Stage, read_json, stage_of
+from distill.teacher.claims import Claims, dealt
 from distill.teacher.identity import teacher_identity
 from distill.teacher.imported import ImportedVectors
+from distill.teacher.timing import Timing, matmul_peak
 
-Encode = Callable[[Sequence[str], np.ndarray | None], np.ndarray]
+Tick = Callable[[int], object]
+
+
+class Source(Protocol):
+    """Sentences of a piece, and their raw row numbers, to vectors: `read` on one thread, `encode` on another."""
+
+    def read(self, sentences: list[str], numbers: np.ndarray | None) -> Any: ...
+
+    def encode(self, read: Any, tick: Tick) -> np.ndarray: ...
+
+
+class Piece(NamedTuple):
+    folder: Path
+    number: int
+    claim: Path
+    sentences: list[str]
+    fingerprint: str
+    read: Any
+
+
+class ShardSet(NamedTuple):
+    """The training set or the held-out one: where its shards go, and the pieces of text they are made from."""
+
+    folder: Path
+    names: list[str]
+    entries: list[dict[str, Any]]
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
@@ -34,10 +68,17 @@ def prepare(config: RunConfig) -> dict[str, Any]:
 
     Raises ValueError if the run directory was begun with another text or teacher: vectors are too dear to be overwritten.
     """
+    with _locked(config):
+        return _prepare(config)
+
+
+@contextmanager
+def _locked(config: RunConfig) -> Iterator[None]:
+    """Of tasks that start together, one at a time; a killed one holds the lock no longer."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with (config.run_dir / ".precompute.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of tasks that start together one cuts the text; a killed one holds it no longer
-        return _prepare(config)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _prepare(config: RunConfig) -> dict[str, Any]:
@@ -55,13 +96,12 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
     text = stage.directory / "text"
     if not (text / "manifest.json").exists():
         part = stage.directory / "text.part"
-        shutil.rmtree(part, ignore_errors=True)
+        keep_row_numbers = config.teacher.vectors is not None
         try:
-            prepare_text(
-                config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=config.teacher.vectors is not None
-            )
+            prepare_text(config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=keep_row_numbers)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            if not can_resume(part):
+                shutil.rmtree(part, ignore_errors=True)
             raise
         part.rename(text)
     manifest = read_json(text / "manifest.json")
@@ -69,8 +109,33 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
     return manifest
 
 
-def build_encode(config: RunConfig, device: torch.device, amp: torch.dtype | None, text: dict[str, Any]) -> Encode:
-    """What turns the sentences of a piece, and their raw row numbers, into vectors."""
+def identify(config: RunConfig, amp: torch.dtype | None) -> dict[str, Any]:
+    """The teacher's identity, kept in precompute/teacher.json, so that only the first task reads all of the weights for it.
+
+    Raises ValueError where it has changed since then, or where this processor would run it in another precision.
+    """
+    path = config.run_dir / "precompute" / "teacher.json"
+    with _locked(config):
+        known = read_json(path) or {}
+        identity, digests = teacher_identity(config.teacher, "fp32" if amp is None else "bf16", known.get("digests"))
+        begun_as = known.get("identity", identity)
+        if begun_as["precision"] != identity["precision"]:
+            raise ValueError(
+                f"{config.run_dir / 'shards'} was begun in {begun_as['precision']}, and this processor would run the teacher in"
+                f" {identity['precision']}: set teacher.precision={begun_as['precision']}, or use processors of one kind"
+            )
+        if begun_as != identity:
+            raise ValueError(
+                f"the teacher's files have changed since {config.run_dir / 'shards'} was begun; put them back, use another"
+                f" name=, or delete {config.run_dir / 'shards'} and {path.parent}"
+            )
+        if not known:
+            write_json(path, {"identity": identity, "digests": digests})
+    return identity
+
+
+def open_source(config: RunConfig, device: torch.device, amp: torch.dtype | None, text: dict[str, Any]) -> Source:
+    """The teacher, or the vectors that stand for it."""
     if config.teacher.vectors is not None:
         imported = ImportedVectors(config.teacher)
         if len(imported) != text["counts"]["read"]:
@@ -78,78 +143,104 @@ def build_encode(config: RunConfig, device: torch.device, amp: torch.dtype | Non
                 f"teacher.vectors: {config.teacher.vectors} has {len(imported):,} rows, the text {text['counts']['read']:,}"
                 " raw sentences; there must be one vector for each, in order"
             )
+        return imported
+    from distill.teacher.encoder import Teacher
 
-        def rows_of(sentences: Sequence[str], numbers: np.ndarray | None) -> np.ndarray:
-            assert numbers is not None
-            return imported.rows(numbers)
-
-        return rows_of
-    from distill.teacher.encoder import TeacherEncoder
-
-    encoder = TeacherEncoder(config.teacher, device, amp)
-    return lambda sentences, numbers: encoder.encode(sentences)
+    return Teacher(config.teacher, device, amp, offload=config.run_dir / "precompute" / "offload")
 
 
 def encode_missing(
-    config: RunConfig, text: dict[str, Any], encode: Encode, identity: dict[str, Any], *, task: int = 0, num_tasks: int = 1
-) -> int:
-    """Writes this task's share of the missing shards, those with index mod num_tasks = task; returns the sentences embedded.
+    config: RunConfig, text: dict[str, Any], source: Source, identity: dict[str, Any], peak: float | None = None
+) -> Timing:
+    """Makes missing shards until none is left or live tasks have claimed the rest. Returns what it did and how long it took.
 
-    Shares depend on nothing else, so tasks that start at different times neither meet nor leave a shard to nobody.
     Raises ValueError for a piece of the text that is not as it was written.
     """
-    folder = config.run_dir / "precompute" / "text"
+    sets = shard_sets(config, text)
+    for folder, _, _ in sets:
+        folder.mkdir(parents=True, exist_ok=True)
+    timing = Timing(peak=peak)
     teacher = fingerprint(identity)
-    embedded = 0
-    for directory, names, entries in _sets(config, text):
-        directory.mkdir(parents=True, exist_ok=True)
-        share = [index for index in missing(directory, len(names)) if index % num_tasks == task]
-        total = sum(entries[index]["rows"] for index in share)
-        with tqdm(total=total, desc=f"precompute {directory.name}", unit="sentence", disable=None) as bar:
-            for index in share:
-                piece = folder / f"{names[index]}.txt"
-                if sha256_of(piece) != entries[index]["sha256"]:
-                    raise ValueError(f"{piece} is not as it was written (sha256): delete {folder} to cut the text again")
-                sentences = read_piece(piece)
-                numbers_path = folder / f"{names[index]}.rows.npy"
-                numbers = np.load(numbers_path, allow_pickle=False) if numbers_path.exists() else None
-                vectors = _in_blocks(encode, sentences, numbers, config.shards.block_rows, bar)
-                hashes = np.array([text_hash(sentence) for sentence in sentences], dtype=np.int64)
-                write_shard(
-                    directory,
-                    index,
-                    sentences,
-                    hashes,
-                    vectors,
-                    block_rows=config.shards.block_rows,
-                    teacher_fingerprint=teacher,
-                    text_fingerprint=entries[index]["sha256"],
-                )
-                embedded += len(sentences)
-    return embedded
+    total = sum(entry["rows"] for shards in sets for entry in shards.entries)
+    with (
+        Claims() as claims,
+        ThreadPoolExecutor(1, "reader") as reader,
+        ThreadPoolExecutor(1, "writer") as writer,
+        tqdm(total=total, desc="precompute", unit=" sentences", unit_scale=True, disable=None) as bar,
+    ):
+        pieces = _read_pieces(config, sets, source, claims, timing)
+        upcoming: Future[Piece | None] = reader.submit(next, pieces, None)
+        writing: Future[None] | None = None
+        try:
+            while True:
+                with timing.of("wait"):
+                    piece = upcoming.result()
+                if piece is None:
+                    break
+                upcoming = reader.submit(next, pieces, None)
+                bar.n = sum(_rows_present(shards) for shards in sets)
+                bar.refresh()
+                with timing.of("encode"):
+                    vectors = source.encode(piece.read, bar.update)
+                timing.sentences += len(piece.sentences)
+                with timing.of("wait"):
+                    if writing is not None:
+                        writing.result()
+                writing = writer.submit(_write, config, piece, vectors, teacher, claims, timing)
+            if writing is not None:
+                writing.result()
+        finally:
+            claims.stop()
+    work = getattr(source, "work", None)
+    if work is not None:
+        timing.tokens, timing.padded, timing.flops, timing.shapes = work.tokens, work.padded, work.flops, len(work.shapes)
+    return timing
 
 
-def _in_blocks(encode: Encode, sentences: list[str], numbers: np.ndarray | None, rows: int, bar: tqdm) -> np.ndarray:
-    """Sorting by length stays within a run of blocks, so that memory and the progress bar are steady."""
-    step = max(rows, 4096)
-    parts = []
-    for start in range(0, len(sentences), step):
-        chosen = slice(start, start + step)
-        parts.append(encode(sentences[chosen], None if numbers is None else numbers[chosen]))
-        bar.update(len(parts[-1]))
-    return np.concatenate(parts)
+def _read_pieces(config: RunConfig, sets: list[ShardSet], source: Source, claims: Claims, timing: Timing) -> Iterator[Piece]:
+    """The pieces that fall to this task, read and tokenised."""
+    texts = config.run_dir / "precompute" / "text"
+    of_folder = {shards.folder: shards for shards in sets}
+    for folder, index, claim in dealt(claims, lambda: all_missing(sets)):
+        name, entry = of_folder[folder].names[index], of_folder[folder].entries[index]
+        with timing.of("read"):
+            path = texts / f"{name}.txt"
+            if sha256_of(path) != entry["sha256"]:
+                raise ValueError(f"{path} is not as it was written (sha256): delete {texts} to cut the text again")
+            sentences = read_piece(path)
+            numbers_path = texts / f"{name}.rows.npy"
+            numbers = np.load(numbers_path, allow_pickle=False) if numbers_path.exists() else None
+        with timing.of("tokenize"):
+            read = source.read(sentences, numbers)
+        yield Piece(folder, index, claim, sentences, entry["sha256"], read)
 
 
-def finish_set(config: RunConfig, text: dict[str, Any], identity: dict[str, Any], embedded: int, seconds: float) -> bool:
+def _write(config: RunConfig, piece: Piece, vectors: np.ndarray, teacher: str, claims: Claims, timing: Timing) -> None:
+    with timing.of("write"):
+        write_shard(
+            piece.folder,
+            piece.number,
+            piece.sentences,
+            np.array([text_hash(sentence) for sentence in piece.sentences], dtype=np.int64),
+            vectors,
+            block_rows=config.shards.block_rows,
+            teacher_fingerprint=teacher,
+            text_fingerprint=piece.fingerprint,
+        )
+        claims.give_up(piece.claim)
+
+
+def finish_set(config: RunConfig, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
     """Writes the manifests and DONE.json once no shard is missing; False if some are."""
     stage: Stage = stage_of(config, "precompute")
-    if any(missing(directory, len(names)) for directory, names, _ in _sets(config, text)):
+    sets = shard_sets(config, text)
+    if all_missing(sets):
         return False
     manifests: list[Manifest] = []
-    for directory, names, entries in _sets(config, text):
+    for folder, names, entries in sets:
         manifests.append(
             finish(
-                directory,
+                folder,
                 teacher=identity,
                 teacher_fingerprint=fingerprint(identity),
                 text_fingerprint=text["fingerprint"],
@@ -158,38 +249,63 @@ def finish_set(config: RunConfig, text: dict[str, Any], identity: dict[str, Any]
                 block_rows=config.shards.block_rows,
             )
         )
-    main = manifests[0]
+    main = manifests[-1]
     results = {
         "sentences": main.count,
-        "held_out": manifests[1].count if len(manifests) > 1 else 0,
+        "held_out": manifests[0].count if len(manifests) > 1 else 0,
         "dim": main.dim,
         "bytes": sum(entry.bytes for entry in main.shards),
         "text": text["counts"],
-        "embedded_now": embedded,
-        "seconds": round(seconds, 1),
+        "last_task": timing.figures(),
     }
     stage.finish(results, fingerprint({"shards": [entry.sha256 for manifest in manifests for entry in manifest.shards]}))
     return True
 
 
-def _sets(config: RunConfig, text: dict[str, Any]) -> list[tuple[Path, list[str], list[dict[str, Any]]]]:
-    """(directory, piece names, piece entries) of the training set and, if there is one, of the held-out set."""
+def shard_sets(config: RunConfig, text: dict[str, Any]) -> list[ShardSet]:
+    """The held-out set, if there is one, and the training set: the small piece first, so that encoding begins at once."""
     shards = config.run_dir / "shards"
-    sets = [(shards, [entry["name"] for entry in text["pieces"]], text["pieces"])]
+    sets = [ShardSet(shards, [entry["name"] for entry in text["pieces"]], text["pieces"])]
     if text["held_out"]["rows"]:
-        sets.append((shards / "held_out", ["held_out"], [text["held_out"]]))
+        sets.insert(0, ShardSet(shards / "held_out", ["held_out"], [text["held_out"]]))
     return sets
 
 
+def all_missing(sets: Sequence[ShardSet]) -> list[tuple[Path, int]]:
+    return [(shards.folder, index) for shards in sets for index in missing(shards.folder, len(shards.names))]
+
+
+def _rows_present(shards: ShardSet) -> int:
+    absent = set(missing(shards.folder, len(shards.names)))
+    return sum(entry["rows"] for index, entry in enumerate(shards.entries) if index not in absent)
+
+
 def run_precompute(
-    config: RunConfig, device: torch.device, amp: torch.dtype | None, *, task: int = 0, num_tasks: int = 1
+    config: RunConfig, device: torch.device, amp: torch.dtype | None, report: Callable[[str], object] = lambda line: None
 ) -> bool:
-    """Prepares the text, embeds this task's share and finishes the set if it is whole; True if it is."""
-    started = time.monotonic()
+    """Prepares the text, embeds what falls to this task and finishes the set if it is whole; True if it is.
+
+    `report` is told in one line where the time went.
+    """
     text = prepare(config)
-    identity = teacher_identity(config.teacher, "fp32" if amp is None else "bf16")
-    embedded = 0
-    if any(missing(directory, len(names)) for directory, names, _ in _sets(config, text)):
-        encode = build_encode(config, device, amp, text)
-        embedded = encode_missing(config, text, encode, identity, task=task, num_tasks=num_tasks)
-    return finish_set(config, text, identity, embedded, time.monotonic() - started)
+    identity = identify(config, amp)
+    timing = Timing()
+    if all_missing(shard_sets(config, text)):
+        source = open_source(config, device, amp, text)
+        timing = encode_missing(config, text, source, identity, matmul_peak(device, amp))
+        if timing.sentences:
+            log_task(config, timing)
+            report(str(timing))
+    try:
+        return finish_set(config, text, identity, timing)
+    except ShardError:
+        if all_missing(shard_sets(config, text)):  # another task found a shard bad and took it out meanwhile
+            return False
+        raise
+
+
+def log_task(config: RunConfig, timing: Timing) -> None:
+    """Adds a line to precompute/tasks.jsonl: what this task did and where its time went."""
+    line = {"host": socket.gethostname(), "pid": os.getpid(), "ended": round(time.time()), **timing.figures()}
+    with (config.run_dir / "precompute" / "tasks.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.config import SourceConfig, TextConfig
-from distill.corpus import normalise, prepare_text, read_piece, text_hash
+from distill.corpus import can_resume, normalise, prepare_text, read_piece, read_source, spool, text_hash
 
 
 def reference(texts, *, min_chars, max_chars, max_held_out):
@@ -218,3 +218,34 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         assert ran.stderr == ""
         peaks.append(int(ran.stdout))
     assert peaks[1] < 250 and peaks[1] - peaks[0] < 30
+
+
+@pytest.mark.parametrize("cut_after", [1, 30, 64])
+def test_a_killed_reader_goes_on_from_its_journal_and_makes_the_same_pieces(tmp_path, monkeypatch, cut_after):
+    texts = some_texts(6000)
+    config = TextConfig(
+        sources=[config_of(tmp_path / name, part).sources[0] for name, part in (("a", texts[:2500]), ("b", texts[2500:]))],
+        **LIMITS,
+    )
+    prepare(config, tmp_path / "whole", keep_row_numbers=True)
+    monkeypatch.setattr(spool, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(spool, "JOURNAL_EVERY", 7)
+    read = []
+
+    def counting(source):
+        for text in read_source(source):
+            if len(read) == cut_after * 50:
+                raise KeyboardInterrupt
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr(spool, "read_source", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path / "cut", keep_row_numbers=True)
+    assert can_resume(tmp_path / "cut") is (cut_after >= 7)
+    normalised = []
+    monkeypatch.setattr(spool, "read_source", read_source)
+    monkeypatch.setattr(spool, "normalise", lambda text: normalised.append(text) or normalise(text))
+    prepare(config, tmp_path / "cut", keep_row_numbers=True)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert len(normalised) == len(texts) - cut_after // 7 * 7 * 50, "what the journal covers is read again"

@@ -14,13 +14,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoModel, AutoTokenizer
 
 from distill.config import TeacherConfig
-from distill.teacher.encoder import TeacherEncoder
+from distill.teacher.encoder import Teacher
 
 CPU = torch.device("cpu")
 
 
 def vectors_of(texts, **config):
-    return TeacherEncoder(TeacherConfig(**config), CPU, None).encode(texts).astype(np.float32)
+    return Teacher(TeacherConfig(**config), CPU, None)(texts)
 
 
 def worst_cosine(a, b):
@@ -108,5 +108,6 @@ def test_a_pooler_without_weights_is_refused_and_never_drawn_anew(tiny_encoder, 
 def test_the_same_sentences_give_the_same_bytes(tmp_path):
     encoder = make_encoder(tmp_path / "e", seed=5)
     config = TeacherConfig(model=str(encoder), pooling="pooler", tokens_per_batch=100)
-    first, second = (TeacherEncoder(config, CPU, None).encode(sentences(30)) for _ in range(2))
+    teachers = Teacher(config, CPU, None), Teacher(config, CPU, None)
+    first, second = (teacher.encode(teacher.read(sentences(30))) for teacher in teachers)
     assert first.dtype == np.float16 and first.tobytes() == second.tobytes()

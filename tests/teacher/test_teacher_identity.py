@@ -14,7 +14,7 @@ from distill.teacher.identity import check_teacher, teacher_identity
 
 
 def identity(encoder, precision="fp32", **config):
-    return teacher_identity(TeacherConfig(model=str(encoder), pooling="mean", **config), precision)
+    return teacher_identity(TeacherConfig(model=str(encoder), pooling="mean", **config), precision)[0]
 
 
 def test_how_the_work_is_cut_is_no_part_of_the_identity(tiny_encoder):
@@ -39,15 +39,15 @@ def test_other_weights_or_another_vocabulary_in_the_same_place_are_another_teach
 def test_given_vectors_are_known_by_their_bytes(tmp_path):
     np.save(tmp_path / "v.npy", np.ones((3, 4)))
     config = TeacherConfig(vectors=str(tmp_path / "v.npy"))
-    before = teacher_identity(config, "fp32")
-    assert before == teacher_identity(config, "bf16")
+    before = teacher_identity(config, "fp32")[0]
+    assert before == teacher_identity(config, "bf16")[0]
     np.save(tmp_path / "v.npy", np.zeros((3, 4)))
-    assert teacher_identity(config, "fp32") != before
+    assert teacher_identity(config, "fp32")[0] != before
 
 
 def test_shards_of_another_teacher_are_refused_with_every_difference_named(tmp_path, tiny_encoder):
     config = load_config(write_config(tmp_path, tiny_encoder))
-    made_by = teacher_identity(config.teacher, "fp32")
+    made_by = teacher_identity(config.teacher, "fp32")[0]
     check_teacher(config, SimpleNamespace(teacher=made_by))
     other = SimpleNamespace(teacher=made_by | {"prompt": "query: ", "max_length": 64})
     with pytest.raises(ValueError, match=r"max_length: 64 in the shards, 32 in the config; teacher\.prompt: 'query: ' in the"):

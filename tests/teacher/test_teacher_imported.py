@@ -30,8 +30,8 @@ def test_npy_rows_are_normalised_in_any_float_type(tmp_path, dtype):
     np.save(tmp_path / "v.npy", VECTORS.astype(dtype))
     found = imported(tmp_path / "v.npy")
     numbers = np.array([7, 0, 49, 7])
-    assert len(found) == 50 and found.rows(numbers).dtype == np.float16
-    assert np.allclose(found.rows(numbers), UNIT[numbers], atol=1e-3)
+    assert len(found) == 50 and found.read([], numbers).dtype == np.float16
+    assert np.allclose(found.read([], numbers), UNIT[numbers], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_npy_rows_are_normalised_in_any_float_type(tmp_path, dtype):
 def test_parquet_lists_of_every_kind_are_rows(tmp_path, kind):
     path = write_parquet(tmp_path / "v.parquet", VECTORS.tolist(), kind, row_group_size=7)
     found = imported(path)
-    assert len(found) == 50 and np.allclose(found.rows(np.arange(50)), UNIT, atol=1e-3)
+    assert len(found) == 50 and np.allclose(found.read([], np.arange(50)), UNIT, atol=1e-3)
 
 
 def test_another_column_is_named(tmp_path):
@@ -68,9 +68,9 @@ def test_a_row_without_a_direction_is_named_by_its_number(tmp_path, bad):
     broken[31] = bad
     np.save(tmp_path / "v.npy", broken)
     found = imported(tmp_path / "v.npy")
-    found.rows(np.arange(31))
+    found.read([], np.arange(31))
     with pytest.raises(ValueError, match=r"row 31 of .*v\.npy is zero or not finite"):
-        found.rows(np.array([2, 31, 5]))
+        found.read([], np.array([2, 31, 5]))
 
 
 def test_a_pickled_npy_is_refused_and_never_opened(tmp_path):

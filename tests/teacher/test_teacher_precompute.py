@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import shutil
 
@@ -15,6 +16,7 @@ from distill.config import load_config
 from distill.corpus import HELD_OUT_MODULUS, text_hash
 from distill.shards import ShardReader, verify_all
 from distill.stages import stage_of
+from distill.teacher import claims
 from distill.teacher.precompute import prepare, run_precompute
 
 CPU = torch.device("cpu")
@@ -37,28 +39,41 @@ def whole(tmp_path_factory, tiny_encoder):
     return config
 
 
+def _task(path, overrides):
+    torch.set_num_threads(1)
+    run_precompute(load_config(path, overrides), CPU, None)
+
+
+def run_tasks(path, count, *overrides):
+    """`count` tasks side by side, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    tasks = [context.Process(target=_task, args=(path, overrides)) for _ in range(count)]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(120)
+    assert [task.exitcode for task in tasks] == [0] * count
+
+
 def test_shards_do_not_depend_on_the_number_of_tasks(whole, tmp_path, tiny_encoder):
-    config = config_of(tmp_path, tiny_encoder)
-    assert not run_precompute(config, CPU, None, task=1, num_tasks=2)
-    assert not (config.run_dir / "precompute/DONE.json").exists()
-    assert run_precompute(config, CPU, None, task=0, num_tasks=2)
+    path = write_config(tmp_path, tiny_encoder)
+    run_tasks(path, 2)
+    config = load_config(path)
     assert digests(config) == digests(whole)
     assert stage_of(config, "precompute").reason_to_run() is None
+    tasks = [json.loads(line) for line in (config.run_dir / "precompute/tasks.jsonl").read_text().splitlines()]
+    assert sum(task["sentences"] for task in tasks) == 600  # nothing was made twice
 
 
-def test_a_task_that_starts_when_others_are_done_leaves_no_shard_to_nobody(whole, tmp_path, tiny_encoder):
-    config = config_of(tmp_path, tiny_encoder, "shards.rows=64")
-    results = [run_precompute(config, CPU, None, task=task, num_tasks=3) for task in (2, 0, 1)]
-    assert results == [False, False, True]
-
-
-def test_what_a_killed_task_left_missing_is_made_by_any_number_of_later_ones(whole, tmp_path, tiny_encoder):
+def test_what_a_killed_task_left_missing_is_made_by_a_later_one(whole, tmp_path, tiny_encoder, monkeypatch):
     config = config_of(tmp_path, tiny_encoder)
     shutil.copytree(whole.run_dir, config.run_dir)
     for name in ("manifest.json", "000001.tar"):
         (config.run_dir / "shards" / name).unlink()
     shutil.rmtree(config.run_dir / "precompute")
-    assert [run_precompute(config, CPU, None, task=task, num_tasks=4) for task in range(4)][1]
+    (config.run_dir / "shards/.000001.claim").write_text("{}")  # its claim; from where, nobody can tell
+    monkeypatch.setattr(claims, "TIMEOUT", 1.0)
+    assert run_precompute(config, CPU, None)
     assert digests(config) == digests(whole)
 
 
@@ -129,10 +144,15 @@ def test_a_piece_of_text_that_was_changed_is_found_and_named(tmp_path, tiny_enco
 def test_shards_of_two_teachers_are_never_mixed(tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     config = config_of(tmp_path, encoder)
-    assert not run_precompute(config, CPU, None, task=0, num_tasks=2)
+    run_precompute(config, CPU, None)
+    (config.run_dir / "shards/000001.tar").unlink()
+    (config.run_dir / "shards/manifest.json").unlink()
     shutil.copy(make_encoder(tmp_path / "other", seed=1) / "model.safetensors", encoder)
+    with pytest.raises(ValueError, match="the teacher's files have changed"):
+        run_precompute(config, CPU, None)
+    (config.run_dir / "precompute/teacher.json").unlink()
     with pytest.raises(ValueError, match=r"0000\d\d\.tar: made by another teacher"):
-        run_precompute(config, CPU, None, task=1, num_tasks=2)
+        run_precompute(config, CPU, None)
     assert not (config.run_dir / "shards/manifest.json").exists()
 
 

@@ -1,0 +1,172 @@
+"""The working files of a text: every sentence that fits, in order, and its hash in one of many buckets.
+
+Reading may take hours (a compressed file and a hub's stream have no random access), so that a journal is kept: whoever was
+killed goes on from the last entry, skipping the raw strings that were read already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from distill.config import TextConfig
+from distill.corpus.sources import read_source
+from distill.corpus.text import normalise, text_hash
+from distill.files import write_json
+
+BLOCK_ROWS = 16_384
+JOURNAL_EVERY = 64  # blocks, about a million sentences
+RECORD = np.dtype([("hash", "<u8"), ("place", "<i8")])
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spool:
+    """The working files of one `prepare_text`: sentences by their place, and records by their hash."""
+
+    folder: Path
+    num_buckets: int
+    has_rows: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_buckets <= 256:
+            raise ValueError(f"num_buckets {self.num_buckets} must be from 1 to 256")
+
+    @property
+    def sentences(self) -> Path:
+        return self.folder / "sentences"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows"
+
+    @property
+    def fates(self) -> Path:
+        return self.folder / "fates"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.json"
+
+    @property
+    def buckets(self) -> list[Path]:
+        return [self.folder / f"bucket.{number:03d}" for number in range(self.num_buckets)]
+
+    def by_bucket(self, records: np.ndarray) -> list[np.ndarray]:
+        """Splits records, keeping their order, over the buckets; a lower bucket holds only lower hashes."""
+        buckets = ((records["hash"] >> np.uint64(56)) * np.uint64(self.num_buckets)) >> np.uint64(8)
+        order = np.argsort(buckets, kind="stable")
+        cuts = np.searchsorted(buckets[order], np.arange(1, self.num_buckets, dtype=np.uint64))
+        return np.split(records[order], cuts)
+
+    def read_fates(self, place: int, count: int) -> np.ndarray:
+        """uint8 [count], the fates of the sentences from `place` on."""
+        return np.fromfile(self.fates, np.uint8, count, offset=place)
+
+    def read_row_numbers(self, place: int, count: int) -> np.ndarray:
+        """int64 [count], the raw row numbers of the sentences from `place` on; zeros if they are not recorded."""
+        if not self.has_rows:
+            return np.zeros(count, np.int64)
+        return np.fromfile(self.rows, np.int64, count, offset=place * 8)
+
+
+@dataclass
+class Progress:
+    """What has been read: how many raw strings of each source, and what became of all of them together."""
+
+    read_of: list[int]
+    counts: Counter[str]
+    complete: bool = False
+
+    @property
+    def num_spooled(self) -> int:
+        return self.counts["read"] - self.counts["too_short"] - self.counts["too_long"]
+
+
+def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
+    """Writes sentences, records and row numbers, going on where an earlier call with the same config was cut off."""
+    progress = _resume(config, spool)
+    if progress.complete:
+        return progress
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("ab")) for path in _files(spool)}
+        buckets = [files[path] for path in spool.buckets]
+        total = progress.counts["read"]
+        bar = stack.enter_context(tqdm(desc="reading text", unit=" sentences", unit_scale=True, disable=disable, initial=total))
+        num_blocks = 0
+        for number, source in enumerate(config.sources):
+            raw = islice(read_source(source), progress.read_of[number], None)
+            for block in _blocks(raw, BLOCK_ROWS):
+                texts = [normalise(text) for text in block]
+                lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+                fits = (lengths >= config.min_chars) & (lengths <= config.max_chars)
+                texts = list(compress(texts, fits))
+                files[spool.sentences].write("".join(f"{text}\n" for text in texts).encode())
+                if spool.has_rows:
+                    rows = progress.counts["read"] + np.flatnonzero(fits)
+                    files[spool.rows].write(rows.astype(np.int64).tobytes())
+                records = np.empty(len(texts), RECORD)
+                records["hash"] = np.fromiter(map(text_hash, texts), np.int64, len(texts)).view(np.uint64)
+                records["place"] = np.arange(progress.num_spooled, progress.num_spooled + len(texts))
+                for bucket, part in zip(buckets, spool.by_bucket(records), strict=True):
+                    bucket.write(part.tobytes())
+                progress.counts["too_short"] += int(np.count_nonzero(lengths < config.min_chars))
+                progress.counts["too_long"] += int(np.count_nonzero(lengths > config.max_chars))
+                progress.counts["read"] += len(block)
+                progress.read_of[number] += len(block)
+                bar.update(len(block))
+                num_blocks += 1
+                if num_blocks % JOURNAL_EVERY == 0:
+                    _write_journal(config, spool, progress, files)
+        progress.complete = True
+        _write_journal(config, spool, progress, files)
+    return progress
+
+
+def _resume(config: TextConfig, spool: Spool) -> Progress:
+    """What the journal says, with all files cut back to what they were then; or an empty spool."""
+    try:
+        journal = json.loads(spool.journal.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        journal = {}
+    if journal.get("of") == _of(config, spool):
+        for path in _files(spool):
+            os.truncate(path, journal["sizes"][path.name])
+        return Progress(journal["read_of"], Counter(journal["counts"]), journal["complete"])
+    shutil.rmtree(spool.folder, ignore_errors=True)
+    spool.folder.mkdir(parents=True)
+    return Progress([0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))
+
+
+def _write_journal(config: TextConfig, spool: Spool, progress: Progress, files: Mapping[Path, BinaryIO]) -> None:
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    sizes = {path.name: file.tell() for path, file in files.items()}
+    state: dict[str, Any] = {"read_of": progress.read_of, "counts": dict(progress.counts), "complete": progress.complete}
+    write_json(spool.journal, {"of": _of(config, spool), "sizes": sizes, **state})
+
+
+def _of(config: TextConfig, spool: Spool) -> dict[str, Any]:
+    return {"text": config.model_dump(mode="json"), "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
+
+
+def _files(spool: Spool) -> list[Path]:
+    return [spool.sentences, *([spool.rows] if spool.has_rows else []), *spool.buckets]
+
+
+def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while block := list(islice(iterator, size)):
+        yield block

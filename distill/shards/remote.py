@@ -1,0 +1,71 @@
+"""Shard sets that lie elsewhere, brought to a local cache shard by shard, each held against the manifest's checksum.
+
+Any URL of a file system that fsspec knows and that is installed here: s3://, gs://, hf://, http://, memory:// ...
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distill.files import publish, sha256_of
+from distill.shards.format import MANIFEST, MOMENTS, Manifest, ShardEntry, ShardError
+
+
+def is_remote(place: str | Path) -> bool:
+    return "://" in str(place) or str(place).startswith("pipe:")
+
+
+class Remote:
+    """A finished set at `url`, and `folder` inside `cache` where its files are brought to. Several processes may share a cache.
+
+    Raises ValueError for what is no plain URL of a file system (a `pipe:`, a chain of them), ShardError where nothing is found.
+    """
+
+    def __init__(self, url: str, cache: str | Path) -> None:
+        import fsspec
+
+        protocol = url.partition("://")[0]
+        if "::" in url or protocol not in fsspec.available_protocols():
+            raise ValueError(f"{url!r} is not a plain URL of a file system that fsspec knows: nothing is run to read shards")
+        try:
+            self._system, self._root = fsspec.url_to_fs(url.rstrip("/"))
+        except (ImportError, ValueError, OSError) as error:
+            raise ValueError(f"cannot open {url}: {error}") from None
+        self.url = url
+        self.folder = Path(cache) / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def bring_manifest(self) -> None:
+        """Manifest and moments as they are there now."""
+        for name in (MANIFEST, MOMENTS):
+            self._download(name, None)
+        manifest = Manifest.load(self.folder)
+        if sha256_of(self.folder / MOMENTS) != manifest.moments_sha256:
+            raise ShardError(f"{self.url}/{MOMENTS}: not the one that the manifest lists (sha256)")
+
+    def bring(self, entry: ShardEntry) -> None:
+        """The shard, unless it is here already. Raises ShardError if what comes is not what the manifest lists."""
+        path = self.folder / entry.name
+        with (self.folder / f".{entry.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a node download a shard once
+            if not path.exists() or path.stat().st_size != entry.bytes:
+                self._download(entry.name, entry.sha256)
+
+    def drop(self, entry: ShardEntry) -> None:
+        (self.folder / entry.name).unlink(missing_ok=True)
+
+    def _download(self, name: str, sha256: str | None) -> None:
+        where = f"{self.url}/{name}"
+        try:
+            source: Any = self._system.open(f"{self._root}/{name}", "rb")
+        except FileNotFoundError:
+            raise ShardError(f"{where}: there is no such file") from None
+        with source, publish(self.folder / name) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            if sha256 is not None and sha256_of(Path(target.name)) != sha256:
+                raise ShardError(f"{where}: not the shard that the manifest lists (sha256): it is damaged there or on its way")

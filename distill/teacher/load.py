@@ -1,0 +1,79 @@
+"""Any encoder as a SentenceTransformer in eval mode: from safetensors, never with remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+from torch import nn
+from transformers import AutoConfig
+
+from distill.config import ModelConfig
+from distill.models import resolve_model
+from distill.student.encoder import load_encoder
+
+
+def load_model(config: ModelConfig, device: torch.device, amp: torch.dtype | None, **placement: Any) -> SentenceTransformer:
+    """`amp` bfloat16: the matrices of linear layers are kept in it, all else in float32, to be run under autocast.
+
+    `placement` goes to from_pretrained (device_map and the like); the model then stays where that puts it, all in `amp`.
+    A folder without modules.json is a plain encoder: `pooling` must say how it pools. Raises ValueError.
+    """
+    path = resolve_model(config.model or "")
+    dtype = amp or torch.float32 if placement else _stored_dtype(path, config.revision, amp)
+    arguments = {"use_safetensors": True, "dtype": dtype} | placement
+    if device.type == "cpu":
+        arguments["attn_implementation"] = "eager"  # on short sentences its matrix products beat the fused kernel's
+    says_how = not Path(path).exists() or (Path(path) / "modules.json").exists()
+    where = None if placement else "cpu"
+    if says_how and config.pooling is None:
+        model = SentenceTransformer(
+            path, device=where, trust_remote_code=False, revision=config.revision, model_kwargs=arguments
+        )
+    elif config.pooling is None:
+        raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
+    else:
+        model = SentenceTransformer(modules=_pooled(path, config, arguments), device=where)
+    if not placement:
+        _set_precision(model, amp)
+        model.to(device)
+    if config.max_length is not None:
+        positions = getattr(getattr(model[0], "model", None), "config", None)
+        most = getattr(positions, "max_position_embeddings", None)
+        if most is not None and config.max_length > most:
+            raise ValueError(f"teacher.max_length {config.max_length} is above the {most} positions of {path}")
+        model.max_seq_length = config.max_length
+    return model.eval()
+
+
+def _stored_dtype(path: str, revision: str | None, amp: torch.dtype | None) -> torch.dtype:
+    """A model stored in 16 bits is loaded in bfloat16 where it will run in it: an 11B teacher has no room for float32."""
+    if amp is None:
+        return torch.float32
+    inner = Path(path)
+    if inner.is_dir() and not (inner / "config.json").exists():
+        return torch.float32  # not a transformer
+    stored = getattr(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False), "dtype", None)
+    return amp if stored in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _set_precision(model: nn.Module, amp: torch.dtype | None) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(amp or torch.float32)
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+
+def _pooled(path: str, config: ModelConfig, arguments: dict[str, Any]) -> list[nn.Module]:
+    transformer = Transformer(path, model_kwargs={**arguments, "revision": config.revision}, max_seq_length=config.max_length)
+    width = transformer.get_embedding_dimension()
+    if config.pooling != "pooler":
+        return [transformer, Pooling(width, pooling_mode=config.pooling)]
+    pooler: Any = load_encoder(path, revision=config.revision, needs_pooler=True).get_submodule("pooler")
+    dense = Dense(width, width, activation_function=nn.Tanh(), init_weight=pooler.dense.weight, init_bias=pooler.dense.bias)
+    return [transformer, Pooling(width, pooling_mode="cls"), dense]
