@@ -33,6 +33,7 @@ class Stage:
     directory: Path
     config: dict[str, Any]
     inputs: dict[str, str]
+    product: Path | None = None  # a file outside of `directory` that a finished stage leaves
 
     def reason_to_run(self) -> str | None:
         """Why the stage must run, in words; None if it is done and nothing it depends on has changed."""
@@ -42,6 +43,8 @@ class Stage:
         changes = self.changes_since(done)
         if changes:
             return "; ".join(changes)
+        if self.product is not None and not self.product.exists():
+            return f"{self.product} is missing"  # taken out by `python -m distill.shards repair`, or by hand
         return None
 
     def changes_since(self, record: dict[str, Any]) -> list[str]:
@@ -106,7 +109,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         inputs |= {"export": fingerprint_of(run_dir / "export"), "shards": _digest(run_dir / "shards" / "manifest.json")}
     else:
         raise ValueError(f"no stage is called {name}")
-    return Stage(name, run_dir / name, _plain(parts), inputs)
+    product = run_dir / "shards" / "manifest.json" if name == "precompute" else None
+    return Stage(name, run_dir / name, _plain(parts), inputs, product)
 
 
 def trained_stages(config: RunConfig) -> list[str]:

@@ -4,24 +4,30 @@
     python launcher/precompute.py --config configs/quickstart.yaml
 
 Start it as often as you like, here and on other machines that see the run directory: each takes shards that nobody else is
-making. Shards that are there already are kept, so the same command again goes on where it stopped. A teacher too large for one
-device: teacher.placement=auto, or teacher.placement=zero3 under the deepspeed launcher.
+making. Shards that are there already are kept, so the same command again goes on where it stopped.
+
+A teacher too large for one device:
+
+    python launcher/precompute.py --config C teacher.placement=auto                     over GPUs, memory and disk (accelerate)
+    deepspeed --num_gpus 8 launcher/precompute.py --config C teacher.placement=zero3    over ranks (ZeRO-3), on any nodes
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
 import command
+from ranks import rank_from_environment, start_process_group
 
 
 def main() -> int:
     import torch
 
+    from distill.precision import autocast_dtype
     from distill.stages import open_run, stage_of
     from distill.teacher.precompute import prepare, run_precompute
-    from distill.training.engine import autocast_dtype
 
     config = command.config_of(arguments)
     open_run(config)
@@ -33,18 +39,26 @@ def main() -> int:
         prepare(config)
         return 0
     command.quiet_libraries()
+    spread = config.teacher.placement == "zero3"
+    if spread:
+        start_process_group(config.engine.timeout)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local % torch.cuda.device_count())
     amp = autocast_dtype(config.teacher.precision, device)
-    if not run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr)):
+    whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))
+    if not whole and rank == 0:
         print("precompute: nothing is left for this task; others are at work", file=sys.stderr)
+    if spread:
+        torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    command.run(main, show_traceback=arguments.traceback)
+    rank = rank_from_environment() if "zero3" in " ".join(arguments.overrides) else 0
+    command.run(main, rank=rank, show_traceback=arguments.traceback)

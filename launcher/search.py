@@ -35,7 +35,8 @@ def main() -> int:
     command.quiet_libraries()
     done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
     student = encoder_of(config.run_dir / "export" / done["results"]["index"], device="cpu")
-    teacher = Teacher(config.teacher, torch.device("cpu"), None) if config.teacher.model else None
+    loads_here = config.teacher.model is not None and config.teacher.placement != "zero3"
+    teacher = Teacher(config.teacher, torch.device("cpu"), None) if loads_here else None
     titles = (
         f"student, {student.dim} dimensions, {student.params / 1e6:.1f}M parameters",
         f"teacher, {teacher.dim} dimensions, {teacher.params / 1e6:.1f}M parameters" if teacher else "teacher: no weights here",

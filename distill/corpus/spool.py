@@ -104,7 +104,7 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
         buckets = [files[path] for path in spool.buckets]
         total = progress.counts["read"]
         bar = stack.enter_context(tqdm(desc="reading text", unit=" sentences", unit_scale=True, disable=disable, initial=total))
-        num_blocks = 0
+        num_blocks = 0  # of this call
         for number, source in enumerate(config.sources):
             raw = islice(read_source(source), progress.read_of[number], None)
             for block in _blocks(raw, BLOCK_ROWS):
@@ -130,7 +130,8 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
                 if num_blocks % JOURNAL_EVERY == 0:
                     _write_journal(config, spool, progress, files)
         progress.complete = True
-        _write_journal(config, spool, progress, files)
+        if num_blocks >= JOURNAL_EVERY:  # less is read again sooner than it is flushed
+            _write_journal(config, spool, progress, files)
     return progress
 
 

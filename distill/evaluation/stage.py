@@ -36,7 +36,7 @@ def evaluate_run(config: RunConfig) -> str:
     speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
     results: dict[str, dict[str, Any]] = {}
     models: list[tuple[str, Encoder | Teacher]] = []
-    if config.teacher.model is not None:
+    if config.teacher.model is not None and config.teacher.placement != "zero3":  # that one fits no single process
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         offload = config.run_dir / "precompute" / "offload"
         models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.config import ModelConfig, TeacherConfig
 from distill.teacher.load import load_model
 from distill.teacher.tokens import Batch, Tokens, can_tokenise, cut, pad, tokenise
+from distill.training.distributed import add_over_ranks, rank, world_size
 
 SENTENCES_PER_BATCH = 256  # for models that read no tokens
 
@@ -50,6 +51,8 @@ class Teacher:
         if config.placement == "auto":
             limits = {int(key) if key.isdigit() else key: value for key, value in (config.max_memory or {}).items()}
             place = {"device_map": "auto", "max_memory": limits or None, "offload_folder": str(offload)}
+        elif config.placement == "zero3":
+            place = {"zero3": True}
         self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
         self.work = Work()
 
@@ -94,26 +97,35 @@ class _Encoder:
         self.amp = amp
         self.prompt = prompt_of(self.model, config)
         self.tokens_per_batch = tokens_per_batch
-        self._flops_a_row: tuple[float, float] | None = None
+        with torch.inference_mode():
+            self._flops_linear, self._flops_square = self._count_flops()
 
     def read(self, sentences: Sequence[str]) -> Tokens | list[str]:
         return tokenise(self.model, sentences, self.prompt) if can_tokenise(self.model) else list(sentences)
 
     @torch.inference_mode()
     def encode(self, read: Tokens | list[str], work: Work, number: int, tick: Callable[[int], object]) -> torch.Tensor:
-        """float32 [n, d] on the device, L2-normalised."""
+        """float32 [n, d] on the device, L2-normalised. Where the weights are spread over ranks, each encodes every W-th batch;
+        a forward pass is a collective then, so all make equally many."""
         if not isinstance(read, Tokens):
             return self._encode_sentences(read, tick)
+        batches = list(cut(read.lengths, self.tokens_per_batch, self.model.max_seq_length))
+        mine = batches[rank() :: world_size()]
         rows, vectors = [], []
-        for batch in cut(read.lengths, self.tokens_per_batch, self.model.max_seq_length):
-            vectors.append(self._forward(pad(self.model, read, batch)))
-            work.shapes.add((number, len(batch.rows), batch.width))
-            work.flops += self._flops(read, len(batch.rows), batch.width)
-            work.tokens += int(read.lengths[batch.rows].sum())
-            work.padded += batch.rows.size * batch.width
-            rows.append(batch.rows)
-            tick(len(batch.rows))
-        return _in_order(vectors, rows)
+        for step in range(-(-len(batches) // world_size())):
+            batch = mine[step] if step < len(mine) else batches[-1]
+            encoded = self._forward(pad(self.model, read, batch))
+            if step < len(mine):
+                work.shapes.add((number, len(batch.rows), batch.width))
+                work.flops += round(len(batch.rows) * (self._flops_linear + self._flops_square * batch.width) * batch.width)
+                work.tokens += int(read.lengths[batch.rows].sum())
+                work.padded += batch.rows.size * batch.width
+                rows.append(batch.rows)
+                vectors.append(encoded)
+            tick(sum(len(batch.rows) for batch in batches[step * world_size() : (step + 1) * world_size()]))
+        if not mine:
+            return add_over_ranks(encoded.new_zeros((len(read.lengths), encoded.shape[1])))
+        return add_over_ranks(_in_order(vectors, rows, len(read.lengths)))
 
     def _encode_sentences(self, sentences: list[str], tick: Callable[[int], object]) -> torch.Tensor:
         order = np.array(sorted(range(len(sentences)), key=lambda row: -len(sentences[row])))
@@ -123,22 +135,21 @@ class _Encoder:
             features = self.model.preprocess([sentences[row] for row in chosen], prompt=self.prompt or None)
             vectors.append(self._forward(features))
             tick(len(chosen))
-        return _in_order(vectors, rows)
+        return _in_order(vectors, rows, len(order))
 
-    def _flops(self, tokens: Tokens, rows: int, width: int) -> int:
-        """2 x multiply-adds of a batch, a width + b width^2 a row, with a and b from two forward passes that are counted."""
-        if self._flops_a_row is None:
-            counts = []
-            for width_counted in (8, 16):
-                flat = {name: np.resize(values, width_counted) for name, values in tokens.flat.items()}
-                one = Tokens(flat, np.array([0, width_counted]), tokens.shared)
-                with FlopCounterMode(display=False) as counter:
-                    self._forward(pad(self.model, one, Batch(np.array([0]), width_counted)))
-                counts.append(counter.get_total_flops())
-            square = (counts[1] - 2 * counts[0]) / 128
-            self._flops_a_row = counts[0] / 8 - 8 * square, square
-        linear, square = self._flops_a_row
-        return round(rows * (linear * width + square * width**2))
+    def _count_flops(self) -> tuple[float, float]:
+        """(a, b): a sentence of w tokens takes a w + b w^2 operations (2 x multiply-adds), from two forward passes."""
+        tokens, counts = self.read(["what does it take"]), []
+        if not isinstance(tokens, Tokens):
+            return 0.0, 0.0
+        for width in (8, 16):
+            flat = {name: np.resize(values, width) for name, values in tokens.flat.items()}
+            one = Tokens(flat, np.array([0, width]), tokens.shared)
+            with FlopCounterMode(display=False) as counter:
+                self._forward(pad(self.model, one, Batch(np.array([0]), width)))
+            counts.append(counter.get_total_flops())
+        square = (counts[1] - 2 * counts[0]) / 128
+        return counts[0] / 8 - 8 * square, square
 
     def _forward(self, features: dict[str, Any]) -> torch.Tensor:
         features = {
@@ -165,9 +176,9 @@ def prompt_of(model: SentenceTransformer, config: ModelConfig) -> str:
     return model.prompts[name] or ""
 
 
-def _in_order(vectors: list[torch.Tensor], rows: Sequence[np.ndarray]) -> torch.Tensor:
-    """Vectors of batches put back to the rows they came from."""
+def _in_order(vectors: list[torch.Tensor], rows: Sequence[np.ndarray], total: int) -> torch.Tensor:
+    """Vectors of batches put back to the rows they came from; zeros [total, d] elsewhere."""
     joined = torch.cat(vectors)
-    ordered = torch.empty_like(joined)
+    ordered = joined.new_zeros((total, joined.shape[1]))
     ordered[torch.from_numpy(np.concatenate(rows)).to(joined.device)] = joined
     return ordered

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +18,26 @@ from distill.models import resolve_model
 from distill.student.encoder import load_encoder
 
 
-def load_model(config: ModelConfig, device: torch.device, amp: torch.dtype | None, **placement: Any) -> SentenceTransformer:
+def load_model(
+    config: ModelConfig, device: torch.device, amp: torch.dtype | None, *, zero3: bool = False, **placement: Any
+) -> SentenceTransformer:
     """`amp` bfloat16: the matrices of linear layers are kept in it, all else in float32, to be run under autocast.
 
-    `placement` goes to from_pretrained (device_map and the like); the model then stays where that puts it, all in `amp`.
-    A folder without modules.json is a plain encoder: `pooling` must say how it pools. Raises ValueError.
+    `placement` goes to from_pretrained (device_map and the like), and zero3 splits the weights over the ranks: the model then
+    stays where that puts it, all of it in `amp`. A folder without modules.json is a plain encoder: `pooling` must say how it
+    pools. Raises ValueError.
     """
     path = resolve_model(config.model or "")
-    dtype = amp or torch.float32 if placement else _stored_dtype(path, config.revision, amp)
+    placed = zero3 or bool(placement)
+    dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
     if device.type == "cpu":
         arguments["attn_implementation"] = "eager"  # on short sentences its matrix products beat the fused kernel's
-    says_how = not Path(path).exists() or (Path(path) / "modules.json").exists()
-    where = None if placement else "cpu"
-    if says_how and config.pooling is None:
-        model = SentenceTransformer(
-            path, device=where, trust_remote_code=False, revision=config.revision, model_kwargs=arguments
-        )
-    elif config.pooling is None:
-        raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
-    else:
-        model = SentenceTransformer(modules=_pooled(path, config, arguments), device=where)
-    if not placement:
+    with _split_over_ranks(dtype) if zero3 else nullcontext() as settings:
+        model = _load(path, config, arguments, None if placed else "cpu")
+    if settings is not None:
+        _start_engine(model, settings)
+    elif not placed:
         _set_precision(model, amp)
         model.to(device)
     if config.max_length is not None:
@@ -47,6 +47,45 @@ def load_model(config: ModelConfig, device: torch.device, amp: torch.dtype | Non
             raise ValueError(f"teacher.max_length {config.max_length} is above the {most} positions of {path}")
         model.max_seq_length = config.max_length
     return model.eval()
+
+
+def _load(path: str, config: ModelConfig, arguments: dict[str, Any], device: str | None) -> SentenceTransformer:
+    says_how = not Path(path).exists() or (Path(path) / "modules.json").exists()
+    if config.pooling is not None:
+        return SentenceTransformer(modules=_pooled(path, config, arguments), device=device)
+    if not says_how:
+        raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
+    return SentenceTransformer(path, device=device, trust_remote_code=False, revision=config.revision, model_kwargs=arguments)
+
+
+@contextmanager
+def _split_over_ranks(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """While it lasts, from_pretrained keeps a W-th of every weight on each of W ranks."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_reuse_distance": 0,  # a layer's weights are given up after their turn: there is no backward pass
+            "stage3_max_live_parameters": 10_000_000,
+            "stage3_prefetch_bucket_size": 10_000_000,
+            "stage3_param_persistence_threshold": 10_000,
+            "reduce_bucket_size": 1,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    living = HfDeepSpeedConfig(settings)  # transformers looks for one that is alive
+    yield settings
+    del living
+
+
+def _start_engine(model: SentenceTransformer, settings: dict[str, Any]) -> None:
+    """Lets ZeRO-3 gather each layer's weights for its turn in a forward pass, and give them up after it."""
+    import deepspeed
+
+    engine = deepspeed.initialize(model=model, config=settings)[0]
+    engine.eval()
 
 
 def _stored_dtype(path: str, revision: str | None, amp: torch.dtype | None) -> torch.dtype:

@@ -4,6 +4,7 @@
 
 `prepare` cuts the text, once. Any number of tasks then call `encode_missing`, which deals out what is missing by claims
 (claims.py) and overlaps three things: reading and tokenising the next piece, encoding this one, writing the one before.
+The ranks of a teacher that is spread over them (ZeRO-3) are one task: rank 0 claims and writes.
 Whoever finds nothing missing calls `finish_set`.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,12 +30,13 @@ from tqdm import tqdm
 from distill.config import RunConfig
 from distill.corpus import can_resume, prepare_text, read_piece, text_hash
 from distill.files import sha256_of, write_json
-from distill.shards import Manifest, ShardError, fingerprint, finish, missing, write_shard
+from distill.shards import Manifest, fingerprint, finish, missing, write_shard
 from distill.stages import Stage, read_json, stage_of
 from distill.teacher.claims import Claims, dealt
 from distill.teacher.identity import teacher_identity
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.timing import Timing, matmul_peak
+from distill.training.distributed import barrier, from_rank_0, is_distributed, rank
 
 Tick = Callable[[int], object]
 
@@ -166,7 +169,7 @@ def encode_missing(
         Claims() as claims,
         ThreadPoolExecutor(1, "reader") as reader,
         ThreadPoolExecutor(1, "writer") as writer,
-        tqdm(total=total, desc="precompute", unit=" sentences", unit_scale=True, disable=None) as bar,
+        tqdm(total=total, desc="precompute", unit=" sentences", unit_scale=True, disable=True if rank() else None) as bar,
     ):
         pieces = _read_pieces(config, sets, source, claims, timing)
         upcoming: Future[Piece | None] = reader.submit(next, pieces, None)
@@ -186,7 +189,8 @@ def encode_missing(
                 with timing.of("wait"):
                     if writing is not None:
                         writing.result()
-                writing = writer.submit(_write, config, piece, vectors, teacher, claims, timing)
+                if rank() == 0:
+                    writing = writer.submit(_write, config, piece, vectors, teacher, claims, timing)
             if writing is not None:
                 writing.result()
         finally:
@@ -201,7 +205,7 @@ def _read_pieces(config: RunConfig, sets: list[ShardSet], source: Source, claims
     """The pieces that fall to this task, read and tokenised."""
     texts = config.run_dir / "precompute" / "text"
     of_folder = {shards.folder: shards for shards in sets}
-    for folder, index, claim in dealt(claims, lambda: all_missing(sets)):
+    for folder, index, claim in _as_rank_0(dealt(claims, lambda: all_missing(sets))):
         name, entry = of_folder[folder].names[index], of_folder[folder].entries[index]
         with timing.of("read"):
             path = texts / f"{name}.txt"
@@ -213,6 +217,22 @@ def _read_pieces(config: RunConfig, sets: list[ShardSet], source: Source, claims
         with timing.of("tokenize"):
             read = source.read(sentences, numbers)
         yield Piece(folder, index, claim, sentences, entry["sha256"], read)
+
+
+def _as_rank_0(items: Iterator[tuple[Path, int, Path]]) -> Iterator[tuple[Path, int, Path]]:
+    """Rank 0's items on every rank: a teacher whose weights are spread over ranks encodes a piece on all of them together."""
+    if not is_distributed():
+        yield from items
+        return
+    # a group of its own, since these calls come from the reader's thread; rank 0 may wait for long before the next piece
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    cpu = torch.device("cpu")
+    while True:
+        item = next(items, None) if rank() == 0 else None
+        item = from_rank_0(None if item is None else [str(item[0]), item[1], str(item[2])], cpu, group)
+        if item is None:
+            return
+        yield Path(item[0]), item[1], Path(item[2])
 
 
 def _write(config: RunConfig, piece: Piece, vectors: np.ndarray, teacher: str, claims: Claims, timing: Timing) -> None:
@@ -287,21 +307,20 @@ def run_precompute(
 
     `report` is told in one line where the time went.
     """
+    if rank() > 0:
+        barrier()  # rank 0 cuts the text and reads the weights for their identity
     text = prepare(config)
     identity = identify(config, amp)
+    if rank() == 0:
+        barrier()
     timing = Timing()
-    if all_missing(shard_sets(config, text)):
+    if from_rank_0(bool(all_missing(shard_sets(config, text))), device):
         source = open_source(config, device, amp, text)
         timing = encode_missing(config, text, source, identity, matmul_peak(device, amp))
-        if timing.sentences:
+        if timing.sentences and rank() == 0:
             log_task(config, timing)
             report(str(timing))
-    try:
-        return finish_set(config, text, identity, timing)
-    except ShardError:
-        if all_missing(shard_sets(config, text)):  # another task found a shard bad and took it out meanwhile
-            return False
-        raise
+    return from_rank_0(finish_set(config, text, identity, timing) if rank() == 0 else None, device)
 
 
 def log_task(config: RunConfig, timing: Timing) -> None:

@@ -59,6 +59,8 @@ def tokenise(model: SentenceTransformer, sentences: Sequence[str], prompt: str) 
     names = [name for name in features if name not in shared]
     may_be_direct = model.tokenizer.is_fast and DIRECT.keys() >= set(names)
     same = may_be_direct and all(direct(sample)[name] == features[name] for name in names)
+    if same and "token_type_ids" in names and not any(map(any, features["token_type_ids"])):
+        names.remove("token_type_ids")  # an encoder takes zeros without being told
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     lengths: list[int] = []
     for start in range(0, len(sentences), BLOCK):

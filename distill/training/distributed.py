@@ -35,17 +35,17 @@ def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(sorted(sums), values.tolist(), strict=True))
 
 
-def from_rank_0(value: Any, device: torch.device) -> Any:
+def from_rank_0(value: Any, device: torch.device, group: Any = None) -> Any:
     """Rank 0's JSON-able value, on every rank."""
     if not is_distributed():
         return value
     text = json.dumps(value).encode() if rank() == 0 else b""
     size = torch.tensor([len(text)], dtype=torch.int64, device=device)
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=0, group=group)
     data = torch.zeros(int(size), dtype=torch.uint8, device=device)
     if rank() == 0:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(data, src=0)
+    dist.broadcast(data, src=0, group=group)
     return json.loads(bytes(data.cpu().tolist()))
 
 
@@ -62,6 +62,13 @@ def gather_dealt_rows(rows: Tensor, total: int) -> Tensor:
     gathered = rows.new_empty((size * largest, *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, padded)
     return gathered.view(size, largest, *rows.shape[1:]).transpose(0, 1).reshape(size * largest, *rows.shape[1:])[:total]
+
+
+def add_over_ranks(rows: Tensor) -> Tensor:
+    """The sum over ranks, on every rank."""
+    if is_distributed():
+        dist.all_reduce(rows)
+    return rows
 
 
 class _GatherWithGradient(torch.autograd.Function):

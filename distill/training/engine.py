@@ -17,16 +17,6 @@ from distill.config import EngineConfig, TrainConfig
 OWN_LR_PREFIX = "logit_scale"
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None (float32): what `precision` means on this device. auto: bf16 where the processor has it."""
-    if precision == "fp32":
-        return None
-    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if precision == "bf16" and not has_bf16:
-        raise ValueError("precision bf16: this processor has no bf16 instructions; use fp32 or auto")
-    return torch.bfloat16 if has_bf16 else None
-
-
 def find_deepspeed_config(path: Path) -> Path:
     """`path` from here, or from the root of the project. Raises ValueError naming those there are."""
     shipped = Path(distill.__file__).parents[1]

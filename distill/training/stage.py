@@ -12,6 +12,7 @@ from distill.config import RunConfig, TrainConfig
 from distill.corpus import read_dataset, read_rows
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
+from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder, permutation
 from distill.shards import ShardReader
 from distill.stages import Stage, stage_of
@@ -24,7 +25,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.ckd import CkdRecipe, CkdTask, build_projection
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
-from distill.training.engine import autocast_dtype, build_engine
+from distill.training.engine import build_engine
 from distill.training.finetune import FinetuneRecipe, FinetuneTask, Triplets
 from distill.training.hpd import FIT_SENTENCES, HpdRecipe, HpdTask, fit_head
 from distill.training.loop import Trainer

@@ -28,12 +28,12 @@ from sentence_transformers import SentenceTransformer
 from distill.config import RunConfig
 from distill.corpus.text import normalise, text_hash
 from distill.memory import keep_freed_memory
+from distill.precision import autocast_dtype
 from distill.shards import ShardReader
 from distill.stages import read_json
 from distill.teacher.encoder import Teacher
 from distill.teacher.precompute import encode_missing, finish_set, identify, prepare
 from distill.teacher.timing import matmul_peak
-from distill.training.engine import autocast_dtype
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def run_config(folder: Path, model: str, sentences: list[str], tasks: int, token
             "runs_dir": str(folder),
             "text": {"sources": [{"type": "file", "path": str(text)}]},
             "teacher": {"model": model, "tokens_per_batch": tokens_per_batch},
-            "shards": {"rows": -(-len(sentences) // (2 * tasks))},
+            "shards": {"rows": -(-len(sentences) // (2 * tasks if len(sentences) > 10_000 else tasks))},
         }
     )
 
@@ -94,9 +94,9 @@ def ours(model: str, sentences: list[str], tasks: int, threads: int, tokens_per_
         loaded.wait()
         started = time.perf_counter()
         figures = [results.get() for _ in processes]
+        seconds = time.perf_counter() - started
         for process in processes:
             process.join()
-        seconds = time.perf_counter() - started
         assert read_json(config.run_dir / "precompute/DONE.json")
         row_of = {text_hash(sentence): row for row, sentence in enumerate(sentences)}
         vectors = None

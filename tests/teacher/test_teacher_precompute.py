@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +17,7 @@ from conftest import make_encoder, sentences, write_config
 from distill.config import load_config
 from distill.corpus import HELD_OUT_MODULUS, text_hash
 from distill.shards import ShardReader, verify_all
+from distill.shards.__main__ import main as shards_command
 from distill.stages import stage_of
 from distill.teacher import claims
 from distill.teacher.precompute import prepare, run_precompute
@@ -160,3 +163,54 @@ def test_the_same_run_again_embeds_nothing(whole, tmp_path, tiny_encoder):
     before = {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")}
     assert run_precompute(whole, CPU, None)
     assert {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")} == before
+
+
+def truncate(shards):
+    os.truncate(shards / "000001.tar", 20_000)
+
+
+def flip(shards):
+    data = bytearray((shards / "000001.tar").read_bytes())
+    data[9000] ^= 4
+    (shards / "000001.tar").write_bytes(data)
+
+
+def rename(shards):
+    (shards / "000001.tar").rename(shards / "000007.tar")
+
+
+def swap(shards):
+    shutil.copy(shards / "000000.tar", shards / "000001.tar")
+
+
+def lose(shards):
+    (shards / "000001.tar").unlink()
+
+
+def disagree(shards):
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["count"] += 1
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, rename, swap, lose, disagree])
+def test_what_is_wrong_is_named_by_verify_and_mended_by_repair_and_the_same_command(
+    whole, tmp_path, tiny_encoder, capsys, harm
+):
+    config = config_of(tmp_path, tiny_encoder)
+    shutil.copytree(whole.run_dir / "shards", config.run_dir / "shards")
+    assert run_precompute(config, CPU, None)
+    shards = config.run_dir / "shards"
+    made = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    harm(shards)
+    assert shards_command(["verify", str(shards)]) == 1
+    assert re.search(r"manifest\.json" if harm is disagree else r"000001\.tar: ", capsys.readouterr().out)
+    shards_command(["repair", str(shards)])
+    reason = stage_of(config, "precompute").reason_to_run()
+    assert reason is None if harm is disagree else "manifest.json is missing" in reason
+    assert run_precompute(config, CPU, None)
+    assert shards_command(["verify", str(shards)]) == 0
+    assert {name: value for name, value in digests(config).items() if not name.endswith(".unlisted")} == digests(whole)
+    remade = {path.name for path in shards.glob("*.tar") if path.stat().st_mtime_ns != made.get(path.name)}
+    assert remade <= {"000001.tar"}, "more was made again than what was bad"
+    assert stage_of(config, "precompute").reason_to_run() is None

@@ -1,0 +1,166 @@
+"""The teacher's encoder on a GPU: tokens a second and model FLOP utilisation, with random weights of the true architectures.
+
+    python tests/bench/teacher_gpu.py            Sentence-T5-XXL's encoder at lengths 64 and 256; MiniLM and BERT-base against
+                                                 sentence-transformers' best
+    python tests/bench/teacher_gpu.py --tiny     the same code on small models, to see that it runs
+
+MFU is of a large bf16 matrix product measured on the same device in the same run. Nothing is downloaded; a vocabulary of
+made-up words stands for the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from distill.config import TeacherConfig
+from distill.teacher.encoder import Teacher, Work
+from distill.teacher.timing import matmul_peak
+
+WORDS = [f"w{number}" for number in range(20_000)]
+T5_XXL = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24}
+BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+TINY_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_heads": 4, "num_layers": 2}
+TINY_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", model_max_length=512)
+
+
+def save(folder: Path, model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
+    """A sentence-transformers folder of a transformer with random weights."""
+    inner = folder / "inner"
+    model.save_pretrained(inner)  # type: ignore[operator]
+    tokenizer().save_pretrained(inner)
+    SentenceTransformer(modules=[Transformer(str(inner), model_kwargs={"dtype": torch.bfloat16}), *modules], device="cpu").save(
+        str(folder / "model")
+    )
+
+
+def sentences(count: int, tokens: int, spread: bool) -> list[str]:
+    """Sentences of `tokens` tokens, or of around half of that with the spread of real text."""
+    rng = np.random.default_rng(0)
+    lengths = (
+        np.clip(rng.lognormal(np.log(tokens / 2), 0.45, count), 4, tokens).astype(int) if spread else np.full(count, tokens)
+    )
+    return [" ".join(f"w{word}" for word in rng.integers(0, len(WORDS), length - 1)) for length in lengths]
+
+
+def timed(encode: Any, texts: list[str], device: torch.device) -> float:
+    encode(texts[: len(texts) // 4])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    encode(texts)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(
+    model: Path, texts: list[str], max_length: int, tokens_per_batch: int, device: torch.device, peak: float
+) -> dict[str, Any]:
+    config = TeacherConfig(model=str(model), max_length=max_length, tokens_per_batch=tokens_per_batch)
+    teacher = Teacher(config, device, torch.bfloat16)
+    read = teacher.read(texts)
+    teacher.encode(read)
+    teacher.work = Work()
+    started = time.perf_counter()
+    teacher.encode(read)
+    seconds = time.perf_counter() - started
+    work = teacher.work
+    tokens, padded, flops = work.tokens, work.padded, work.flops
+    return {
+        "sentences_per_second": round(len(texts) / seconds, 1),
+        "tokens_per_second": round(tokens / seconds),
+        "padding_efficiency": round(tokens / padded, 4),
+        "tflops": round(flops * tokens / padded / seconds / 1e12, 2),
+        "mfu": round(flops * tokens / padded / seconds / peak, 3),
+    }
+
+
+def best_of_sentence_transformers(model: Path, texts: list[str], device: torch.device) -> dict[str, Any]:
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        peer = SentenceTransformer(str(model), device=str(device), model_kwargs={"dtype": dtype})
+        for batch_size in (32, 128, 512, 1024):
+            seconds = timed(partial(peer.encode, batch_size=batch_size), texts, device)
+            rates[f"{dtype}, batch {batch_size}"] = round(len(texts) / seconds, 1)
+    name = max(rates, key=rates.__getitem__)
+    return {"best": name, "sentences_per_second": rates[name], "all": rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tokens-per-batch", type=int, nargs="+", default=[16384, 65536, 131072])
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.tiny:
+        raise SystemExit("there is no GPU here; --tiny runs the same code on small models")
+    peak = matmul_peak(device, torch.bfloat16, seconds=2.0)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "matmul_peak_tflops": round(peak / 1e12, 2),
+    }
+    vocabulary = len(WORDS) + 3
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.set_default_dtype(torch.bfloat16)
+        with device:
+            t5 = T5EncoderModel(
+                T5Config(vocab_size=vocabulary, feed_forward_proj="relu", **(TINY_T5 if options.tiny else T5_XXL))
+            )
+        torch.set_default_dtype(torch.float32)
+        width = t5.config.d_model
+        save(
+            folder / "t5",
+            t5,
+            [Pooling(width, "mean"), Dense(width, 768, bias=False, activation_function=torch.nn.Identity()), Normalize()],
+        )
+        del t5
+        for length in (64, 256):
+            count = 64 if options.tiny else 2**19 // length
+            for budget in options.tokens_per_batch:
+                figures = measure(folder / "t5/model", sentences(count, length, False), length, budget, device, peak)
+                result[f"sentence-t5-xxl, length {length}, {budget} tokens a batch"] = figures
+                print(length, budget, figures, flush=True)
+        for label, shape in (("all-MiniLM", MINILM), ("BERT-base", BERT_BASE)):
+            bert = BertModel(BertConfig(vocab_size=vocabulary, pad_token_id=0, **(TINY_BERT if options.tiny else shape)))
+            save(folder / label, bert, [Pooling(bert.config.hidden_size, "mean"), Normalize()])
+            texts = sentences(200 if options.tiny else 60_000, 64, True)
+            ours = max(
+                (measure(folder / label / "model", texts, 64, budget, device, peak) for budget in options.tokens_per_batch),
+                key=lambda figures: figures["sentences_per_second"],
+            )
+            peer = best_of_sentence_transformers(folder / label / "model", texts, device)
+            ratio = round(ours["sentences_per_second"] / peer["sentences_per_second"], 2)
+            result[label] = {"ours": ours, "sentence-transformers": peer, "ratio": ratio}
+            print(label, result[label], flush=True)
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Claims: one task a shard, whatever was killed where, and no waiting for the dead."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from distill.teacher import claims as module
+from distill.teacher.claims import Claims, dealt
+
+
+@pytest.fixture
+def claim(tmp_path):
+    return tmp_path / ".000000.claim"
+
+
+def elsewhere(beat: int) -> str:
+    """The claim of a task on another machine."""
+    return json.dumps({"host": "far", "boot": "b", "pids": 1, "pid": 1, "started": "1", "beat": beat})
+
+
+def test_only_one_of_two_tasks_takes_a_shard(claim):
+    with Claims() as one, Claims() as other:
+        assert one.take(claim) and not other.take(claim)
+        one.give_up(claim)
+        assert other.take(claim)
+    assert not claim.exists()
+
+
+def _take_and_hang(path, taken):
+    with Claims() as claims:
+        taken.put(claims.take(path))
+        time.sleep(600)
+
+
+def test_the_claim_of_a_killed_task_of_this_machine_is_void_at_once(claim):
+    context = multiprocessing.get_context("fork")
+    taken = context.Queue()
+    task = context.Process(target=_take_and_hang, args=(claim, taken))
+    task.start()
+    assert taken.get(timeout=30)
+    with Claims() as claims:
+        assert claims.state(claim) == "live" and not claims.take(claim)
+        os.kill(task.pid, signal.SIGKILL)
+        task.join()
+        assert claim.exists() and claims.state(claim) == "void" and claims.take(claim)
+
+
+def test_a_claim_from_elsewhere_is_live_while_it_beats_and_void_when_it_has_not_for_long(claim, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    claim.write_text(elsewhere(1))
+    with Claims() as claims:
+        assert claims.state(claim) == "unknown" and not claims.take(claim)
+        claim.write_text(elsewhere(2))
+        assert claims.state(claim) == "live"
+        time.sleep(0.35)
+        assert claims.state(claim) == "void" and claims.take(claim)
+
+
+def test_a_heart_beats(claim, monkeypatch):
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    with Claims() as claims:
+        assert claims.take(claim)
+        before = claim.read_bytes()
+        deadline = time.monotonic() + 10
+        while claim.read_bytes() in (before, b""):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_claim_cut_off_in_the_middle_is_waited_for_like_any_other(claim, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    claim.write_text('{"host": "fa')
+    with Claims() as claims:
+        assert not claims.take(claim)
+        time.sleep(0.25)
+        assert claims.take(claim)
+
+
+def test_what_is_missing_is_dealt_once_and_a_shard_made_meanwhile_is_passed_over(tmp_path):
+    left = [(tmp_path, index) for index in range(4)]
+    with Claims() as claims:
+        dealing = dealt(claims, lambda: list(left))
+        _, first, claim = next(dealing)
+        assert first == 0 and claim.exists()
+        left.remove((tmp_path, 0))
+        left.remove((tmp_path, 1))
+        assert [index for _, index, _ in dealing] == [2, 3]
+
+
+def test_a_task_leaves_when_all_the_rest_is_in_the_hands_of_live_ones_and_takes_over_from_dead_ones(tmp_path, monkeypatch):
+    left = [(tmp_path, 0), (tmp_path, 1)]
+    with Claims() as other, Claims() as claims:
+        assert other.take(tmp_path / ".000000.claim")
+        (tmp_path / ".000001.claim").write_text(elsewhere(1))
+        monkeypatch.setattr(module, "TIMEOUT", 0.3)
+        assert [index for _, index, _ in dealt(claims, lambda: list(left), poll=0.05)] == [1]

@@ -1,0 +1,193 @@
+"""Teachers of every kind and size: Sentence-T5, several at once, and weights that do not fit where they run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, environment, launch
+from conftest import make_encoder, sentences, write_config
+from encoders import save_family
+from ranks import free_port
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from distill.config import TeacherConfig, load_config
+from distill.shards import ShardReader
+from distill.teacher.encoder import Teacher
+
+CPU = torch.device("cpu")
+TEXTS = sentences(60)
+
+
+def vectors_of(config, amp=None):
+    return Teacher(TeacherConfig(**config), CPU, amp)(TEXTS)
+
+
+def worst_cosine(a, b):
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+@pytest.fixture(scope="module")
+def sentence_t5(tmp_path_factory, tiny_encoder):
+    """Transformer (T5 encoder), mean pooling, a dense layer without bias, normalised: as the public checkpoints are stored."""
+    folder = tmp_path_factory.mktemp("t5")
+    transformer = Transformer(str(save_family("t5", tiny_encoder, folder / "inner")))
+    torch.manual_seed(0)
+    dense = Dense(16, 24, bias=False, activation_function=torch.nn.Identity())
+    SentenceTransformer(modules=[transformer, Pooling(16, "mean"), dense, Normalize()], device="cpu").save(
+        str(folder / "model")
+    )
+    return folder / "model"
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_sentence_t5_encodes_as_sentence_transformers_does(sentence_t5, amp):
+    expected = SentenceTransformer(str(sentence_t5), device="cpu").encode(TEXTS)
+    found = vectors_of({"model": str(sentence_t5)}, amp)
+    assert found.shape == (60, 24)
+    assert worst_cosine(found, expected) > (0.99999 if amp is None else 0.999)
+    assert worst_cosine(expected[:1], expected[1:2]) < 0.99, "the sentences are too alike for an error to show"
+
+
+def test_a_checkpoint_in_fp16_is_run_in_bf16_which_does_not_overflow(sentence_t5, tmp_path):
+    SentenceTransformer(str(sentence_t5), device="cpu", model_kwargs={"dtype": torch.float16}).save(str(tmp_path / "half"))
+    teacher = Teacher(TeacherConfig(model=str(tmp_path / "half")), CPU, torch.bfloat16)
+    linear = [module for module in teacher.encoders[0].model.modules() if isinstance(module, torch.nn.Linear)]
+    kinds = {parameter.dtype for module in linear for parameter in module.parameters()}
+    assert kinds == {torch.bfloat16}
+    assert worst_cosine(teacher(TEXTS), vectors_of({"model": str(sentence_t5)})) > 0.999
+
+
+def test_of_several_encoders_the_cosine_is_the_mean_of_theirs(sentence_t5, tiny_encoder):
+    bert = {"model": str(tiny_encoder), "pooling": "mean"}
+    both = vectors_of(bert | {"concat": [{"model": str(sentence_t5)}]})
+    one, two = vectors_of(bert), vectors_of({"model": str(sentence_t5)})
+    assert both.shape == (60, 32 + 24) and np.allclose(np.linalg.norm(both, axis=1), 1, atol=1e-3)
+    assert np.allclose(both @ both.T, (one @ one.T + two @ two.T) / 2, atol=4e-3)
+
+
+def test_the_models_own_prompts_are_used_by_name_and_by_default(sentence_t5, tmp_path):
+    model = SentenceTransformer(str(sentence_t5), device="cpu", prompts={"query": "the query is ", "document": "the text is "})
+    model.default_prompt_name = "query"
+    model.save(str(tmp_path / "prompted"))
+    name = str(tmp_path / "prompted")
+    plain = SentenceTransformer(str(sentence_t5), device="cpu")
+    for config, prompt in (({}, "the query is "), ({"prompt_name": "document"}, "the text is "), ({"prompt": ""}, "")):
+        expected = plain.encode([prompt + text for text in TEXTS])
+        assert worst_cosine(vectors_of({"model": name, **config}), expected) > 0.99999
+    with pytest.raises(ValueError, match=r"'passage'.*\['document', 'query'\]"):
+        vectors_of({"model": name, "prompt_name": "passage"})
+
+
+def test_tokens_of_a_prompt_that_the_model_does_not_pool_are_left_out(tiny_encoder, tmp_path):
+    pooling = Pooling(32, "mean", include_prompt=False)
+    SentenceTransformer(modules=[Transformer(str(tiny_encoder)), pooling], device="cpu").save(str(tmp_path / "instructor"))
+    model = SentenceTransformer(str(tmp_path / "instructor"), device="cpu")
+    found = vectors_of({"model": str(tmp_path / "instructor"), "prompt": "the query is "})
+    assert worst_cosine(found, model.encode(TEXTS, prompt="the query is ")) > 0.99999
+    assert worst_cosine(found, model.encode(["the query is " + text for text in TEXTS])) < 0.9999
+
+
+def test_a_model_without_a_transformer_encodes_too(tmp_path):
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    folder = make_encoder(tmp_path / "words")
+    static = StaticEmbedding(BertTokenizerFast.from_pretrained(folder).backend_tokenizer, embedding_dim=20)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
+    expected = SentenceTransformer(str(tmp_path / "static"), device="cpu").encode(TEXTS)
+    assert worst_cosine(vectors_of({"model": str(tmp_path / "static")}), expected) > 0.99999
+
+
+MEMORY = """
+import json, os, sys, threading, time
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from distill.config import TeacherConfig
+from distill.teacher.encoder import Teacher
+
+def held():
+    "Bytes of this process that cannot be read from a file again."
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+def watch():
+    while held() < limit:
+        time.sleep(0.002)
+    print("over the memory limit", file=sys.stderr, flush=True)
+    os._exit(9)
+
+options = json.loads(sys.argv[1])
+Teacher(TeacherConfig(model=options["tiny"]), torch.device("cpu"), None)(["all that is imported is imported now"])
+limit = held() + options["megabytes"] * 2**20
+threading.Thread(target=watch, daemon=True).start()
+teacher = Teacher(TeacherConfig(**options["teacher"]), torch.device("cpu"), torch.bfloat16, offload=Path(options["offload"]))
+np.save(options["out"], teacher(options["texts"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, tiny_encoder):
+    """A BERT whose weights take about 125 MB in bf16, stored as sentence-transformers stores it."""
+    folder = tmp_path_factory.mktemp("large")
+    words = BertTokenizerFast.from_pretrained(tiny_encoder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "num_hidden_layers": 20, "num_attention_heads": 8, "intermediate_size": 2048}
+    model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, initializer_range=0.08, **shape))
+    model.save_pretrained(folder / "inner")
+    words.save_pretrained(folder / "inner")
+    modules = [Transformer(str(folder / "inner")), Pooling(512, "mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"))
+    (folder / "model/model.safetensors").unlink()
+    model.save_pretrained(folder / "model", max_shard_size="40MB")  # in several files, as large models are
+    assert sum(p.numel() for p in model.parameters()) * 4 > 240 * 2**20
+    return folder / "model"
+
+
+def encode_within(megabytes, large, tmp_path, tiny, **teacher):
+    options = {
+        "megabytes": megabytes,
+        "teacher": {"model": str(large), "tokens_per_batch": 256, **teacher},
+        "tiny": str(tiny),
+        "offload": str(tmp_path / "offload"),
+        "texts": TEXTS,
+        "out": str(tmp_path / "found.npy"),
+    }
+    script = [sys.executable, "-c", MEMORY, json.dumps(options)]
+    return subprocess.run(script, capture_output=True, text=True, env=environment(), cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_teacher_larger_than_memory_is_run_from_disk_by_accelerate(large, sentence_t5, tmp_path):
+    plain = encode_within(90, large, tmp_path, sentence_t5)
+    assert plain.returncode == 9 and "over the memory limit" in plain.stderr, "the limit does not bind: the test shows nothing"
+    spread = encode_within(90, large, tmp_path, sentence_t5, placement="auto", max_memory={"cpu": "30MB"})
+    assert spread.returncode == 0, spread.stderr[-3000:]
+    expected = SentenceTransformer(str(large), device="cpu").encode(TEXTS)
+    assert worst_cosine(np.load(tmp_path / "found.npy"), expected) > 0.999
+
+
+@pytest.mark.slow
+def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_makes(tmp_path, sentence_t5):
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    teacher = f"{{model: {sentence_t5}, precision: fp32}}"
+    configs = [write_config(tmp_path / name, sentence_t5, teacher=teacher) for name in ("one", "two")]
+    assert launch("precompute.py", "--config", configs[0]).returncode == 0
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    arguments = [program, "--num_gpus", "2", "--master_port", str(free_port()), "--quiet", str(ROOT / "launcher/precompute.py")]
+    arguments += ["--config", str(configs[1]), "teacher.placement=zero3"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (ShardReader(load_config(config).run_dir / "shards") for config in configs)
+    rows = np.arange(len(one))
+    assert two.texts(rows) == one.texts(rows)
+    assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
+    task = json.loads((load_config(configs[1]).run_dir / "precompute/tasks.jsonl").read_text())
+    assert task["sentences"] == 600
