@@ -265,7 +265,7 @@ def finish_set(config: RunConfig, text: dict[str, Any], identity: dict[str, Any]
                 teacher_fingerprint=fingerprint(identity),
                 text_fingerprint=text["fingerprint"],
                 text_fingerprints=[entries[index]["sha256"] for index in range(len(names))],
-                rows=config.shards.rows,
+                rows=max(config.shards.rows, max(entry["rows"] for entry in entries)),  # the held-out set is one shard
                 block_rows=config.shards.block_rows,
             )
         )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def set_of(config):
     shards = config.run_dir / "shards"
-    files = [path for path in sorted(shards.rglob("*")) if path.is_file() and path.suffix != ".claim"]
+    files = [path for path in sorted(shards.rglob("*")) if path.is_file() and path.name[0] != "."]
     return {str(path.relative_to(shards)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
