@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, environment, launch
 from conftest import make_encoder, sentences, write_config
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from encoders import save_family
-from ranks import free_port
+from ranks import free_port, on_ranks
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -191,3 +193,31 @@ def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_
     assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
     task = json.loads((load_config(configs[1]).run_dir / "precompute/tasks.jsonl").read_text())
     assert task["sentences"] == 600
+
+
+def _weights_held(model, texts):
+    """On each rank: bytes of weights held at rest, the most held at any moment of a forward pass, and of all weights."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    teacher = Teacher(TeacherConfig(model=model, placement="zero3", tokens_per_batch=256), CPU, torch.bfloat16)
+    parameters = list(teacher.encoders[0].model.parameters())
+
+    def held():
+        return sum(
+            2 * (p.ds_tensor.numel() + (p.data.numel() if p.ds_status == ZeroParamStatus.AVAILABLE else 0)) for p in parameters
+        )
+
+    rest, moments = held(), []
+    for module in teacher.encoders[0].model.modules():
+        module.register_forward_hook(lambda *_: moments.append(held()))
+    vectors = teacher(texts)
+    return rest, max(moments), sum(2 * p.ds_numel for p in parameters), vectors
+
+
+@pytest.mark.slow
+def test_with_zero3_no_rank_ever_holds_all_weights(large):
+    expected = SentenceTransformer(str(large), device="cpu").encode(TEXTS)
+    for rest, most, everything, vectors in on_ranks(2, _weights_held, str(large), TEXTS):
+        assert rest < 0.52 * everything
+        assert most < 0.8 * everything
+        assert worst_cosine(vectors, expected) > 0.999
