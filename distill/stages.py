@@ -20,9 +20,7 @@ from typing import Any
 from distill.config import RunConfig, dump_config
 from distill.files import publish, sha256_of, write_json
 
-COSMETIC = frozenset(
-    {"log_every", "keep", "save_every", "micro_batch", "tile", "tasks", "nested", "placement", "max_memory", "cache"}
-)
+COSMETIC = frozenset({"log_every", "keep", "save_every", "micro_batch", "tile", "tasks", "nested", "placement", "max_memory"})
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def main() -> int:
         return 0
     command.quiet_libraries()
     spread = config.teacher.placement == "zero3"
+    rank = rank_from_environment() if spread else 0
     if spread:
         start_process_group(config.engine.timeout)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
@@ -60,5 +61,4 @@ if __name__ == "__main__":
     parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    rank = rank_from_environment() if "zero3" in " ".join(arguments.overrides) else 0
-    command.run(main, rank=rank, show_traceback=arguments.traceback)
+    command.run(main, rank=int(os.environ.get("RANK", "0")), show_traceback=arguments.traceback)

@@ -32,10 +32,6 @@ class Work:
     flops: int = 0
     shapes: set[tuple[int, int, int]] = field(default_factory=set)  # (encoder, rows, width)
 
-    @property
-    def padding_efficiency(self) -> float:
-        return self.tokens / max(1, self.padded)
-
 
 class Teacher:
     """read(sentences) on one thread, encode(...) on another -> L2-normalised fp16 vectors [n, dim], in the sentences' order.
@@ -73,7 +69,7 @@ class Teacher:
         return [encoder.read(sentences) for encoder in self.encoders]
 
     def encode(self, read: Read, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
-        """`tick` is told the sentences of each batch that is under way."""
+        """float16 [n, dim], L2-normalised, of what `read` returned. `tick` is told the sentences of each batch under way."""
         parts = [
             encoder.encode(tokens, self.work, number, tick if number == len(self.encoders) - 1 else lambda rows: None)
             for number, (encoder, tokens) in enumerate(zip(self.encoders, read, strict=True))
