@@ -14,10 +14,11 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import ModelConfig, TeacherConfig
-from distill.teacher.load import load_model
+from distill.teacher.load import load_model, packed_flops
 from distill.teacher.tokens import Batch, Tokens, can_tokenise, cut, pad, tokenise
 from distill.training.distributed import add_over_ranks, rank, world_size
 
+PACKED_FLOPS = {torch.ops.mkldnn._linear_pointwise: packed_flops}
 SENTENCES_PER_BATCH = 256  # for models that read no tokens
 
 Read = list[Tokens | list[str]]  # what each encoder reads, of the same sentences
@@ -141,7 +142,7 @@ class _Encoder:
         for width in (8, 16):
             flat = {name: np.resize(values, width) for name, values in tokens.flat.items()}
             one = Tokens(flat, np.array([0, width]), tokens.shared)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=PACKED_FLOPS) as counter:
                 self._forward(pad(self.model, one, Batch(np.array([0]), width)))
             counts.append(counter.get_total_flops())
         square = (counts[1] - 2 * counts[0]) / 128

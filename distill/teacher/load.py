@@ -40,6 +40,8 @@ def load_model(
     elif not placed:
         _set_precision(model, amp)
         model.to(device)
+        if device.type == "cpu" and amp is not None:
+            pack_linears(model)
     if config.max_length is not None:
         positions = getattr(getattr(model[0], "model", None), "config", None)
         most = getattr(positions, "max_position_embeddings", None)
@@ -106,6 +108,32 @@ def _set_precision(model: nn.Module, amp: torch.dtype | None) -> None:
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16 on a CPU, for inference: its matrix is laid out once as oneDNN's kernels read it, which
+    `nn.Linear` does again at every call."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+
+
+def packed_flops(inputs: torch.Size, weight: torch.Size, *rest: Any, out_shape: torch.Size, **options: Any) -> int:
+    """Operations of PackedLinear, for torch's FlopCounterMode."""
+    return 2 * inputs.numel() * weight[0]
+
+
+def pack_linears(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
 
 
 def _pooled(path: str, config: ModelConfig, arguments: dict[str, Any]) -> list[nn.Module]:

@@ -18,11 +18,13 @@ from encoders import save_family
 from ranks import free_port, on_ranks
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from distill.config import TeacherConfig, load_config
 from distill.shards import ShardReader
-from distill.teacher.encoder import Teacher
+from distill.teacher.encoder import PACKED_FLOPS, Teacher
+from distill.teacher.load import PackedLinear, pack_linears
 
 CPU = torch.device("cpu")
 TEXTS = sentences(60)
@@ -61,10 +63,25 @@ def test_sentence_t5_encodes_as_sentence_transformers_does(sentence_t5, amp):
 def test_a_checkpoint_in_fp16_is_run_in_bf16_which_does_not_overflow(sentence_t5, tmp_path):
     SentenceTransformer(str(sentence_t5), device="cpu", model_kwargs={"dtype": torch.float16}).save(str(tmp_path / "half"))
     teacher = Teacher(TeacherConfig(model=str(tmp_path / "half")), CPU, torch.bfloat16)
-    linear = [module for module in teacher.encoders[0].model.modules() if isinstance(module, torch.nn.Linear)]
+    linear = [module for module in teacher.encoders[0].model.modules() if isinstance(module, PackedLinear)]
     kinds = {parameter.dtype for module in linear for parameter in module.parameters()}
     assert kinds == {torch.bfloat16}
     assert worst_cosine(teacher(TEXTS), vectors_of({"model": str(sentence_t5)})) > 0.999
+
+
+def test_packed_matrices_give_what_plain_ones_give_and_count_alike():
+    plain = torch.nn.Linear(48, 32).bfloat16()
+    model = torch.nn.Sequential(torch.nn.Sequential(plain), torch.nn.LayerNorm(32))
+    inputs = torch.randn(5, 7, 48)
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(inputs.double(), plain.weight.double(), plain.bias.double())
+        pack_linears(model)
+        with FlopCounterMode(display=False, custom_mapping=PACKED_FLOPS) as counter:
+            found = model[0](inputs)
+    assert isinstance(model[0][0], PackedLinear) and found.dtype == torch.bfloat16
+    assert (found.double() - expected).abs().max() < 0.03
+    assert counter.get_total_flops() == 2 * 5 * 7 * 48 * 32
+    assert sum(parameter.numel() for parameter in model[0].parameters()) == 48 * 32 + 32
 
 
 def test_of_several_encoders_the_cosine_is_the_mean_of_theirs(sentence_t5, tiny_encoder):
@@ -113,7 +130,8 @@ from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
 from distill.config import TeacherConfig
-from distill.teacher.encoder import Teacher
+from distill.teacher.encoder import PACKED_FLOPS, Teacher
+from distill.teacher.load import PackedLinear, pack_linears
 
 def held():
     "Bytes of this process that cannot be read from a file again."
