@@ -185,14 +185,24 @@ class CkdConfig(TrainConfig):
     """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
 
     queue: int = Field(16_384, ge=0, description="past teacher vectors kept as further negatives")
-    projection: Literal["auto", "linear", "none"] = Field(
-        "auto", description="to the teacher's width; auto: none where they agree"
+    queue_placement: Literal["replicated", "sharded"] = Field(
+        "replicated", description="sharded: a rank holds a W-th of the queue; for queues that one device does not hold"
+    )
+    prefill: bool = Field(False, description="begin with a full queue, of the text's own vectors; else it fills step by step")
+    projection: Literal["auto", "linear", "pca", "procrustes", "none"] = Field(
+        "auto",
+        description="to the teacher's width. auto: none where they agree, else linear; pca, procrustes: fitted to the shards,"
+        " then fixed",
     )
     projection_width: int | None = Field(None, gt=0, description="checked against the teacher's width; null takes it")
     temperature: TemperatureConfig = TemperatureConfig()
-    weights: dict[Literal["ckd", "cosine", "congen"], float] = Field(
+    weights: dict[Literal["ckd", "congen", "cosine", "mse"], float] = Field(
         default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
     )
+    same_meaning: float | None = Field(
+        None, gt=0, le=1, description="keys that the teacher finds this similar to the row's own are no negatives of it"
+    )
+    group_shuffling: bool = Field(False, description="congen: shuffle the teacher's similarities in groups of like probability")
     teacher_temperature: float = Field(0.05, gt=0, description="congen: softness of the teacher's labels")
     student_temperature: float = Field(0.05, gt=0, description="congen: softness of the student's")
     tile: int = Field(4096, gt=0, description="keys held against a micro-batch at a time")
@@ -204,6 +214,10 @@ class CkdConfig(TrainConfig):
                 f"queue {self.queue} is not larger than global_batch {self.global_batch}: one push would replace it all;"
                 " use 0 for no queue or a larger one"
             )
+        if self.group_shuffling and (self.queue_placement == "sharded" or not self.weights.get("congen")):
+            raise ValueError("group_shuffling is of congen's soft labels, and needs all keys on every rank (queue_placement)")
+        if self.same_meaning is not None and not self.weights.get("ckd"):
+            raise ValueError("same_meaning is of the ckd term, which has no weight")
         if not any(self.weights.values()) or min(self.weights.values()) < 0:
             raise ValueError(f"weights {self.weights} need at least one above 0 and none below")
         return self
@@ -247,10 +261,15 @@ class HpdConfig(TrainConfig):
 
 
 class EngineConfig(Section):
-    deepspeed: Path = Field(Path("configs/deepspeed/zero2.json"), description="the DeepSpeed configuration")
+    deepspeed: Path = Field(
+        Path("configs/deepspeed/zero1.json"),
+        description="the DeepSpeed configuration; zero1 sends gradients once a step, zero2 and zero3 once a micro-batch",
+    )
     precision: Precision = Field("auto", description="auto: bf16 autocast where the processor has it; parameters stay fp32")
     num_ranks: int | None = Field(None, ge=1, description="ranks that pipeline.py starts; null: the GPUs, else 2 on a CPU")
     timeout: float = Field(300.0, gt=0, description="seconds after which a silent peer is an error")
+    activation_checkpointing: bool = Field(False, description="compute a layer's activations again in backward: less memory")
+    max_skipped: int = Field(5, gt=0, description="steps in a row with a gradient that is not finite, before training stops")
 
 
 class EvaluateConfig(Section):

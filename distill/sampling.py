@@ -31,7 +31,7 @@ def permutation(size: int, *keys: int) -> np.ndarray:
     """A permutation of range(size), int64, that depends on the integers `keys` alone."""
     state = np.uint64(0)
     for key in keys:
-        state = splitmix64(np.array([key], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
+        state = splitmix64(np.array([key % 2**64], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
     ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ state)
     return np.argsort(ranks, kind="stable")
 
@@ -60,7 +60,7 @@ class GlobalOrder:
         self._window = lru_cache(maxsize=3)(self._shuffle_window)
 
     def batch(self, step: int) -> np.ndarray:
-        """The rows of global batch `step`, int64 [G], indices into the shard set."""
+        """The rows of global batch `step`, int64 [G], indices into the shard set. Steps below 0 are of epochs -1, -2, ..."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._rows(epoch, within * self.global_batch, (within + 1) * self.global_batch)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from typing import Any
 from distill.config import RunConfig, dump_config
 from distill.files import publish, sha256_of, write_json
 
-COSMETIC = frozenset({"log_every", "keep", "save_every", "micro_batch", "tile", "tasks", "nested", "placement", "max_memory"})
+COSMETIC = frozenset(
+    {"log_every", "keep", "save_every", "micro_batch", "tile", "queue_placement", "tasks", "nested", "placement", "max_memory"}
+)
+RESUMABLE = frozenset({"dev_every"})  # it decides which student is kept: a finished stage runs again, an unfinished one goes on
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Stage:
             return f"{self.product} is missing"  # taken out by `python -m distill.shards repair`, or by hand
         return None
 
-    def changes_since(self, record: dict[str, Any]) -> list[str]:
+    def changes_since(self, record: dict[str, Any], compare: Callable[[Any, Any], list[str]] | None = None) -> list[str]:
         """What differs between a BEGUN.json or DONE.json and the stage as it would run now."""
-        changed = differences(record["config"], self.config)
+        changed = (compare or differences)(record["config"], self.config)
         changed += [f"input {name} changed" for name in sorted(self.inputs) if record["inputs"].get(name) != self.inputs[name]]
         return changed
 
@@ -62,7 +66,7 @@ class Stage:
         if (self.directory / "DONE.json").exists() or (begun is None and self.directory.exists()):
             self.directory.rename(cleared)  # at once: a half-deleted stage would be taken for an unfinished one
             shutil.rmtree(cleared)
-        elif begun is not None and (changes := self.changes_since(begun)):
+        elif begun is not None and (changes := self.changes_since(begun, compare=conflicts)):
             raise ValueError(
                 f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
                 " put the config back to continue it, use another name=, or delete the directory"
@@ -153,14 +157,20 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-def _plain(parts: dict[str, Any]) -> dict[str, Any]:
-    def strip(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {key: strip(value) for key, value in tree.items() if key not in COSMETIC}
-        return tree
+def conflicts(old: Any, new: Any) -> list[str]:
+    """The differences of two JSON trees with which a stage that was begun cannot go on."""
+    return differences(_without(RESUMABLE, old), _without(RESUMABLE, new))
 
+
+def _without(keys: frozenset[str], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(keys, value) for key, value in tree.items() if key not in keys}
+    return tree
+
+
+def _plain(parts: dict[str, Any]) -> dict[str, Any]:
     dumped = {key: part.model_dump(mode="json") if hasattr(part, "model_dump") else part for key, part in parts.items()}
-    return json.loads(json.dumps(strip(dumped)))
+    return json.loads(json.dumps(_without(COSMETIC, dumped)))
 
 
 def _digest(path: Path) -> str:

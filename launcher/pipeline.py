@@ -4,10 +4,14 @@
     python launcher/pipeline.py --config configs/quickstart.yaml [key=value ...]
 
 A finished stage whose inputs and config have not changed is skipped; the same command again goes on where it stopped.
+
+SIGTERM, SIGUSR1, SIGUSR2 or a file runs/NAME/STOP stop it: training with a checkpoint, other stages with what they have
+finished; the exit code is then 75. So does Ctrl-C, with 130; a second one ends everything at once.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -18,8 +22,11 @@ from pathlib import Path
 
 import command
 
+from distill.training.stopping import StopRequest
+
 SRUN = ("srun", "--kill-on-bad-exit=1")  # a rank that fails leaves no other waiting
 LAUNCHER = Path(__file__).resolve().parent
+PATIENCE = 20.0  # seconds that the other processes of a stage have to end once one has failed
 
 
 def main() -> int:
@@ -27,8 +34,13 @@ def main() -> int:
 
     config = command.config_of(arguments)
     open_run(config)
+    stop = StopRequest(config.run_dir / "STOP")
+    signals = Signals(stop)
+    command.listen(signals.hear)
     ran = False
     for name in config.stages:
+        if stop.is_asked:
+            return stopped(signals)
         reason = stage_of(config, name).reason_to_run()
         if reason is None:
             print(f"{name}: done already", flush=True)
@@ -36,11 +48,15 @@ def main() -> int:
         ran = True
         print(f"{name}: {reason}", flush=True)
         started = time.monotonic()
-        code = run_stage(config, name)
+        code = run_stage(config, name, signals)
+        if code == command.STOPPED:
+            return stopped(signals)
         if code:
-            print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            stop.obeyed()
+            print(f"{name} ended with exit code {code}; {command.GOES_ON}", file=sys.stderr)
             return code
         print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage_of(config, name).directory)}", flush=True)
+    stop.obeyed()  # too late: all is done
     if not ran:
         print("nothing to do: every stage is done and nothing it depends on has changed")
     table = config.run_dir / "evaluate" / "table.txt"
@@ -49,63 +65,96 @@ def main() -> int:
     return 0
 
 
-def run_stage(config: command.RunConfig, name: str) -> int:
+class Signals:
+    """What this process has been sent."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        self.num_interrupts = 0
+
+    def hear(self, signum: int) -> None:
+        self.num_interrupts += signum == signal.SIGINT
+        self.stop.ask()
+
+
+def stopped(signals: Signals) -> int:
+    """The exit code, once nothing runs any more."""
+    signals.stop.obeyed()
+    print(f"stopped as asked; {command.GOES_ON}", file=sys.stderr)
+    return command.INTERRUPTED if signals.num_interrupts else command.STOPPED
+
+
+def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
     """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
     same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
     cores = os.cpu_count() or 1
     if name == "precompute":
-        return precompute(same, config.teacher.tasks, cores)
+        return precompute(same, config.teacher.tasks, cores, signals)
     if name in ("export", "evaluate"):
-        return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], threads=cores)
-    train = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
+        return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
+    train = [sys.executable, str(LAUNCHER / "train.py"), *same, f"stage={name}"]
     if arguments.srun:
-        return run_all([[*SRUN, sys.executable, *train]], threads=1)
+        return run_all([[*SRUN, *train]], signals, threads=1, stops_by_file=True)
     gpus = num_gpus()
     ranks = min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    ports = ["--master_port", str(free_port())]
-    return run_all([[deepspeed, "--num_gpus", str(ranks), *ports, "--quiet", *train]], threads=max(1, cores // ranks))
+    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    commands = [[*train, f"--local_rank={number}"] for number in range(ranks)]
+    environments = [meeting | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
+    return run_all(commands, signals, threads=max(1, cores // ranks), environments=environments, stops_by_file=True)
 
 
-def precompute(same: list[str], tasks: int, cores: int) -> int:
+def precompute(same: list[str], tasks: int, cores: int, signals: Signals) -> int:
     """The text first, once; then tasks side by side."""
     script = [sys.executable, str(LAUNCHER / "precompute.py"), *same]
-    if code := run_all([[*script, "--text-only"]], threads=1):
+    if code := run_all([[*script, "--text-only"]], signals, threads=1):
         return code
     if arguments.srun:
-        return run_all([[*SRUN, *script]], threads=1)
-    return run_all([script] * tasks, threads=max(1, cores // tasks), numbered=True)
+        return run_all([[*SRUN, *script]], signals, threads=1)
+    numbers = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
+    return run_all([script] * tasks, signals, threads=max(1, cores // tasks), environments=numbers)
 
 
-def run_all(commands: list[list[str]], *, threads: int, numbered: bool = False) -> int:
-    """Runs commands side by side; when one fails, the others are ended. Returns the first code that is not 0.
+def run_all(
+    commands: list[list[str]],
+    signals: Signals,
+    *,
+    threads: int,
+    environments: list[dict[str, str]] | None = None,
+    stops_by_file: bool = False,
+) -> int:
+    """Runs commands side by side, each with its own environment on top of this one; when one fails, the others are ended.
 
-    `numbered`: each finds its number, from 0, in LOCAL_RANK, and so its GPU.
+    A stop is passed on: by the file STOP to ranks, which stop together, by SIGTERM to others. Returns the first code that is
+    not 0, and STOPPED for processes that were ended because of a stop.
     """
-    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    processes = [
-        subprocess.Popen(command, env=environment | ({"LOCAL_RANK": str(number)} if numbered else {}))
-        for number, command in enumerate(commands)
-    ]
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                break
-            time.sleep(0.05)
-    except KeyboardInterrupt:
-        for process in processes:
-            process.send_signal(signal.SIGINT)  # a terminal has sent it already, a batch system has not
-            process.wait()
-        return command.INTERRUPTED
+    shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    own = environments or [{}] * len(commands)
+    processes = [subprocess.Popen(each, env=shared | more) for each, more in zip(commands, own, strict=True)]
+    at_once = signal.SIGTERM if arguments.srun else signal.SIGKILL  # srun's death would leave its tasks
+    passed_on, deadline = False, math.inf
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+        if signals.stop.is_asked and not passed_on:
+            passed_on = True
+            if stops_by_file:
+                signals.stop.file.touch()
+            else:
+                send(processes, signal.SIGTERM)
+        if deadline == math.inf and any(process.returncode for process in processes):
+            deadline = time.monotonic() + PATIENCE
+            send(processes, signal.SIGTERM)
+        if signals.num_interrupts > 1 or time.monotonic() > deadline:
+            send(processes, at_once)
+    code = next((process.returncode for process in processes if process.returncode), 0)
+    if passed_on and code in (command.INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL):
+        return command.STOPPED
+    return code if code >= 0 else 128 - code
+
+
+def send(processes: list[subprocess.Popen[bytes]], signum: int) -> None:
     for process in processes:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    return next((code for code in [process.wait() for process in processes] if code), 0)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+            process.send_signal(signum)
 
 
 def num_gpus() -> int:

@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 
 import command
-from ranks import rank_from_environment, start_process_group
+from ranks import ending_together, rank_from_environment, start_process_group
 
 
 def main() -> int:
@@ -48,7 +49,9 @@ def main() -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", local % torch.cuda.device_count())
     amp = autocast_dtype(config.teacher.precision, device)
-    whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))
+    heartbeats = config.run_dir / ".precompute.ranks"
+    with ending_together(heartbeats, device, config.engine.timeout, lambda: command.GOES_ON) if spread else nullcontext():
+        whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))
     if not whole and rank == 0:
         print("precompute: nothing is left for this task; others are at work", file=sys.stderr)
     if spread:

@@ -1,10 +1,22 @@
-"""How a process that was started by the deepspeed launcher, torchrun or srun finds the other ranks."""
+"""How a process that was started by the deepspeed launcher, torchrun or srun finds the other ranks, and ends with them."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+import command
+
+from distill.training.watch import Watch
+
+A_MOMENT = 1.0  # seconds in which rank 0 may say what all ranks have found
 
 
 def rank_from_environment() -> int:
@@ -23,6 +35,7 @@ def start_process_group(timeout: float) -> Any:
     import logging
 
     import torch
+    from torch.distributed import distributed_c10d
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -35,13 +48,59 @@ def start_process_group(timeout: float) -> Any:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    limit = timedelta(seconds=timeout)
+    # DeepSpeed makes groups of its own, which would wait for torch's 30 minutes
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False
-        )
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=limit, auto_mpi_discovery=False, verbose=False)
     except Exception as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            port = os.environ["MASTER_PORT"]
-            raise ValueError(f"port {port} is in use on {os.environ['MASTER_ADDR']}: choose another, --master_port N") from None
+            raise ValueError(
+                f"port {os.environ['MASTER_PORT']} is in use on {os.environ['MASTER_ADDR']}: choose another, --master_port N"
+            ) from None
+        if comes_from_a_collective(error):
+            raise TimeoutError(
+                f"the {os.environ['WORLD_SIZE']} ranks have not met at {place} within {timeout:g} s (engine.timeout): one has"
+                f" failed before that, or cannot reach it ({str(error).splitlines()[0]})"
+            ) from None
         raise
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextmanager
+def ending_together(folder: Path, device: Any, timeout: float, goes_on: Callable[[], str]) -> Iterator[Watch]:
+    """What fails inside, on any rank, is said by one rank; all others end quietly with its exit code.
+
+    `folder` is for the ranks' heartbeats; `goes_on()` says from where the same command would go on.
+    """
+    from distill.training.distributed import FailedElsewhere, from_rank_0, rank, world_size
+
+    start = from_rank_0(f"{time.time_ns():x}" if rank() == 0 else None, device)
+    watch = Watch(folder / start, rank(), world_size())
+    try:
+        yield watch
+        watch.close()
+        if watch.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt as stop:
+        watch.say(command.exit_code(stop))
+        raise
+    except Exception as error:
+        if comes_from_a_collective(error) or isinstance(error, FailedElsewhere):
+            message = watch.diagnose(str(error).splitlines()[0], timeout)
+            if message and watch.say(1):
+                print(f"error: {message}; {goes_on()}", file=sys.stderr, flush=True)
+                raise command.Ended(1) from None
+            raise command.Ended(watch.said or 1) from None
+        if rank() > 0:
+            time.sleep(A_MOMENT)
+        if not watch.say(command.exit_code(error)):
+            raise command.Ended(watch.said or 1) from None
+        raise
+
+
+def comes_from_a_collective(error: Exception) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -38,8 +38,10 @@ def _work(function: Callable[..., Any], rank: int, size: int, port: int, pipe: C
     os._exit(0)
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each of `size` ranks; results in rank order. A rank's exception is raised here."""
+def start_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any
+) -> tuple[list[multiprocessing.Process], list[Connection]]:
+    """Starts `function(*arguments)` on each of `size` ranks; each sends (whether it went well, its result or traceback)."""
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
@@ -50,6 +52,12 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         theirs.close()
         pipes.append(ours)
         processes.append(process)
+    return processes, pipes
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on each of `size` ranks; results in rank order. A rank's exception is raised here."""
+    processes, pipes = start_ranks(size, function, *arguments)
     results, failures = [], []
     for rank, pipe in enumerate(pipes):
         try:

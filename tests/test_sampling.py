@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,34 @@ def test_neighbours_do_not_stay_neighbours():
     together = sum(len(set(batch) & set(batch + 1)) for batch in rows)
     # chance: each of 20,000 rows shares its batch of 100 with its neighbour with probability 99 / 19,999
     assert abs(together - 99) < 5 * 99**0.5
+
+
+def test_neighbours_of_a_window_share_a_batch_no_more_often_than_chance_allows():
+    """Chance by the window: a row's neighbour is anywhere in the same window, of which a batch is a small part."""
+    window, batch = 5000, 100
+    order = GlobalOrder(np.array([500] * 40), global_batch=batch, seed=2, window_rows=window)
+    rows = epoch_rows(order, 0).reshape(-1, batch)
+    together = sum(len(set(found) & set(found + 1)) for found in rows)
+    expected = order.num_rows * (batch - 1) / (window - 1)
+    assert abs(together - expected) < 5 * expected**0.5
+    far = sum(len(set(found) & set(found + 500)) for found in rows)  # the same place in the next shard: mostly another window
+    assert far < expected
+
+
+def test_batches_before_the_first_are_those_of_earlier_epochs():
+    order = GlobalOrder(np.array([500] * 9), global_batch=32, seed=1)
+    before = [order.batch(step).tolist() for step in range(-order.steps_per_epoch, 0)]
+    assert len({row for rows in before for row in rows}) == order.steps_per_epoch * 32
+    assert before[0] != order.batch(0).tolist()
+
+
+def test_memory_grows_with_the_number_of_shards_and_not_of_rows():
+    tracemalloc.start()
+    order = GlobalOrder(np.full(2000, 1_000_000), global_batch=1024, seed=0, window_rows=1)
+    order.batch(order.steps_per_epoch // 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20  # of two billion rows; a window is one shard here
 
 
 def test_too_little_text_for_a_batch_is_an_error():

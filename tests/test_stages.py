@@ -47,6 +47,15 @@ def test_begin_refuses_an_unfinished_stage_of_another_config_and_leaves_it_alone
     assert (tmp_path / "run/ckd/work").read_text() == "an hour's"
 
 
+def test_an_unfinished_stage_goes_on_with_other_dev_evaluations_and_a_finished_one_runs_again(tmp_path):
+    stage(tmp_path, {"ckd": {"dev_every": 4}}).begin()
+    often = stage(tmp_path, {"ckd": {"dev_every": 1}})
+    often.begin()
+    assert read_json(often.directory / "BEGUN.json")["config"] == {"ckd": {"dev_every": 1}}
+    often.finish({}, "made")
+    assert stage(tmp_path, {"ckd": {"dev_every": 2}}).reason_to_run() == "ckd.dev_every: 1 -> 2"
+
+
 def test_begin_keeps_an_unfinished_stage_of_this_config_and_clears_a_finished_one(tmp_path):
     ours = stage(tmp_path)
     ours.begin()

@@ -10,6 +10,8 @@ nothing of size B x N is ever held, and backward touches no key.
 
     hard labels (CKD)      r_i = the row's own key
     soft labels (ConGen)   r_i = sum_j softmax(t_i.k / tau_T)_j k_j, itself such a v
+
+Two sets of keys that do not overlap are `joined` from their (log-sum-exp, v) alone, so that keys may lie on several ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_TILE = 4096
+DEFAULT_TILE = 2048
 
 
 def masked_pairs(
@@ -55,28 +57,40 @@ def attend(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    teacher: Tensor | None = None,
+    same_meaning: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """logsumexp_j(scale q_i.k_j) [B] and v_i = sum_j softmax_j(scale q_i.k_j) k_j [B, d], tile by tile.
+    """logsumexp_j(scale_i q_i.k_j) [B] and v_i = sum_j softmax_j(scale_i q_i.k_j) k_j [B, d], tile by tile.
 
-    Accumulates in float64 for float64 queries and in float32 otherwise. `positives[i]` is never masked.
+    queries [B, d], keys [N, d], scale (1,) or one a row [B]. Accumulates in float64 for float64 queries and in float32
+    otherwise. Of no keys at all, or of masked ones only, the log-sum-exp is -inf and v is 0.
+
+    What masks may speak of the first n <= B rows alone; the others see every key. query_ids [n], key_ids [N]: a key with the
+    row's id is masked. teacher [n, d]: a key whose dot product with it is at least `same_meaning` is. mask [n, N] bool.
+    `positives[i]`, int64 [n], is never masked.
     """
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    queries_bd = queries.to(dtype) * scale.to(dtype)
+    queries_bd = queries.to(dtype) * scale.to(dtype).reshape(-1, 1)
     num_keys = len(keys)
-    tile = min(tile or DEFAULT_TILE, num_keys)
+    tile = min(tile or DEFAULT_TILE, max(num_keys, 1))
     running_max = torch.full((len(queries),), -torch.inf, dtype=dtype, device=queries.device)
     total = torch.zeros_like(running_max)
     weighted_bd = torch.zeros_like(queries_bd)
+    buffer = torch.empty((len(queries), tile), dtype=dtype, device=queries.device)
     for start in range(0, num_keys, tile):
         stop = min(start + tile, num_keys)
         keys_td = keys[start:stop].to(dtype)
-        logits_bt = queries_bd @ keys_td.T
-        if mask is not None:
-            masked = mask[:, start:stop].clone()
+        logits_bt = buffer if stop - start == tile else buffer.new_empty((len(queries), stop - start))
+        torch.mm(queries_bd, keys_td.T, out=logits_bt)
+        dense = None if mask is None else mask[:, start:stop].clone()
+        if teacher is not None and same_meaning is not None:
+            alike = teacher.to(dtype) @ keys_td.T >= same_meaning
+            dense = alike if dense is None else dense | alike
+        if dense is not None:
             if positives is not None:
                 own = (positives >= start) & (positives < stop)
-                masked[own, positives[own] - start] = False
-            logits_bt.masked_fill_(masked, -torch.inf)
+                dense[own, positives[own] - start] = False
+            logits_bt[: len(dense)].masked_fill_(dense, -torch.inf)
         pairs = masked_pairs(query_ids, key_ids, positives, start, stop)
         if pairs is not None:
             logits_bt[pairs] = -torch.inf
@@ -84,10 +98,18 @@ def attend(
         finite_max = torch.where(new_max == -torch.inf, 0.0, new_max)
         rescale = torch.exp(running_max - finite_max)
         weights_bt = logits_bt.sub_(finite_max[:, None]).exp_()
-        total = total * rescale + weights_bt.sum(dim=1)
-        weighted_bd = torch.addmm(weighted_bd * rescale[:, None], weights_bt, keys_td)
+        total.mul_(rescale).add_(weights_bt.sum(dim=1))
+        weighted_bd.mul_(rescale[:, None]).addmm_(weights_bt, keys_td)
         running_max = new_max
-    return running_max + torch.log(total), weighted_bd / total[:, None]
+    return running_max + torch.log(total), weighted_bd / torch.where(total == 0, 1.0, total)[:, None]
+
+
+@torch.no_grad()
+def joined(lse: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attend` gives over all keys, from what it gave over P disjoint sets of them: lse [P, B], attended [P, B, d]."""
+    whole = torch.logsumexp(lse, dim=0)
+    shares = torch.exp(lse - torch.where(whole == -torch.inf, 0.0, whole))
+    return whole, (shares[:, :, None] * attended).sum(dim=0)
 
 
 @torch.no_grad()

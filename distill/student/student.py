@@ -148,6 +148,29 @@ class Student(nn.Module):
         return student
 
 
+class TeacherSpace(nn.Module):
+    """A student of CKD and the projection it was trained with: questions in the space of the teacher's stored vectors.
+
+    Documents that the teacher has embedded are searched by the student's questions, without being embedded again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError if there is no student in `folder`."""
+        super().__init__()
+        self.student = Student.load(folder).eval()
+        kept = load_extra(folder)
+        weight = kept.get("projection.weight")
+        self.projection = nn.Identity() if weight is None else nn.Linear(weight.shape[1], weight.shape[0])
+        if weight is not None:
+            self.projection.load_state_dict({"weight": weight, "bias": kept["projection.bias"]})
+
+    @torch.no_grad()
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """[n, d_t] float32, L2-normalised."""
+        vectors = torch.from_numpy(self.student.encode(sentences, normalize=False))
+        return nn.functional.normalize(self.projection(vectors), dim=-1).numpy()
+
+
 def load_extra(folder: Path) -> dict[str, Tensor]:
     """What training kept beside a student: projection.weight, projection.bias, logit_scale; empty if nothing."""
     path = folder / "heads.safetensors"

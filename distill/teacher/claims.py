@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
+
+from distill.process import is_here, state_of, this_process
 
 BEAT = 10.0
 TIMEOUT = 150.0  # file systems over a network may show a file as it was a minute ago
@@ -26,7 +27,7 @@ class Claims:
     """The claims of one task, in any number of folders. A context manager: leaving it gives all of them up."""
 
     def __init__(self) -> None:
-        self._owner = _this_process()
+        self._owner = this_process()
         self._held: set[Path] = set()
         self._lock = threading.Lock()
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}  # a claim of others: its content, since when, had it changed
@@ -77,8 +78,8 @@ class Claims:
         if found is None:
             return "free"
         owner = _parse(found)
-        if owner is not None and _same_machine(owner, self._owner):
-            return "live" if _runs(owner) else "void"
+        if owner is not None and is_here(owner):
+            return "live" if state_of(owner) else "void"
         now = time.monotonic()
         content, since, beating = self._seen.get(path, (None, now, False))
         if content != found:
@@ -127,36 +128,6 @@ def dealt(
             time.sleep(poll)
 
 
-def _this_process() -> dict[str, object]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    names = Path("/proc/self/ns/pid")
-    return {
-        "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.exists() else "",
-        "pids": names.stat().st_ino if names.exists() else 0,
-        "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
-    }
-
-
-def _same_machine(one: dict[str, object], other: dict[str, object]) -> bool:
-    return bool(one.get("boot")) and all(one.get(key) == other.get(key) for key in ("host", "boot", "pids"))
-
-
-def _runs(owner: dict[str, object]) -> bool:
-    pid = owner.get("pid")
-    return isinstance(pid, int) and _start_of(pid) == owner.get("started")
-
-
-def _start_of(pid: int) -> str:
-    """When a process began, in the kernel's ticks; '' if there is none: numbers are given out again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -164,7 +135,7 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _parse(found: bytes | None) -> dict[str, object] | None:
+def _parse(found: bytes | None) -> dict[str, Any] | None:
     try:
         owner = json.loads(found or b"")
     except ValueError:  # just created, or cut off

@@ -5,7 +5,10 @@ batches.py       a step's rows, dealt to this rank and tokenized ahead of time
 engine.py        DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step
 recipes.py       what differs between ckd, finetune and hpd: the module whose forward is the loss, and its data
 loop.py          step, log, dev evaluation, checkpoint
-checkpoint.py    complete or absent, verified before it is opened
+stopping.py      a wish to stop, obeyed by all ranks after the same step
+watch.py         which ranks still live, and who says what happened when a collective has failed
+checkpoint.py    complete or absent, written in the background, verified before it is opened
+fragments.py     what a rank holds of parameters and optimizer, to files and back, for any world size and ZeRO stage
 dev.py           fidelity and STS of the student as it is, on all ranks together
 metrics.py       TensorBoard, every step once
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,17 +26,19 @@ class MicroBatch:
 
     tokens: chunks of rows of like length, input_ids and attention_mask [b_c, L_c] each, b rows in all; positions [b] int64: the
     rows' places in dealt order; teacher [b, d_t] fp16; hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
+    most_rows: the b of the rank that has most, which is b or b + 1.
     """
 
     tokens: list[Tokens]
     positions: Tensor
     teacher: Tensor
     hashes: Tensor
+    most_rows: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
         tokens = [{name: value.to(device, non_blocking=True) for name, value in chunk.items()} for chunk in self.tokens]
-        return MicroBatch(tokens, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
+        names = ("positions", "teacher", "hashes")
+        return replace(self, tokens=tokens, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 class ShardBatches:
@@ -49,6 +51,8 @@ class ShardBatches:
         self.order = order
         self._tokenize = tokenize
         self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        share = -(-order.global_batch // world_size)
+        self._most_rows = [len(rows) for rows in np.array_split(np.arange(share), -(-share // micro_batch))]
 
     @property
     def num_micro(self) -> int:
@@ -62,9 +66,10 @@ class ShardBatches:
 
     def __call__(self, step: int) -> list[MicroBatch]:
         dealt = self.rows(step)
-        return [self._micro_batch(dealt, chunks) for chunks in self._deal(self.reader.lengths(dealt))]
+        parts = self._deal(self.reader.lengths(dealt))
+        return [self._micro_batch(dealt, chunks, most) for chunks, most in zip(parts, self._most_rows, strict=True)]
 
-    def _micro_batch(self, dealt: np.ndarray, chunks: list[np.ndarray]) -> MicroBatch:
+    def _micro_batch(self, dealt: np.ndarray, chunks: list[np.ndarray], most_rows: int) -> MicroBatch:
         positions = np.concatenate(chunks)
         rows = dealt[positions]
         return MicroBatch(
@@ -72,13 +77,15 @@ class ShardBatches:
             torch.from_numpy(positions),
             torch.from_numpy(self.reader.vectors(rows)),
             torch.from_numpy(self.reader.hashes(rows)),
+            most_rows,
         )
 
-    def keys_before(self, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """The last `count` teacher vectors of batches 0 .. step-1 and their hashes, oldest first."""
-        needed = min(step, -(-count // self.order.global_batch)) if count else 0
-        rows = [self.rows(past) for past in range(step - needed, step)]
-        flat = np.concatenate(rows)[-count:] if rows else np.zeros(0, dtype=np.int64)
+    def keys(self, first_step: int, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Teacher vectors and hashes of rows of the line that begins with batch `first_step`, in dealt order; `numbers`
+        int64, ascending, say which. Batches before 0 are those of epochs before the first."""
+        batches, within = np.divmod(numbers, self.order.global_batch)
+        rows = [self.rows(first_step + int(batch))[within[batches == batch]] for batch in np.unique(batches)]
+        flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
 
 

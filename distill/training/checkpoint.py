@@ -1,10 +1,11 @@
-"""Checkpoints: complete or absent, kept N last, verified before DeepSpeed opens them.
+"""Checkpoints: complete or absent, written in the background, kept N last, read by any number of ranks and any ZeRO stage.
 
-    checkpoints/step-00000100/state/...        what DeepSpeed writes
-    checkpoints/step-00000100/COMPLETE.json    written last: step, world size, sha256 of every file; then the folder is renamed
+    checkpoints/step-00000100/rank-00000.safetensors ...    what each rank owned (fragments.py)
+    checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file, the loop's state, what the
+                                                            run is made of; then the folder loses its suffix .part
 
-DeepSpeed's loader unpickles, so a checkpoint is opened only if it lies in this run's directory and every checksum holds.
-Rank 0 decides which one that is, and tells the others.
+`save` copies to host memory and returns. A thread on each rank writes, flushes and hashes; rank 0's commits once all files are
+there. Rank 0 decides which checkpoint is read, and tells the others.
 """
 
 from __future__ import annotations
@@ -12,92 +13,187 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distill.files import flush, sha256_of, write_json
-from distill.training.distributed import barrier, from_rank_0, rank, world_size
+from distill.files import flush, publish, sha256_of, write_json
+from distill.stages import conflicts
+from distill.training.distributed import FailedElsewhere, add_over_ranks, barrier, from_rank_0, rank, world_size
+from distill.training.fragments import copy_owned, load_fragments, shapes, steps_taken, write_tensors
 
-TAG = "state"
+POLL_SECONDS = 0.05
+MOST_NAMED = 8
 
 
 class Checkpoints:
-    """The checkpoints of one training stage, under `directory`."""
+    """The checkpoints of one training stage, under `directory`.
 
-    def __init__(self, directory: Path, *, keep: int, device: torch.device) -> None:
+    made_of: JSON-able; what the order of samples and the optimizer depend on. A checkpoint made of anything else is refused.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, device: torch.device, made_of: dict[str, Any]) -> None:
         self.directory = directory
         self.keep = keep
         self.device = device
+        self.made_of = made_of
+        self._writer: _Writer | None = None
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
-        """Writes the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`."""
+        """Begins the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`.
+
+        Waits for the one before, and raises what went wrong with it.
+        """
+        self.wait()
         part = self.directory / f"step-{step:08d}.part"
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         barrier()
-        engine.save_checkpoint(str(part), tag=TAG, client_state={"training": state}, save_latest=False)
-        barrier()
-        if rank() == 0:
-            files = sorted(path for path in (part / TAG).rglob("*") if path.is_file())
-            for path in files:
-                flush(path)
-            checksums = {str(path.relative_to(part)): sha256_of(path) for path in files}
-            described = {"step": step, "world_size": world_size(), "zero": _layout(engine), "files": checksums}
-            write_json(part / "COMPLETE.json", described)
-            final = self.directory / f"step-{step:08d}"
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
-            flush(self.directory)
-            for old in self._complete()[: -self.keep]:
-                shutil.rmtree(old)
-        barrier()
+        tensors = copy_owned(engine)
+        described = {
+            "step": step,
+            "adam_steps": steps_taken(engine),
+            "world_size": world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "state": state,
+            "made_of": self._made_of(engine),
+        }
+        self._writer = _Writer(part, tensors, described, self.keep)
+        self._writer.start()
+
+    def check(self) -> None:
+        """Raises what has gone wrong on this rank in the background; not a collective."""
+        if self._writer is not None and self._writer.error is not None:
+            raise self._writer.error
+
+    def wait(self) -> None:
+        """Returns once the checkpoint under way is committed; all ranks call it. Raises on all if any could not write."""
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        try:
+            writer.written.wait()
+            self._raise_together(writer)
+            writer.join()
+            self._raise_together(writer)
+        finally:
+            writer.abandoned.set()
 
     def load(self, engine: Any) -> dict[str, Any] | None:
         """Restores the newest checkpoint whose checksums hold and returns its `state`; None if there is none.
 
-        Raises ValueError if it was taken at another world size, or with a ZeRO stage that stores it in another way.
+        Raises ValueError if it is of a run that was made of something else, and names what changed.
         """
-        name = from_rank_0(self._newest_sound() if rank() == 0 else None, self.device)
-        if name is None:
+        described = from_rank_0(self._newest_sound() if rank() == 0 else None, self.device)
+        if described is None:
             return None
-        folder = self.directory / name
-        described = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
-        if described["world_size"] != world_size():
+        folder = self.directory / f"step-{described['step']:08d}"
+        if changed := conflicts(described["made_of"], self._made_of(engine)):
+            more = f"; and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
             raise ValueError(
-                f"{folder} was taken with {described['world_size']} ranks and this run has {world_size()}:"
-                f" start it with {described['world_size']}, or delete {self.directory} to begin the stage again"
+                f"{folder} was taken by a run made of other things ({'; '.join(changed[:MOST_NAMED])}{more}):"
+                f" put them back to continue it, use another name=, or delete {self.directory} to begin the stage again"
             )
-        if described["zero"] != _layout(engine):
-            raise ValueError(
-                f"{folder} was taken with ZeRO {described['zero']} and engine.deepspeed is of ZeRO {_layout(engine)}:"
-                f" put it back, or delete {self.directory} to begin the stage again"
-            )
-        path, state = engine.load_checkpoint(str(folder), tag=TAG)
-        assert path is not None
-        return state["training"]
+        load_fragments(engine, [folder / name for name in sorted(described["files"])], described["adam_steps"])
+        return described["state"]
 
-    def _complete(self) -> list[Path]:
-        return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".part" and (p / "COMPLETE.json").is_file())
+    def _made_of(self, engine: Any) -> dict[str, Any]:
+        return json.loads(json.dumps(self.made_of | {"parameters": shapes(engine)}))
 
-    def _newest_sound(self) -> str | None:
-        for folder in reversed(self._complete()):
-            if _is_sound(folder):
-                return folder.name
-            print(f"{folder} does not match its checksums and is passed over", file=sys.stderr, flush=True)
+    def _raise_together(self, writer: _Writer) -> None:
+        """Raises a writer's error on its rank, and on the others says whose it is; a collective."""
+        error = writer.error
+        failed = torch.zeros(world_size(), dtype=torch.int32, device=self.device)
+        failed[rank()] = error is not None
+        failed = add_over_ranks(failed)
+        if error is not None:
+            raise error
+        if failed.any():
+            raise FailedElsewhere(f"{writer.part}: rank {failed.argmax()} could not write its part of the checkpoint")
+
+    def _newest_sound(self) -> dict[str, Any] | None:
+        """COMPLETE.json of the checkpoint to go on from; removes what a killed run left half-written or half-deleted."""
+        for part in self.directory.glob("step-*.part"):
+            shutil.rmtree(part)
+        for folder in reversed(_complete(self.directory)):
+            damage = _damage(folder)
+            if damage is None:
+                return json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
+            print(f"{folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
         return None
 
 
-def _layout(engine: Any) -> str:
-    """ZeRO stages that read each other's checkpoints."""
-    return {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[engine.zero_optimization_stage()]
+class _Writer(threading.Thread):
+    """Writes this rank's file of one checkpoint; rank 0's also commits it. It runs beside collectives and has none itself."""
+
+    def __init__(self, part: Path, tensors: dict[str, Tensor], described: dict[str, Any], keep: int) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.part = part
+        self.tensors = tensors
+        self.described = described
+        self.keep = keep
+        self.rank = rank()
+        self.error: Exception | None = None
+        self.written = threading.Event()
+        self.abandoned = threading.Event()
+
+    def run(self) -> None:
+        try:
+            file = self.part / f"rank-{self.rank:05d}.safetensors"
+            with publish(file) as opened:
+                write_tensors(opened, self.tensors)
+            self.tensors.clear()
+            write_json(file.with_suffix(".json"), {"sha256": sha256_of(file)})
+            self.written.set()
+            if self.rank == 0:
+                self._commit()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.written.set()
+
+    def _commit(self) -> None:
+        """Waits for every rank's file, then gives the folder its name and deletes what is older than the last `keep`."""
+        reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
+        while not all(report.exists() for report in reports):
+            if self.abandoned.wait(POLL_SECONDS):
+                return
+        files = {}
+        for report in reports:
+            files[f"{report.stem}.safetensors"] = json.loads(report.read_text(encoding="utf-8"))["sha256"]
+            report.unlink()
+        write_json(self.part / "COMPLETE.json", self.described | {"files": files})
+        final = self.part.with_suffix("")
+        _delete(final)
+        self.part.rename(final)
+        flush(final.parent)
+        for old in _complete(final.parent)[: -self.keep]:
+            _delete(old)
 
 
-def _is_sound(folder: Path) -> bool:
+def _complete(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.glob("step-*") if p.suffix != ".part" and (p / "COMPLETE.json").is_file())
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint so that a kill in between leaves nothing that looks like one."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_suffix(".deleted.part")))
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is."""
     try:
         files = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))["files"]
-        return all(sha256_of(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, LookupError):
-        return False
+        return "COMPLETE.json cannot be read"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != digest:
+            return f"{name} does not match its checksum"
+    return None

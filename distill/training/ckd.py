@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import CkdConfig, TemperatureConfig
-from distill.objectives.ckd import ckd_losses, congen_losses, cosine_losses
-from distill.objectives.contrast import hardest_negatives
+from distill.objectives.ckd import cosine_losses, mse_losses, shuffled_targets
+from distill.objectives.contrast import cross_entropy
 from distill.objectives.queue import KeyQueue
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
-from distill.training.distributed import gather_dealt_rows
+from distill.training.distributed import gather_dealt_rows, rank, world_size
+from distill.training.keys import Keys, Masking
 from distill.training.recipe import Task
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What every micro-batch of one step sees: vectors [N, d_t] fp16 and hashes [N] int64, the global batch's G first."""
-
-    vectors: Tensor
-    hashes: Tensor
 
 
 class Temperature(nn.Module):
@@ -43,72 +35,75 @@ class Temperature(nn.Module):
 class CkdTask(Task):
     """Student, projection and temperature in one module, so that ZeRO-3 gathers them.
 
-    L = sum_i [ w_ckd CKD_i + w_congen ConGen_i + w_cosine (1 - q_i.t_i) ]        q_i = norm(P(s_i))
+    L = sum_i [ w_ckd CKD_i + w_congen ConGen_i + w_cosine (1 - q_i.t_i) + w_mse |P(s_i) - t_i|^2 ]      q_i = norm(P(s_i))
     """
 
-    def __init__(self, student: Student, teacher_dim: int, config: CkdConfig, amp: torch.dtype | None) -> None:
+    def __init__(
+        self, student: Student, projection: nn.Linear | None, config: CkdConfig, amp: torch.dtype | None, *, seed: int = 0
+    ) -> None:
         super().__init__()
         self.student = student
-        self.projection = build_projection(student.width, teacher_dim, config)
+        self.projection = projection
         self.temperature = Temperature(config.temperature)
         self.config = config
         self.amp = amp
+        self.seed = seed
+        self.weights = {str(name): weight for name, weight in config.weights.items() if weight}
 
-    def forward(self, micro: MicroBatch, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the rows' losses; and sums over rows of what is logged, without gradient."""
-        vectors_bd = self.embed(micro)
-        projected_bd = vectors_bd if self.projection is None else self.projection(vectors_bd)
-        queries_bd = nn.functional.normalize(projected_bd, dim=-1)
+    @property
+    def needs_keys(self) -> bool:
+        """Whether any term holds a row against others than its own."""
+        return not self.weights.keys().isdisjoint({"ckd", "congen"})
+
+    def forward(self, micro: MicroBatch, keys: Keys | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the rows' losses; and sums over rows of what is logged, without gradient. keys: where any are needed."""
+        vectors = self.embed(micro)
+        projected = vectors if self.projection is None else self.projection(vectors)
         scale = self.temperature()
         # what no term uses still takes part, so that all ranks reduce the same gradients
-        total = scale.sum() * 0
-        if len(micro.positions) == 0:
-            return total + queries_bd.sum() * 0, {}
-        losses = self._losses(queries_bd, scale, micro, keys)
-        weights = {str(name): weight for name, weight in self.config.weights.items()}
+        total = scale.sum() * 0 + projected.sum() * 0
+        projected_bd = projected[: len(micro.positions)]  # an empty micro-batch has a row of tokens
+        queries_bd = nn.functional.normalize(projected_bd, dim=-1)
+        losses = self._contrast(queries_bd, scale, micro, keys) if keys is not None else {}
+        if "cosine" in self.weights:
+            losses["cosine"] = cosine_losses(queries_bd, micro.teacher)
+        if "mse" in self.weights:
+            losses["mse"] = mse_losses(projected_bd, micro.teacher)
         for name, loss_b in losses.items():
-            total = total + weights[name] * loss_b.sum()
+            total = total + self.weights[name] * loss_b.sum()
         measured = {f"loss/{name}": loss_b.detach().sum() for name, loss_b in losses.items()}
         positive = (queries_bd.detach() * micro.teacher.to(queries_bd.dtype)).sum()
         measured |= {"similarity/positive": positive, "temperature": scale.detach().sum() * len(queries_bd)}
-        if self.measuring:
-            hardest_b = hardest_negatives(
-                queries_bd, keys.vectors, micro.positions, micro.hashes, keys.hashes, tile=self.config.tile
-            )
+        if self.measuring and keys is not None:
+            hardest_b = keys.hardest_negatives(queries_bd.detach(), micro, self.config.tile)
             measured["similarity/hardest_negative"] = hardest_b.sum()
         return total, measured
 
-    def _losses(self, queries_bd: Tensor, scale: Tensor, micro: MicroBatch, keys: Keys) -> dict[str, Tensor]:
+    def _contrast(self, queries_bd: Tensor, scale: Tensor, micro: MicroBatch, keys: Keys) -> dict[str, Tensor]:
+        """The terms that see keys, of all of them in one pass: [b] each."""
+        config = self.config
+        student_scale = scale.new_tensor([1 / config.student_temperature])
+        kinds = [(queries_bd.detach(), scale.detach())] if "ckd" in self.weights else []
+        if "congen" in self.weights:
+            kinds.append((queries_bd.detach(), student_scale))
+            if not config.group_shuffling:
+                kinds.append((micro.teacher.to(queries_bd.dtype), scale.new_tensor([1 / config.teacher_temperature])))
+        queries, scales = (torch.stack(parts) for parts in zip(*kinds, strict=True))
+        masking = Masking(config.same_meaning) if "ckd" in self.weights else None
+        lse, attended = keys.attend(queries, scales.flatten(), micro, masking, config.tile)
         losses: dict[str, Tensor] = {}
-        weights, tile = self.config.weights, self.config.tile
-        if weights.get("ckd"):
-            ids = {"query_ids": micro.hashes, "key_ids": keys.hashes}
-            losses["ckd"] = ckd_losses(queries_bd, keys.vectors, micro.positions, scale=scale, tile=tile, **ids)
-        if weights.get("congen"):
-            losses["congen"] = congen_losses(
-                queries_bd,
-                keys.vectors,
-                micro.teacher,
-                student_temperature=self.config.student_temperature,
-                teacher_temperature=self.config.teacher_temperature,
-                tile=tile,
-            )
-        if weights.get("cosine"):
-            losses["cosine"] = cosine_losses(queries_bd, micro.teacher)
+        if "ckd" in self.weights:
+            losses["ckd"] = cross_entropy(queries_bd, scale, lse[0], attended[0], micro.teacher)
+        if "congen" in self.weights:
+            soft = len(losses)
+            targets = self._shuffled(micro, keys) if config.group_shuffling else attended[soft + 1]
+            losses["congen"] = cross_entropy(queries_bd, student_scale, lse[soft], attended[soft], targets)
         return losses
 
-
-def build_projection(width: int, teacher_dim: int, config: CkdConfig) -> nn.Linear | None:
-    """P: Linear(d_s -> d_t) with bias, or None. Raises ValueError if widths and config do not fit."""
-    if config.projection_width not in (None, teacher_dim):
-        raise ValueError(
-            f"ckd.projection_width {config.projection_width} is not the teacher's width {teacher_dim}: leave it out"
-        )
-    if config.projection == "none" and width != teacher_dim:
-        raise ValueError(f"ckd.projection is none, but the student is {width} wide and the teacher {teacher_dim}; use auto")
-    if config.projection == "none" or (config.projection == "auto" and width == teacher_dim):
-        return None
-    return nn.Linear(width, teacher_dim)
+    def _shuffled(self, micro: MicroBatch, keys: Keys) -> Tensor:
+        seeds = [hash((self.seed, keys.step, position)) % 2**63 for position in micro.positions.tolist()]
+        vectors = torch.cat([keys.vectors, keys.queue.keys])
+        return shuffled_targets(micro.teacher, vectors, seeds, teacher_temperature=self.config.teacher_temperature)
 
 
 class CkdRecipe:
@@ -120,22 +115,28 @@ class CkdRecipe:
         self.num_micro = batches.num_micro
         self.steps_per_epoch = batches.order.steps_per_epoch
         self.load = batches
-        self.queue = KeyQueue(task.config.queue, batches.reader.dim, device)
+        capacity = task.config.queue if task.needs_keys else 0
+        self.sharded = task.config.queue_placement == "sharded" and world_size() > 1 and capacity > 0
+        part = {"rank": rank(), "world_size": world_size()} if self.sharded else {}
+        self.queue = KeyQueue(capacity, batches.reader.dim, device, **part)
+        self._first_step = -(-capacity // batches.order.global_batch) * -1 if task.config.prefill else 0
+        self.restore(0)
 
     def restore(self, step: int) -> None:
         """The queue holds what was pushed before `step`, read from the shards again."""
-        keys, ids = self.load.keys_before(step, self.queue.capacity)
-        self.queue.restore(keys, ids, pushed=step * self.load.order.global_batch)
+        pushed = (step - self._first_step) * self.load.order.global_batch
+        self.queue.restore(*self.load.keys(self._first_step, self.queue.rows_after(pushed)), pushed)
 
-    def share(self, step: int, micro: list[MicroBatch]) -> Keys:
-        """The keys of the step, the same on every rank; two collectives."""
+    def share(self, step: int, micro: list[MicroBatch]) -> Keys | None:
+        """The keys of the step, the same on every rank; two collectives. None where no term needs any."""
+        if not self.task.needs_keys:
+            return None
         total = self.load.order.global_batch
         vectors = gather_dealt_rows(torch.cat([part.teacher for part in micro]), total)
         hashes = gather_dealt_rows(torch.cat([part.hashes for part in micro]), total)
         self._newest = vectors, hashes
-        if len(self.queue) == 0:
-            return Keys(vectors, hashes)
-        return Keys(torch.cat([vectors, self.queue.keys]), torch.cat([hashes, self.queue.ids]))
+        return Keys(vectors, hashes, self.queue, self.sharded, step)
 
     def taken(self) -> None:
-        self.queue.push(*self._newest)
+        if self.task.needs_keys:
+            self.queue.push(*self._newest)

@@ -10,6 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class FailedElsewhere(OSError):
+    """Another rank has failed, and says why."""
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -49,6 +53,15 @@ def from_rank_0(value: Any, device: torch.device, group: Any = None) -> Any:
     return json.loads(bytes(data.cpu().tolist()))
 
 
+def gather(rows: Tensor) -> Tensor:
+    """The tensors of all ranks, which are of one shape, stacked: [W, ...]; no gradient."""
+    if not is_distributed():
+        return rows[None]
+    gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered.view(world_size(), *rows.shape)
+
+
 def gather_dealt_rows(rows: Tensor, total: int) -> Tensor:
     """The rows of all ranks in dealt order, [total, ...], where rank r holds every W-th row from r on; no gradient.
 
@@ -56,12 +69,9 @@ def gather_dealt_rows(rows: Tensor, total: int) -> Tensor:
     """
     if not is_distributed():
         return rows
-    size, largest = world_size(), -(-total // world_size())
-    padded = rows.new_zeros((largest, *rows.shape[1:]))
+    padded = rows.new_zeros((-(-total // world_size()), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    gathered = rows.new_empty((size * largest, *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
-    return gathered.view(size, largest, *rows.shape[1:]).transpose(0, 1).reshape(size * largest, *rows.shape[1:])[:total]
+    return gather(padded).transpose(0, 1).flatten(0, 1)[:total]
 
 
 def add_over_ranks(rows: Tensor) -> Tensor:

@@ -27,16 +27,45 @@ def find_deepspeed_config(path: Path) -> Path:
     raise ValueError(f"engine.deepspeed: no DeepSpeed configuration at {path}; configs/deepspeed has {known}")
 
 
+class CheckedAdamW(torch.optim.AdamW):
+    """What ZeRO's optimizers do around AdamW, for ZeRO 0: clips, and leaves all as it was if the gradient's norm is not finite.
+
+    Every rank sees the reduced gradient, so that all decide alike. DeepSpeed's engine reads `overflow` and `_global_grad_norm`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, clip: float, **defaults: Any) -> None:
+        super().__init__(groups, **defaults)
+        self.clip = clip
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        if self.clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        super().step()
+
+
 def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, num_micro: int, temperature_lr: float) -> Any:
     """The DeepSpeed engine of a task whose forward returns the loss of a micro-batch.
 
     Parameter groups: matrices (weight decay), the rest (none), the temperature (its own rate). Each group's rate is
-    `lr_ratio` x the stage's rate of the step, which `set_learning_rate` sets.
+    `lr_ratio` x the stage's rate of the step, which `set_learning_rate` sets. A step whose gradient's norm is not finite is
+    skipped on all ranks, under every ZeRO stage: `engine.was_step_applied()` is then False.
     """
     settings = json.loads(find_deepspeed_config(config.deepspeed).read_text(encoding="utf-8"))
     settings["train_micro_batch_size_per_gpu"] = train.micro_batch
     settings["gradient_accumulation_steps"] = num_micro
-    settings["gradient_clipping"] = train.clip
+    zero = settings.get("zero_optimization", {})
+    _check_checkpoints_can_read(zero, config.deepspeed)
+    is_zero = zero.get("stage", 0) > 0
+    settings["gradient_clipping"] = train.clip if is_zero else 0.0
     named = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
     scale = [p for name, p in named if name.split(".")[-1].startswith(OWN_LR_PREFIX)]
     matrices = [p for name, p in named if p.ndim >= 2]
@@ -46,11 +75,22 @@ def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, n
         {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
         {"params": scale, "weight_decay": 0.0, "lr_ratio": temperature_lr / train.lr},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    adam: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "fused": True}
+    optimizer = torch.optim.AdamW(groups, **adam) if is_zero else CheckedAdamW(groups, clip=train.clip, **adam)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def _check_checkpoints_can_read(zero: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for layouts in which `fragments.py` would look in the wrong place."""
+    for offload in ("offload_optimizer", "offload_param"):
+        if zero.get(offload, {}).get("device") == "nvme":
+            raise ValueError(f"{path}: checkpoints cannot read {offload} on nvme; offload to cpu")
+    if zero.get("round_robin_gradients"):
+        raise ValueError(f"{path}: checkpoints cannot read what round_robin_gradients reorders; set it to false")
+    if zero.get("mics_shard_size", -1) > 0:
+        raise ValueError(f"{path}: checkpoints cannot read what mics_shard_size spreads over some ranks; leave it out")
 
 
 def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:

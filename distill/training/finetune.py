@@ -111,7 +111,8 @@ class FinetuneRecipe:
         columns = [[triplet[column] for triplet in chosen] for column in range(3)]
         hashes = torch.tensor([[text_hash(sentence) for sentence in triplet] for triplet in chosen])
         tokens = [chunk for column in columns for chunk in self._chunks(column)]
-        return [MicroBatch(tokens, torch.from_numpy(self._part), torch.from_numpy(self.triplets.vectors[rows]), hashes)]
+        most = -(-self.order.global_batch // world_size())
+        return [MicroBatch(tokens, torch.from_numpy(self._part), torch.from_numpy(self.triplets.vectors[rows]), hashes, most)]
 
     def _chunks(self, sentences: list[str]) -> list[Tokens]:
         """Triplets are dealt by their length in all, so neighbours are alike enough. Every rank makes as many chunks."""

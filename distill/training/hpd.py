@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from distill.objectives.hpd import hpd_losses
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
+from distill.training.projection import ridge_regression, set_linear
 from distill.training.recipe import Task
-
-FIT_SENTENCES = 2048
-RIDGE = 1e-3
 
 
 def fit_head(student: Student, sentences: list[str], targets: np.ndarray) -> None:
@@ -23,14 +21,9 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray) -> Non
     vectors = student.encode(sentences, normalize=False).astype(np.float64)
     student.head = head
     wanted = np.arctanh(targets.clip(-0.999, 0.999)) if len(head) > 1 else targets
-    design = np.concatenate([vectors, np.ones((len(vectors), 1))], axis=1)
-    ridge = RIDGE * np.trace(design.T @ design) / design.shape[1]
-    solution = np.linalg.solve(design.T @ design + ridge * np.eye(design.shape[1]), design.T @ wanted)
     linear = head[0]
     assert isinstance(linear, nn.Linear)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(solution[:-1].T))
-        linear.bias.copy_(torch.from_numpy(solution[-1]))
+    set_linear(linear, *ridge_regression(vectors, wanted))
 
 
 class HpdTask(Task):

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from distill.training.distributed import barrier, from_rank_0, rank, reduce_sums
 from distill.training.engine import gradient_norm, learning_rate, set_learning_rate, whole_state
 from distill.training.metrics import Metrics
 from distill.training.recipe import Recipe
+from distill.training.stopping import Stopped
 
 
 @dataclass
@@ -36,11 +38,17 @@ class Progress:
     best_score: float = -math.inf
     best_step: int = 0
     evaluations_without_gain: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    evaluated: int = 0
     seconds: float = 0.0
 
 
 class Trainer:
-    """One training stage. After `run`, the best student lies in `student_dir`."""
+    """One training stage. After `run`, the best student lies in `student_dir`.
+
+    asked_to_stop: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
+    """
 
     def __init__(
         self,
@@ -54,6 +62,8 @@ class Trainer:
         checkpoints: Checkpoints,
         tensorboard: Path,
         device: torch.device,
+        max_skipped: int,
+        asked_to_stop: Callable[[int], bool],
     ) -> None:
         self.name = name
         self.recipe = recipe
@@ -63,6 +73,8 @@ class Trainer:
         self.student_dir = student_dir
         self.checkpoints = checkpoints
         self.device = device
+        self.max_skipped = max_skipped
+        self.asked_to_stop = asked_to_stop
         self.num_steps = self._num_steps()
         self.progress = Progress()
         self._mend_student()
@@ -79,10 +91,12 @@ class Trainer:
         return min(steps, self.train.max_steps or steps)
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the stage's results."""
+        """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once it is stopped as asked."""
         progress = self.progress
+        if progress.step > progress.evaluated and progress.step % self.train.dev_every == 0:
+            self._evaluate()  # a stop did not wait for it
         resumed_from, started, logged_at = progress.step, time.monotonic(), time.monotonic()
-        seconds_before = progress.seconds
+        seconds_before, asked = progress.seconds, False
         steps = range(progress.step, progress.step if self._has_stopped_early() else self.num_steps)
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
@@ -91,6 +105,7 @@ class Trainer:
             last = step + 1 == self.num_steps
             self.recipe.task.measuring = (step + 1) % self.train.log_every == 0 or last
             measured = self._step(step, [part.to(self.device) for part in micro])
+            asked = measured.pop("asked_to_stop") > 0 and not last
             progress.step = step + 1
             bar.update()
             if self.recipe.task.measuring:
@@ -98,22 +113,25 @@ class Trainer:
                 steps_since = min(self.train.log_every, progress.step - resumed_from)
                 measured["sentences_a_second"] = steps_since * self.train.global_batch / (now - logged_at)
                 logged_at = now
-                self.metrics.log(progress.step, measured)
+                self.metrics.log(progress.step, {name: value for name, value in measured.items() if math.isfinite(value)})
                 bar.set_postfix(loss=f"{measured['loss']:.4f}")
-            if progress.step % self.train.dev_every == 0 or last:
-                self._evaluate(measured)
+            if (progress.step % self.train.dev_every == 0 or last) and not asked:
+                self._evaluate(measured["loss"])
                 logged_at = time.monotonic()
             stop = self._has_stopped_early()
             progress.seconds = seconds_before + time.monotonic() - started
-            if progress.step % self.train.save_every == 0 or last or stop:
+            if progress.step % self.train.save_every == 0 or last or stop or asked:
                 self.checkpoints.save(self.engine, progress.step, asdict(progress))
                 self.metrics.flush()
                 logged_at = time.monotonic()
-            if stop:
+            if stop or asked:
                 break
         bar.close()
+        self.checkpoints.wait()
         self.metrics.close()
         barrier()
+        if asked:
+            raise Stopped(f"{self.name}: stopped as asked at step {progress.step} of {self.num_steps}")
         return {
             "steps": progress.step,
             "best_step": progress.best_step,
@@ -126,6 +144,7 @@ class Trainer:
         return self.train.patience is not None and self.progress.evaluations_without_gain >= self.train.patience
 
     def _step(self, step: int, micro: list[MicroBatch]) -> dict[str, float]:
+        self.checkpoints.check()
         shared = self.recipe.share(step, micro)
         rate = learning_rate(step, self.num_steps, self.train)
         set_learning_rate(self.engine, rate)
@@ -138,22 +157,40 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.double()
             if index < len(micro) - 1:
                 self.engine.step()
-        means = {name: value / self.train.global_batch for name, value in reduce_sums(sums).items()}
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"{self.name}: the loss of step {step} is {means['loss']}; lower {self.name}.lr, or set engine.precision=fp32"
-            )
         self.engine.step()
         self.recipe.taken()
+        sums["asked_to_stop"] = torch.tensor(self.asked_to_stop(step + 1), dtype=torch.double, device=self.device)
+        means = {name: value / self.train.global_batch for name, value in reduce_sums(sums).items()}
+        self._count_skipped(step, means["loss"])
         means["learning_rate"] = rate
         norm = gradient_norm(self.engine)
         if norm is not None:
             means["gradient_norm"] = norm
         return means
 
-    def _evaluate(self, measured: dict[str, float]) -> None:
-        """Scores the student on all ranks and keeps it if it is the best so far."""
+    def _count_skipped(self, step: int, loss: float) -> None:
+        """Every rank finds the same. Raises FloatingPointError after `max_skipped` skipped steps in a row."""
         progress = self.progress
+        if self.engine.was_step_applied():
+            progress.skipped_in_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        self.metrics.log(step + 1, {"skipped": progress.skipped})
+        if rank() == 0:
+            of = f"{self.name}: step {step + 1}/{self.num_steps} is skipped"
+            tqdm.write(f"{of}: the gradient is not finite (loss {loss:.4f})", file=sys.stderr)
+        if progress.skipped_in_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"{self.name}: the gradient is not finite in {progress.skipped_in_row} steps in a row, the last is {step + 1}"
+                f" (loss {loss:.4f}): use another name= with a lower {self.name}.lr or engine.precision=fp32,"
+                " or raise engine.max_skipped"
+            )
+
+    def _evaluate(self, loss: float | None = None) -> None:
+        """Scores the student on all ranks and keeps it if it is the best so far. `loss` is shown beside."""
+        progress = self.progress
+        progress.evaluated = progress.step
         figures = self.dev(self.recipe.student) if self.dev else {}
         value = score(figures, by_sts=self.name == "finetune") if figures else float(progress.step)
         better = from_rank_0(value > progress.best_score, self.device)
@@ -165,7 +202,7 @@ class Trainer:
         self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | {"dev/score": value})
         if rank() == 0:
             shown = "".join(f"  {name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
-            of = f"{self.name}: step {progress.step}/{self.num_steps}  loss {measured['loss']:.4f}"
+            of = f"{self.name}: step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
             tqdm.write(f"{of}{shown}{'  best' if better else ''}", file=sys.stderr)
 
     def _keep_student(self) -> None:

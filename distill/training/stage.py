@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from distill.corpus import read_dataset, read_rows
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
-from distill.sampling import GlobalOrder, permutation
+from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
 from distill.stages import Stage, stage_of
 from distill.student import Student
@@ -22,21 +23,26 @@ from distill.student.student import load_extra
 from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
-from distill.training.ckd import CkdRecipe, CkdTask, build_projection
+from distill.training.ckd import CkdRecipe, CkdTask
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
 from distill.training.finetune import FinetuneRecipe, FinetuneTask, Triplets
-from distill.training.hpd import FIT_SENTENCES, HpdRecipe, HpdTask, fit_head
+from distill.training.hpd import HpdRecipe, HpdTask, fit_head
 from distill.training.loop import Trainer
 from distill.training.mining import mine_triplets
+from distill.training.projection import build_projection, fit_projection, fit_sample
 from distill.training.recipe import Recipe
 
 
-def run_stage(config: RunConfig, name: str, device: torch.device) -> dict[str, Any]:
+def run_stage(
+    config: RunConfig, name: str, device: torch.device, asked_to_stop: Callable[[int], bool] = lambda step: False
+) -> dict[str, Any]:
     """Trains stage `name` of a run to its end, or continues it; returns its results.
 
     The student lies in <run>/<name>/student afterwards and DONE.json says so. Raises ValueError for what a user can mend.
+    asked_to_stop: called in each step with its number, from 1; True, on any rank, ends all ranks after that step and its
+    checkpoint with `Stopped`, and the same call goes on from there.
     """
     stage = stage_of(config, name)
     check_inputs(config, stage)
@@ -62,7 +68,14 @@ def run_stage(config: RunConfig, name: str, device: torch.device) -> dict[str, A
         train,
         build_dev(config, amp),
         student_dir=stage.directory / "student",
-        checkpoints=Checkpoints(stage.directory / "checkpoints", keep=train.keep, device=device),
+        checkpoints=Checkpoints(
+            stage.directory / "checkpoints",
+            keep=train.keep,
+            device=device,
+            made_of=stage.config | {"inputs": stage.inputs, "steps_per_epoch": recipe.steps_per_epoch},
+        ),
+        max_skipped=config.engine.max_skipped,
+        asked_to_stop=asked_to_stop,
         tensorboard=config.run_dir / "tensorboard" / name,
         device=device,
     )
@@ -105,6 +118,8 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         student = Student.load(config.run_dir / getattr(config, name).init / "student")
     set_dropout(student.encoder, 0.0)
     student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
+    if config.engine.activation_checkpointing:
+        student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cpu":
         student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
 
@@ -115,14 +130,17 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         )
 
     if name == "ckd":
-        return CkdRecipe(CkdTask(student, reader.dim, config.ckd, amp), shard_batches(), device)
+        projection = build_projection(student.width, reader.dim, config.ckd)
+        if projection is not None:
+            fit_projection(projection, student, reader, config.ckd, config.seed)
+        return CkdRecipe(CkdTask(student, projection, config.ckd, amp, seed=config.seed), shard_batches(), device)
     if name == "hpd":
         if config.hpd.dim > min(reader.dim, len(reader) - 1):
             raise ValueError(f"hpd.dim {config.hpd.dim} is above what the teacher's {len(reader)} x {reader.dim} vectors have")
         student.add_head(config.hpd.dim, config.hpd.head, config.seed)
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
-        sample = permutation(len(reader), config.seed, 0)[:FIT_SENTENCES]
-        fit_head(student, reader.texts(sample), reader.vectors(sample).astype(np.float64) @ components.numpy().T)
+        sentences, vectors = fit_sample(reader, config.seed)
+        fit_head(student, sentences, vectors @ components.numpy().T)
         return HpdRecipe(HpdTask(student, components, amp, freeze_encoder=config.hpd.freeze_encoder), shard_batches())
     if config.finetune.dropout is None or config.finetune.dropout > 0:
         set_dropout(student.encoder, own_dropout(student) if config.finetune.dropout is None else config.finetune.dropout)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from distill.objectives.ckd import ckd_loss, congen_losses, cosine_losses
+from distill.objectives.ckd import ckd_loss, congen_losses, cosine_losses, mse_losses, shuffled_targets
+from distill.objectives.contrast import attend, joined
 
 BATCH, QUEUE, WIDTH = 37, 101, 24
 
@@ -117,4 +118,64 @@ def test_congen_equals_the_cross_entropy_of_two_softmaxes(tile):
 def test_cosine_loss_is_half_the_squared_distance():
     queries, keys, positives, *_ = problem(torch.float64, queue=False, ids=False, masked=False)
     teacher = keys[positives]
-    assert torch.allclose(cosine_losses(queries, teacher), (queries - teacher).square().sum(dim=1) / 2)
+    assert torch.allclose(cosine_losses(queries, teacher), mse_losses(queries, teacher) / 2)
+    assert torch.allclose(mse_losses(3 * queries, teacher), 9 + 1 - 6 * (queries * teacher).sum(dim=1))
+
+
+@pytest.mark.parametrize("tile", [None, 7])
+@pytest.mark.parametrize("ids", [False, True])
+def test_keys_of_the_same_meaning_are_no_negatives(tile, ids):
+    queries, keys, positives, logit_scale, query_ids, key_ids, _ = problem(torch.float64, queue=True, ids=ids, masked=False)
+    alike = keys[positives] @ keys.T >= 0.3
+    assert 0.05 < alike.double().mean() < 0.5
+    found = ckd_loss(
+        queries, keys, positives, scale=logit_scale.exp(), tile=tile, query_ids=query_ids, key_ids=key_ids, same_meaning=0.3
+    )
+    expected = reference(queries, keys, positives, logit_scale, query_ids, key_ids, alike)
+    assert abs(found - expected) < 1e-12
+
+
+@pytest.mark.parametrize("cuts", [(3,), (1, 2, 20), (0, 5)])
+def test_parts_of_the_keys_join_to_the_whole(cuts):
+    queries, keys, _, logit_scale, *_ = problem(torch.float64, queue=True, ids=False, masked=False)
+    expected = attend(queries, keys, logit_scale.exp())
+    parts = [attend(queries, part, logit_scale.exp(), tile=4) for part in torch.tensor_split(keys, cuts)]
+    found = joined(torch.stack([lse for lse, _ in parts]), torch.stack([attended for _, attended in parts]))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_row_may_have_a_scale_of_its_own_and_masks_may_speak_of_the_first_rows_alone():
+    queries, keys, positives, logit_scale, query_ids, key_ids, _ = problem(torch.float64, queue=True, ids=True, masked=False)
+    masks = {"positives": positives, "query_ids": query_ids, "key_ids": key_ids}
+    masked = attend(queries, keys, logit_scale.exp(), tile=5, **masks)
+    plain = attend(queries, keys, torch.tensor([7.0]), tile=5)
+    scales = torch.cat([logit_scale.exp().expand(BATCH), torch.full((BATCH,), 7.0)])
+    both = attend(torch.cat([queries, queries]), keys, scales, tile=5, **masks)
+    assert torch.allclose(both[0], torch.cat([masked[0], plain[0]])) and torch.allclose(
+        both[1], torch.cat([masked[1], plain[1]])
+    )
+
+
+def test_a_row_that_sees_no_key_has_no_weight():
+    lse, attended = attend(torch.ones(2, 3), torch.ones(0, 3), torch.ones(1))
+    assert lse.tolist() == [-torch.inf] * 2 and not attended.any()
+    whole, vector = joined(torch.stack([lse, lse]), torch.stack([attended, attended]))
+    assert whole.tolist() == [-torch.inf] * 2 and not vector.any()
+
+
+def test_shuffling_keeps_the_probability_of_every_group_and_depends_on_the_seed_alone():
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.eye(60)
+    teacher = normalize(torch.rand(4, 60, generator=draw), dim=1)
+    plain = torch.softmax(teacher @ keys.T / 0.05, dim=1)
+    shuffled = shuffled_targets(teacher, keys, [1, 2, 3, 4], teacher_temperature=0.05)
+    for weights, before in zip(shuffled, plain, strict=True):
+        falling, order = before.sort(descending=True)
+        group = ((falling.cumsum(0) - falling) * 10).floor().clamp(max=9)
+        assert not torch.equal(weights, before)
+        for number in group.unique():
+            members = order[group == number]
+            assert torch.equal(weights[members].sort().values, before[members].sort().values)
+    again = shuffled_targets(teacher[2:3], keys, [3], teacher_temperature=0.05)
+    assert torch.allclose(again[0], shuffled[2])
+    assert not torch.equal(shuffled_targets(teacher[2:3], keys, [5], teacher_temperature=0.05), again)

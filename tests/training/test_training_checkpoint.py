@@ -1,147 +1,222 @@
-"""Checkpoints of a real DeepSpeed engine: complete or absent, verified before they are opened, the newest sound one taken."""
+"""Checkpoints of a real engine on two ranks: complete or absent, written beside training, verified before they are read."""
 
 from __future__ import annotations
 
 import json
-import os
+import resource
 import shutil
+import signal
 
+import numpy as np
 import pytest
-import torch
+from conftest import write_config
+from engines import CELLS, CPU, new_engine, start_deepspeed, train_steps, whole
 from ranks import on_ranks
-from torch import nn
 
-from distill.config import EngineConfig, TrainConfig
+from distill.config import load_config
+from distill.teacher.precompute import run_precompute
 from distill.training.checkpoint import Checkpoints
-from distill.training.engine import build_engine
+from distill.training.distributed import barrier, rank
+from distill.training.fragments import copy_owned
+from distill.training.stage import run_stage
 
-CPU = torch.device("cpu")
-
-
-class Line(nn.Module):
-    """Something to optimise: its loss pulls the weights towards the step's number."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, target):
-        return (self.linear.weight - target).square().sum() + (self.linear.bias + target).square().sum()
+MADE_OF = {"seed": 0, "ckd": {"global_batch": 12, "dev_every": 4}}
+CELL = "zero2"
 
 
-def new_engine(stage):
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    config = EngineConfig(deepspeed=f"configs/deepspeed/zero{stage}.json")
-    return build_engine(Line(), TrainConfig(lr=0.1, micro_batch=4), config, num_micro=1, temperature_lr=0.1)
+def checkpoints_in(directory, made_of=MADE_OF):
+    return Checkpoints(directory, keep=2, device=CPU, made_of=made_of)
 
 
-def train(engine, steps):
-    for step in steps:
-        engine.backward(engine(torch.tensor(float(step))))
-        engine.step()
-    return torch.cat([parameter.detach().flatten() for parameter in engine.module.parameters()]).tolist()
-
-
-def save_three(directory, stage):
-    """Steps 2, 4 and 6, of which the last two are kept; the weights after 4, 6 and 8 steps."""
-    engine = new_engine(stage)
-    checkpoints = Checkpoints(directory, keep=2, device=CPU)
-    weights = {}
+def save_three(directory):
+    """Steps 2, 4 and 6, of which the last two are kept; the state after 2, 4, 6 and 8 steps."""
+    engine = new_engine(CELL, directory)
+    checkpoints = checkpoints_in(directory / "checkpoints")
+    found = {}
     for step in (2, 4, 6):
-        weights[step] = train(engine, range(step - 2, step))
+        train_steps(engine, range(step - 2, step))
+        found[step] = whole(engine)
         checkpoints.save(engine, step, {"step": step, "best_score": 0.5})
-    weights[8] = train(engine, range(6, 8))
-    return weights
+    train_steps(engine, range(6, 8))  # beside the writing
+    found[8] = whole(engine)
+    checkpoints.wait()
+    return found
 
 
-def resume(directory, stage):
-    """What a fresh engine has restored, and its weights after the steps to 8."""
-    engine = new_engine(stage)
-    state = Checkpoints(directory, keep=2, device=CPU).load(engine)
-    return state, train(engine, range(state["step"] if state else 0, 8))
+def resume(directory, made_of=MADE_OF):
+    """What a fresh engine has restored, and its state after the steps to 8."""
+    engine = new_engine(CELL, directory.parent, seed=2)
+    state = checkpoints_in(directory, made_of).load(engine)
+    train_steps(engine, range(state["step"] if state else 0, 8))
+    return state, whole(engine)
 
 
-@pytest.fixture(scope="module", params=[0, 2])
-def saved(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(f"zero{request.param}")
-    (weights,) = on_ranks(1, save_three, directory, request.param)
-    return directory, request.param, weights
+def same(found, expected):
+    return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    states, others = on_ranks(2, save_three, directory)
+    assert same(states[8], others[8])
+    return directory / "checkpoints", states
 
 
 @pytest.fixture
 def copy(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "checkpoints")
-    return tmp_path / "checkpoints", saved[1], saved[2]
+    return tmp_path / "checkpoints", saved[1]
 
 
 def test_the_last_two_are_kept_and_nothing_half_written(saved):
     assert sorted(path.name for path in saved[0].iterdir()) == ["step-00000004", "step-00000006"]
+    files = ["COMPLETE.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+    assert all(sorted(path.name for path in folder.iterdir()) == files for folder in saved[0].iterdir())
 
 
 def test_a_resumed_engine_goes_on_as_if_it_had_never_stopped(copy):
-    directory, stage, weights = copy
-    ((state, found),) = on_ranks(1, resume, directory, stage)
-    assert state == {"step": 6, "best_score": 0.5} and found == weights[8]
+    directory, states = copy
+    for state, found in on_ranks(2, resume, directory):
+        assert state == {"step": 6, "best_score": 0.5} and same(found, states[8])
 
 
-def damaged_file(folder, how):
-    files = sorted(path for path in (folder / "state").rglob("*") if path.is_file())
+def damage(folder, how):
+    files = sorted(folder.glob("*.safetensors"))
     if how == "flipped":
-        for file in files:
-            data = bytearray(file.read_bytes())
-            data[len(data) // 2] ^= 1
-            file.write_bytes(data)
-            return
+        data = bytearray(files[1].read_bytes())
+        data[len(data) // 2] ^= 1
+        files[1].write_bytes(data)
     elif how == "truncated":
-        files[-1].write_bytes(files[-1].read_bytes()[:-1])
+        files[1].write_bytes(files[1].read_bytes()[:-1])
     elif how == "missing":
-        files[0].unlink()
+        files[1].unlink()
     elif how == "description":
         (folder / "COMPLETE.json").write_text((folder / "COMPLETE.json").read_text()[:-20])
     elif how == "incomplete":
         (folder / "COMPLETE.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "description", "incomplete"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(copy, how):
-    directory, stage, weights = copy
-    damaged_file(directory / "step-00000006", how)
-    ((state, found),) = on_ranks(1, resume, directory, stage)
-    assert state["step"] == 4 and found == weights[8]
+MESSAGES = {
+    "flipped": "step-00000006 is damaged and is passed over: rank-00001.safetensors does not match its checksum",
+    "truncated": "step-00000006 is damaged and is passed over: rank-00001.safetensors does not match its checksum",
+    "missing": "step-00000006 is damaged and is passed over: rank-00001.safetensors is missing",
+    "description": "step-00000006 is damaged and is passed over: COMPLETE.json cannot be read",
+    "incomplete": "",
+}
+
+
+@pytest.mark.parametrize("how", MESSAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_older_one(copy, how, capfd):
+    directory, states = copy
+    damage(directory / "step-00000006", how)
+    for state, found in on_ranks(2, resume, directory):
+        assert state["step"] == 4 and same(found, states[8])
+    said = capfd.readouterr().err
+    assert said.count("passed over") == bool(MESSAGES[how]) and MESSAGES[how] in said
 
 
 def test_without_a_sound_checkpoint_the_stage_begins_anew(copy):
-    directory, stage, weights = copy
+    directory, states = copy
     for folder in directory.iterdir():
-        damaged_file(folder, "flipped")
-    ((state, found),) = on_ranks(1, resume, directory, stage)
-    assert state is None and found == weights[8]
+        damage(folder, "flipped")
+    for state, found in on_ranks(2, resume, directory):
+        assert state is None and not same(found, states[8])
 
 
-def test_a_checkpoint_that_was_being_written_is_not_one(copy):
-    directory, stage, _ = copy
+def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_is_removed(copy):
+    directory, _ = copy
     (directory / "step-00000006").rename(directory / "step-00000006.part")
-    ((state, _),) = on_ranks(1, resume, directory, stage)
-    assert state["step"] == 4
+    shutil.copytree(directory / "step-00000004", directory / "step-00000002.deleted.part")
+    for state, _ in on_ranks(2, resume, directory):
+        assert state["step"] == 4
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000004"]
 
 
-def test_another_zero_stage_is_named_unless_it_stores_the_same(copy):
-    directory, stage, weights = copy
-    with pytest.raises(AssertionError, match=r"was taken with ZeRO .* and engine\.deepspeed is of ZeRO 3: put it back"):
-        on_ranks(1, resume, directory, 3)
-    if stage == 2:
-        ((state, found),) = on_ranks(1, resume, directory, 1)
-        assert state["step"] == 6 and found == weights[8]
+def test_a_run_made_of_other_things_is_refused_and_they_are_named(copy):
+    directory, _ = copy
+    other = {"seed": 1, "ckd": {"global_batch": 16, "dev_every": 4}}
+    named = r"made of other things \(ckd.global_batch: 12 -> 16; seed: 0 -> 1\): put them back to continue it, use another"
+    with pytest.raises(AssertionError, match=named):
+        on_ranks(2, resume, directory, other)
+    changed = json.loads((directory / "step-00000006/COMPLETE.json").read_text())
+    changed["made_of"]["parameters"]["projection.bias"] = [4]
+    (directory / "step-00000006/COMPLETE.json").write_text(json.dumps(changed))
+    with pytest.raises(AssertionError, match=r"\(parameters.projection.bias: \[4\] -> \[3\]\)"):
+        on_ranks(2, resume, directory)
 
 
-def test_another_world_size_is_named_with_both_remedies(copy):
-    directory, stage, _ = copy
-    path = directory / "step-00000006/COMPLETE.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 3}))
-    with pytest.raises(AssertionError, match=r"was taken with 3 ranks and this run has 1: start it with 3, or delete"):
-        on_ranks(1, resume, directory, stage)
+def test_how_often_the_student_is_evaluated_may_change(copy):
+    directory, states = copy
+    for state, found in on_ranks(2, resume, directory, {"seed": 0, "ckd": {"global_batch": 12, "dev_every": 1}}):
+        assert state["step"] == 6 and same(found, states[8])
+
+
+def changes_in_two_steps(directory, cell):
+    """The kinds of tensors of which copies change in two more steps, and those of which the tensors themselves do."""
+    engine = new_engine(cell, directory)
+    train_steps(engine, range(2))
+    taken = copy_owned(engine)
+    before = {name: values.clone() for name, values in taken.items()}
+    train_steps(engine, range(2, 4))
+    later = copy_owned(engine)
+    engine.destroy()
+    changed = {name.split("/")[0] for name in taken if not taken[name].equal(before[name])}
+    return changed, {name.split("/")[0] for name in taken if not later[name].equal(taken[name])}
+
+
+def copies_of_all_cells(directory):
+    return {cell: changes_in_two_steps(directory, cell) for cell in CELLS}
+
+
+def test_what_is_written_is_a_copy_that_later_steps_do_not_change(tmp_path):
+    for found in on_ranks(2, copies_of_all_cells, tmp_path):
+        assert all(found[cell] == (set(), {"master", "exp_avg", "exp_avg_sq"}) for cell in CELLS)
+
+
+def run_out_of_space(directory, when):
+    """The system refuses rank 1 files above some hundred bytes; what each rank raises, and what is left afterwards."""
+    engine = new_engine(CELL, directory)
+    checkpoints = checkpoints_in(directory / "checkpoints")
+    checkpoints.save(engine, 1, {"step": 1})
+    checkpoints.wait()
+    if rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    checkpoints.save(engine, 2, {"step": 2})
+    checkpoints._writer.written.wait()
+    raised = {}
+    for call in ("check", "wait") if when == "check" else ("save",):
+        try:
+            getattr(checkpoints, call)(*((engine, 3, {"step": 3}) if call == "save" else ()))
+        except OSError as error:
+            raised[call] = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+    barrier()
+    return raised, checkpoints_in(directory / "checkpoints").load(engine)
+
+
+@pytest.mark.parametrize("when", ["check", "save"])
+def test_what_goes_wrong_in_the_background_ends_the_run_on_every_rank_and_the_last_checkpoint_stays(tmp_path, when):
+    (healthy, state), (full, other_state) = on_ranks(2, run_out_of_space, tmp_path, when)
+    part = tmp_path / "checkpoints/step-00000002.part"
+    of_rank_1 = f"{part}/rank-00001.safetensors: File too large"
+    of_rank_0 = f"{part}: rank 1 could not write its part of the checkpoint"
+    assert full == ({"check": of_rank_1, "wait": of_rank_1} if when == "check" else {"save": of_rank_1})
+    assert healthy == ({"wait": of_rank_0} if when == "check" else {"save": of_rank_0})
+    assert state == other_state == {"step": 1}
+
+
+def train_with_little_space(path):
+    """The system refuses files above 30 kB: TensorBoard's and the stage's records are smaller, a checkpoint is not."""
+    start_deepspeed()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    run_stage(load_config(path, ["ckd.dev_every=100", "ckd.save_every=5"]), "ckd", CPU)
+
+
+def test_a_full_disk_ends_the_run_within_a_few_steps_of_the_save_and_not_only_at_the_next(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    assert run_precompute(load_config(config), CPU, None)
+    with pytest.raises(AssertionError, match=r"step-00000005.part/rank-00000.safetensors") as raised:
+        on_ranks(1, train_with_little_space, config)
+    assert "in check" in str(raised.value) and "File too large" in str(raised.value)

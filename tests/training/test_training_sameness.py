@@ -18,6 +18,7 @@ from distill.teacher.precompute import run_precompute
 from distill.training.batches import ShardBatches
 from distill.training.ckd import CkdRecipe, CkdTask
 from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank, reduce_sums, world_size
+from distill.training.projection import build_projection
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +28,15 @@ def run(tmp_path_factory, tiny_encoder):
     return config
 
 
-def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int):
+def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, changes: dict):
     """The losses of three steps and the gradient of the third, as the engine would average it."""
     reader = ShardReader(config.run_dir / "shards")
     encoder, tokenizer = build_encoder(config.student, config.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, 0.0)
-    ckd = config.ckd.model_copy(update={"global_batch": global_batch, "tile": tile})
+    ckd = config.ckd.model_copy(update={"global_batch": global_batch, "tile": tile, **changes})
     torch.manual_seed(0)
-    task = CkdTask(student, reader.dim, ckd, None)
+    task = CkdTask(student, build_projection(student.width, reader.dim, ckd), ckd, None)
     order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
     batches = ShardBatches(reader, order, student.tokenize, micro_batch=micro_batch, rank=rank(), world_size=world_size())
     recipe = CkdRecipe(task, batches, torch.device("cpu"))
@@ -60,9 +61,19 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int):
 
 @pytest.mark.parametrize("global_batch, micro_batch, tile", [(32, 32, 4096), (32, 5, 7), (33, 8, 64), (5, 1, 4096)])
 @pytest.mark.parametrize("size", [2, 3])
-def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, size, global_batch, micro_batch, tile):
-    losses, gradient = losses_and_gradient(run, global_batch, global_batch, 4096)
-    for found_losses, found_gradient in on_ranks(size, losses_and_gradient, run, global_batch, micro_batch, tile):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"queue_placement": "replicated", "queue": 128},
+        {"queue_placement": "sharded", "queue": 129, "prefill": True, "same_meaning": 0.9},
+        {"queue_placement": "sharded", "weights": {"congen": 1.0}, "projection": "linear"},
+        {"weights": {"ckd": 1.0, "congen": 1.0, "mse": 0.1}, "group_shuffling": True},
+    ],
+    ids=["replicated", "sharded", "sharded, soft labels", "shuffled"],
+)
+def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, size, global_batch, micro_batch, tile, changes):
+    losses, gradient = losses_and_gradient(run, global_batch, global_batch, 4096, changes)
+    for found_losses, found_gradient in on_ranks(size, losses_and_gradient, run, global_batch, micro_batch, tile, changes):
         assert np.allclose(found_losses, losses, atol=1e-5, rtol=0)
         assert np.abs(found_gradient - gradient).max() <= 1e-5
 
@@ -83,21 +94,37 @@ def test_gathering_restores_dealt_order_and_its_gradient_sums_over_ranks(size, t
         assert gradient == [size * i for i in range(total)][number::size]
 
 
-def test_the_queue_is_restored_as_it_was(run):
+def queues_agree(run, placement: str, prefill: bool):
+    """Whether a queue restored at each step is the one that was pushed up to there; the bytes it takes."""
+    ckd = run.ckd.model_copy(update={"queue_placement": placement, "prefill": prefill, "queue": 130})
     reader = ShardReader(run.run_dir / "shards")
     order = GlobalOrder(reader.shard_rows, global_batch=32, seed=0)
     encoder, tokenizer = build_encoder(run.student, run.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
 
     def recipe() -> CkdRecipe:
-        batches = ShardBatches(reader, order, student.tokenize, micro_batch=8, rank=0, world_size=1)
-        return CkdRecipe(CkdTask(student, reader.dim, run.ckd, None), batches, torch.device("cpu"))
+        batches = ShardBatches(reader, order, student.tokenize, micro_batch=8, rank=rank(), world_size=world_size())
+        return CkdRecipe(CkdTask(student, None, ckd, None), batches, torch.device("cpu"))
 
-    straight = recipe()
+    straight, resumed, hashes = recipe(), recipe(), []
     for step in range(order.steps_per_epoch + 3):
-        resumed = recipe()
         resumed.restore(step)
         assert torch.equal(resumed.queue.ids, straight.queue.ids)
         assert torch.equal(resumed.queue.keys, straight.queue.keys)
+        hashes.append(straight.queue.ids.tolist())
         straight.share(step, straight.load(step))
         straight.taken()
+    return hashes, straight.queue.num_bytes
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_the_queue_is_restored_as_it_was_and_sharding_only_divides_it(run, prefill):
+    whole, num_bytes = queues_agree(run, "sharded", prefill)
+    assert len(whole[0]) == (130 if prefill else 0) and len(whole[-1]) == 130
+    for size in (2, 4):
+        parts = on_ranks(size, queues_agree, run, "sharded", prefill)
+        for step, hashes in enumerate(whole):
+            assert sorted(h for part, _ in parts for h in part[step]) == sorted(hashes)
+        assert max(taken for _, taken in parts) <= -(-130 // size) * num_bytes // 130
+    for (hashes, taken), _ in zip(on_ranks(2, queues_agree, run, "replicated", prefill), range(2), strict=True):
+        assert hashes == whole and taken == num_bytes

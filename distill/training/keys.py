@@ -1,0 +1,104 @@
+"""The keys of one step: those of the global batch, and the queue, whole on every rank or spread over them.
+
+Where the queue is spread, every rank holds the queries of all ranks against its own part and sends back what came of it, a
+log-sum-exp and a vector a query (`objectives.contrast.joined`). Backward needs nothing sent: keys are constants, and what was
+sent back is all that the gradient is made of. A micro-batch of b rows sends b d_t numbers to every rank and gets as many back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.objectives.contrast import attend, hardest_negatives, joined
+from distill.objectives.queue import KeyQueue
+from distill.training.batches import MicroBatch
+from distill.training.distributed import gather, world_size
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which keys are no negatives of the first kind of queries: those of the row's text and, from a cosine on, its meaning."""
+
+    same_meaning: float | None
+
+    def options(self, hashes: Tensor, key_ids: Tensor, teacher: Tensor) -> dict[str, Any]:
+        options: dict[str, Any] = {"query_ids": hashes, "key_ids": key_ids}
+        return options if self.same_meaning is None else options | {"teacher": teacher, "same_meaning": self.same_meaning}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What every micro-batch of a step sees.
+
+    vectors [G, d_t] fp16, hashes [G] int64: of the global batch, in dealt order. queue: all of it, or this rank's part.
+    """
+
+    vectors: Tensor
+    hashes: Tensor
+    queue: KeyQueue
+    sharded: bool
+    step: int
+
+    def attend(
+        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking | None, tile: int
+    ) -> tuple[Tensor, Tensor]:
+        """The softmax of `objectives.contrast.attend` over batch and queue: lse [k, b], attended [k, b, d_t].
+
+        queries [k, b, d_t]: k kinds of queries of the micro-batch's b rows; scales [k]. masking is of the first kind. A
+        collective where the queue is spread over ranks.
+        """
+        kinds, rows, width = queries.shape
+        flat, scale = queries.reshape(-1, width), scales.repeat_interleave(rows)
+
+        def masked(key_ids: Tensor) -> dict[str, Any]:
+            return {} if masking is None else masking.options(micro.hashes, key_ids, micro.teacher)
+
+        own: dict[str, Any] = {} if masking is None else {"positives": micro.positions}
+        parts = [attend(flat, self.vectors, scale, tile=tile, **masked(self.hashes), **own)]
+        if self.sharded:
+            parts += self._over_ranks(queries, scales, micro, masking, tile)
+        elif len(self.queue):
+            parts.append(attend(flat, self.queue.keys, scale, tile=tile, **masked(self.queue.ids)))
+        lse, attended = parts[0]
+        if len(parts) > 1:
+            lse, attended = joined(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+        return lse.view(kinds, rows), attended.view(kinds, rows, width)
+
+    def _over_ranks(
+        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking | None, tile: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each rank's part of the queue, its (lse, attended) of this rank's queries."""
+        kinds, rows, width = queries.shape
+        size, most = world_size(), micro.most_rows
+        gathered = gather(_padded(queries.transpose(0, 1), most))  # [W, most, k, d]
+        everyone = gathered.permute(2, 0, 1, 3).reshape(-1, width)  # the first kind of all ranks first, as masks need it
+        masked: dict[str, Any] = {}
+        if masking is not None:
+            hashes = gather(_padded(micro.hashes, most)).flatten()
+            teacher = micro.teacher if masking.same_meaning is None else gather(_padded(micro.teacher, most)).flatten(0, 1)
+            masked = masking.options(hashes, self.queue.ids, teacher)
+        scale = scales.repeat_interleave(size * most)
+        lse, attended = attend(everyone, self.queue.keys, scale, tile=tile, **masked)
+        answers = torch.cat([lse[:, None], attended], dim=1).view(kinds, size, most, width + 1).transpose(0, 1).contiguous()
+        received = torch.empty_like(answers)
+        dist.all_to_all_single(received, answers)
+        mine = received[:, :, :rows].reshape(size, kinds * rows, width + 1)
+        return [(part[:, 0], part[:, 1:]) for part in mine]
+
+    def hardest_negatives(self, queries: Tensor, micro: MicroBatch, tile: int) -> Tensor:
+        """The largest cosine to a key of another text, [b] float32, among the keys that this rank holds."""
+        none = torch.full_like(micro.positions, -1)
+        parts = [hardest_negatives(queries, self.vectors, micro.positions, micro.hashes, self.hashes, tile=tile)]
+        if len(self.queue):
+            parts.append(hardest_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, tile=tile))
+        return torch.stack(parts).amax(dim=0)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """[count, ...]: zeros after the rows there are."""
+    return nn.functional.pad(rows, (0,) * (2 * rows.ndim - 1) + (count - len(rows),))

@@ -1,0 +1,119 @@
+"""Sentences a second that the training loader gives, in one thread, against what training consumes.
+
+    python tests/bench/loader.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench
+
+ours      ShardBatches: rows of a global batch read at random, dealt by length, tokenised, padded, with vectors and hashes
+peer      sentence-transformers' loader over the same sentences and vectors: random order, batches of --micro-batch
+training  forward and backward of our batches, in one thread: what a rank consumes at most
+
+All take turns; the medians count. Nothing else may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import torch
+from ckd_run import CPU, embedded_run
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+
+from distill.memory import keep_freed_memory
+from distill.precision import autocast_dtype
+from distill.shards import ShardReader
+from distill.training.recipe import Recipe
+from distill.training.stage import build_recipe
+
+
+def peer_loader(model: str, reader: ShardReader, batch: int, max_length: int, folder: str) -> Any:
+    """The loader that its trainer makes. Rows come as torch tensors, which is faster than its default of lists."""
+    rows = np.arange(len(reader))
+    vectors = reader.vectors(rows).astype(np.float32)
+    dataset = Dataset.from_dict({"sentence": reader.texts(rows), "label": vectors}).with_format("torch")
+    student = SentenceTransformer(model, device="cpu")
+    student.max_seq_length = max_length
+    arguments = SentenceTransformerTrainingArguments(
+        folder, per_device_train_batch_size=batch, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = SentenceTransformerTrainer(student, arguments, train_dataset=dataset, loss=EmbedDistillLoss(student))
+    return trainer.get_train_dataloader()
+
+
+def train(recipe: Recipe, steps: list[Any]) -> int:
+    for micro in steps:
+        recipe.task.zero_grad()
+        for part in micro:
+            recipe.task.embed(part).sum().backward()
+    return sum(len(part.positions) for micro in steps for part in micro)
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Sentences a second of something that returns how many it took."""
+    started = time.perf_counter()
+    count = work()
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
+    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
+    parser.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
+    parser.add_argument("--sentences", type=int, default=50_000)
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
+    parser.add_argument("--global-batch", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=256)
+    parser.add_argument("--train-steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    options = parser.parse_args()
+    ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": 0}
+    config = embedded_run(options.work, options.model, options.text, options.sentences, layers=options.layers, ckd=ckd)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    recipe = build_recipe(config, "ckd", config.run_dir / "ckd", CPU, autocast_dtype("auto", CPU))
+    steps = range(recipe.steps_per_epoch)
+    batches = [recipe.load(step) for step in islice(steps, options.train_steps + 1)]
+    train(recipe, batches[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        reader = ShardReader(config.run_dir / "shards")
+        loader = peer_loader(options.model, reader, options.micro_batch, config.student.max_length, folder)
+        works: dict[str, Callable[[], int]] = {
+            "ours": lambda: sum(len(part.positions) for step in steps for part in recipe.load(step)),
+            "peer": lambda: sum(len(batch["label"]) for batch in loader),
+            "training": lambda: train(recipe, batches[1:]),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(options.rounds):
+            for name, work in works.items():
+                rates[name].append(rate(work))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    result = {
+        "sentences": len(reader),
+        "global_batch": options.global_batch,
+        "micro_batch": options.micro_batch,
+        "sentences_per_second": {name: round(value, 1) for name, value in medians.items()},
+        "rounds": {name: [round(value, 1) for value in found] for name, found in rates.items()},
+        "ratio_to_peer": round(medians["ours"] / medians["peer"], 2),
+        "times_what_training_consumes": round(medians["ours"] / medians["training"], 1),
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Which objective distils best? Students of all-MiniLM-L6-v2, one pass over the same sentences, on STS and fidelity.
+
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR scan    every objective, one seed
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR seeds   the two best, two more seeds
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR more    128,000 and 150,000 sentences
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR table   what is known so far
+
+three-layers    its own layers 0, 2, 5             no projection
+one-layer       its own layer 0                    no projection
+bert-tiny       4.4M parameters, 128 dimensions    learned projection
+Each cell is a run of launcher/train.py on two ranks and an evaluation of the student that scored best on the held-out dev
+sentences; the test sentences and the STS sets decide nothing. Cells that are in results.jsonl are not run again, and a cell
+that was killed goes on from its checkpoint: the same command may be typed any number of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVES: dict[str, dict[str, float]] = {
+    "MSE": {"mse": 1.0},
+    "cosine": {"cosine": 1.0},
+    "CKD": {"ckd": 1.0},
+    "ConGen": {"congen": 1.0},
+    "CKD + cosine": {"ckd": 1.0, "cosine": 10.0},
+    "ConGen + cosine": {"congen": 1.0, "cosine": 10.0},
+    "ConGen + 0.1 CKD + cosine": {"congen": 1.0, "ckd": 0.1, "cosine": 10.0},
+}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "three-layers": {"init": "teacher", "layers": [0, 2, 5]},
+    "one-layer": {"init": "teacher", "layers": [0]},
+    "bert-tiny": {"init": "bert-tiny"},
+}
+LR = {"three-layers": 5e-4, "one-layer": 1e-3, "bert-tiny": 1e-3}
+SCAN, LONG = 51_200, {"three-layers": 150_000, "bert-tiny": 128_000}
+GLOBAL_BATCH, QUEUE = 256, 16_384
+
+
+class Cell(NamedTuple):
+    student: str
+    objective: str
+    sentences: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        objective = self.objective.replace(" + ", "-").replace(" ", "")
+        return f"{self.student}-{objective}-{self.sentences}-{self.seed}"
+
+
+def base_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Sentences of every kind there is, chosen by hash; the teacher; a student's training without its objective."""
+    unlabelled = options.data / "unlabelled"
+    sources = [
+        {"type": "file", "path": str(unlabelled / "wiki1m_en.txt.gz"), "limit": 100_000},
+        {"type": "file", "path": str(unlabelled / "tatoeba_en.txt.gz"), "limit": 40_000},
+        {"type": "file", "path": str(unlabelled / "sgd_utterances.txt.gz"), "limit": 30_000},
+        {"type": "file", "path": str(unlabelled / "questions_wellformed.txt.gz")},
+        {"type": "file", "path": str(unlabelled / "wordnet_examples.txt.gz"), "limit": 15_000},
+        {"type": "file", "path": str(options.data / "nli/snli.tsv.gz"), "field": "premise"},
+    ]
+    return {
+        "name": "base",
+        "runs_dir": str(options.work),
+        "text": {"sources": sources, "max_sentences": 170_000},
+        "teacher": {"model": str(options.models / "minilm-l6"), "max_length": 64, "tokens_per_batch": 1024, "tasks": 2},
+        "shards": {"rows": 20_000},
+        "engine": {"num_ranks": 2},
+        "stages": ["precompute"],
+    }
+
+
+def config_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    student = dict(STUDENTS[cell.student]) | {"max_length": 64}
+    if student["init"] != "teacher":
+        student["init"] = str(options.models / student["init"])
+    ckd = {
+        "global_batch": GLOBAL_BATCH,
+        "micro_batch": 128,
+        "queue": QUEUE,
+        "lr": LR[cell.student],
+        "warmup": 0.1,
+        "weights": OBJECTIVES[cell.objective],
+        "max_steps": cell.sentences // GLOBAL_BATCH,
+        "dev_every": 50,
+        "save_every": 50,
+    }
+    return base_config(options) | {"name": cell.name, "seed": cell.seed, "student": student, "ckd": ckd}
+
+
+def write_config(config: dict[str, Any], work: Path) -> Path:
+    path = work / f"{config['name']}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def launch(*arguments: str | Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
+
+
+def precompute(options: argparse.Namespace) -> Path:
+    config = write_config(base_config(options), options.work)
+    launch(ROOT / "launcher/pipeline.py", "--config", config)
+    return options.work / "base"
+
+
+def run(cell: Cell, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+    config = write_config(config_of(cell, options), options.work)
+    directory = options.work / cell.name
+    directory.mkdir(exist_ok=True)
+    if not (directory / "shards").exists():
+        (directory / "shards").symlink_to(base / "shards")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    launch(*torchrun, ROOT / "launcher/train.py", "--config", config, "stage=ckd")
+    figures = evaluate(directory, options)
+    shutil.rmtree(directory / "ckd" / "checkpoints")
+    done = json.loads((directory / "ckd/DONE.json").read_text(encoding="utf-8"))
+    return cell._asdict() | figures | {"seconds": done["results"]["seconds"]}
+
+
+def evaluate(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from distill.evaluation.fidelity import fidelity
+    from distill.evaluation.sts import read_sets, sts_scores
+    from distill.shards import ShardReader
+    from distill.student import Student
+    from distill.training.dev import split_held_out
+
+    held_out = ShardReader(directory / "shards/held_out")
+    rows, _ = split_held_out(len(held_out), 2000, 1000)
+    student = Student.load(directory / "ckd/student").eval()
+    scores = sts_scores(student.encode, read_sets(options.data / "sts"), bootstrap=0)["sts"]
+    kept = fidelity(student.encode(held_out.texts(rows)), held_out.vectors(rows).astype("float32"))
+    return {"sts": scores["AVG"], "sts_of": scores["AVG_OF"], **{name: round(value, 4) for name, value in kept.items()}}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def quality(row: dict[str, Any]) -> float:
+    """STS as a share and the mean of fidelity, alike: what 'best' means here."""
+    return row["sts"] / 100 + (row["spearman"] + row["spearman_top50"] + row["top10"]) / 3
+
+
+def cells(what: str, results: list[dict[str, Any]]) -> list[Cell]:
+    scanned = [row for row in results if row["sentences"] == SCAN and row["seed"] == 0]
+    best = {
+        student: [row["objective"] for row in sorted(scanned, key=quality) if row["student"] == student][:-3:-1]
+        for student in STUDENTS
+    }
+    if what == "scan":
+        return [Cell(student, objective, SCAN, 0) for student in STUDENTS for objective in OBJECTIVES]
+    if what == "seeds":
+        contrasted = {"bert-tiny": ["MSE", "CKD", "ConGen"]}
+        wanted = {student: dict.fromkeys([*best[student], *contrasted.get(student, [])]) for student in STUDENTS}
+        return [Cell(s, objective, SCAN, seed) for s in STUDENTS for objective in wanted[s] for seed in (1, 2)]
+    return [Cell(student, best[student][0], sentences, 0) for student, sentences in LONG.items()]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in results:
+        groups[row["student"], row["sentences"], row["objective"]].append(row)
+    lines = ["| student | sentences | objective | seeds | STS | spearman | top-50 | top-10 |", "|" + "---|" * 8]
+    for (student, sentences, objective), rows in sorted(groups.items()):
+
+        def mean(name: str, form: str, rows: list[dict[str, Any]] = rows) -> str:
+            values = [row[name] for row in rows]
+            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):{form}}{spread}"
+
+        figures = [mean("sts", ".2f"), *(mean(name, ".3f") for name in ("spearman", "spearman_top50", "top10"))]
+        lines.append(f"| {student} | {sentences:,} | {objective} | {len(rows)} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with unlabelled/, nli/ and sts/")
+    parser.add_argument("--models", type=Path, required=True, help="a folder with minilm-l6/ and bert-tiny/")
+    parser.add_argument("--work", type=Path, required=True, help="where runs and results.jsonl go")
+    parser.add_argument("--results", type=Path, help="the results file, if elsewhere")
+    parser.add_argument("--students", nargs="*", default=list(STUDENTS), choices=STUDENTS)
+    parser.add_argument("what", choices=["scan", "seeds", "more", "table"])
+    options = parser.parse_args()
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    path = options.results or options.work / "results.jsonl"
+    results = read_results(path)
+    if options.what != "table":
+        torch.set_num_threads(1)
+        base = precompute(options)
+        known = {tuple(row[name] for name in Cell._fields) for row in results}
+        wanted = [cell for cell in cells(options.what, results) if cell.student in options.students and cell not in known]
+        for number, cell in enumerate(wanted):
+            print(f"{number + 1} of {len(wanted)}: {cell.name}", flush=True)
+            results.append(run(cell, base, options))
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Training on a GPU: tokens a second and model FLOP utilisation of a CKD step, and the loss against millions of keys.
+
+    python tests/bench/train_gpu.py             a student of BERT-base's size with random weights, on random tokens of length 64
+    python tests/bench/train_gpu.py --tiny      the same code, small, to see that it runs; also on a CPU
+
+A step is forward, loss against the batch's keys and a full queue, backward and AdamW, in bf16 over float32 parameters: alone,
+and inside the DeepSpeed engine where that is installed. MFU counts three times the operations of the student's forward pass,
+nothing of the loss, against a large bf16 matrix product measured on the same device in the same run. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss import measure
+from teacher_gpu import BERT_BASE, TINY_BERT, tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+from distill.config import CkdConfig, EngineConfig
+from distill.objectives.queue import KeyQueue
+from distill.student import Student
+from distill.student.encoder import set_dropout
+from distill.teacher.encoder import PACKED_FLOPS
+from distill.teacher.timing import matmul_peak
+from distill.training.batches import MicroBatch
+from distill.training.ckd import CkdTask
+from distill.training.keys import Keys
+
+Step = Callable[[MicroBatch, Keys], None]
+LENGTH = 64
+VOCABULARY = 30_522  # of BERT; the tokenizer is never asked
+LR = 1e-4
+
+
+def build_task(shape: dict[str, int], queue: int, device: torch.device) -> CkdTask:
+    torch.manual_seed(0)
+    encoder = BertModel(BertConfig(vocab_size=VOCABULARY, **shape), add_pooling_layer=False)
+    set_dropout(encoder, 0.0)
+    student = Student(encoder, tokenizer(), pooling="mean", max_length=LENGTH)
+    config = CkdConfig(global_batch=2, queue=queue, lr=LR)
+    return CkdTask(student, None, config, torch.bfloat16).to(device).train()
+
+
+def make_batch(rows: int, width: int, queue: int, device: torch.device) -> tuple[MicroBatch, Keys]:
+    """Random tokens without padding, with random teacher vectors, and keys whose queue is full."""
+
+    def directions(count: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(count, width, device=device), dim=1).half()
+
+    ids = torch.randint(1, VOCABULARY, (rows, LENGTH), device=device)
+    tokens = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    hashes = torch.arange(rows, device=device)
+    micro = MicroBatch(tokens, torch.arange(rows, device=device), directions(rows), hashes, rows)
+    ring = KeyQueue(queue, width, device)
+    ring.push(directions(queue), torch.arange(rows, rows + queue, device=device))
+    return micro, Keys(micro.teacher, hashes, ring, False, 0)
+
+
+def plain_step(task: CkdTask) -> Step:
+    optimizer = torch.optim.AdamW(task.parameters(), lr=LR, fused=True)
+
+    def step(micro: MicroBatch, keys: Keys) -> None:
+        loss, _ = task(micro, keys)
+        (loss / len(micro.positions)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def engine_step(task: CkdTask, rows: int, device: torch.device) -> Step:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    from distill.training.engine import build_engine
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    train = CkdConfig(global_batch=rows, micro_batch=rows, queue=0, lr=LR)
+    settings = EngineConfig(deepspeed=Path("configs/deepspeed/zero0.json"))
+    engine = build_engine(task, train, settings, num_micro=1, temperature_lr=LR)
+
+    def step(micro: MicroBatch, keys: Keys) -> None:
+        loss, _ = engine(micro, keys)
+        engine.backward(loss / len(micro.positions))
+        engine.step()
+
+    return step
+
+
+def seconds_a_step(step: Step, batch: tuple[MicroBatch, Keys], device: torch.device, steps: int) -> float:
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        step(*batch)
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step(*batch)
+    synchronize()
+    return (time.perf_counter() - started) / steps
+
+
+def forward_flops(task: CkdTask, micro: MicroBatch) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=PACKED_FLOPS)
+    with torch.no_grad(), counter:
+        task.embed(micro)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--queue", type=int, default=65_536)
+    parser.add_argument("--keys", type=int, nargs="+", default=[1 << 20, 1 << 23], help="of the loss alone")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3, help="of the loss alone")
+    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.tiny:
+        options.micro_batches, options.queue, options.keys, options.steps, options.rounds = [16, 32], 256, [1 << 12], 3, 2
+    elif device.type == "cpu":
+        raise SystemExit("there is no GPU here; --tiny runs the same code on a small student")
+    peak = matmul_peak(device, torch.bfloat16, seconds=2.0)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "matmul_peak_tflops": round(peak / 1e12, 2),
+        "steps": {},
+        "loss": {},
+    }
+    width = (TINY_BERT if options.tiny else BERT_BASE)["hidden_size"]
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    for rows in options.micro_batches:
+        batch = make_batch(rows, width, options.queue, device)
+        for name in ("plain", "engine") if has_deepspeed else ("plain",):
+            task = build_task(TINY_BERT if options.tiny else BERT_BASE, options.queue, device)
+            flops = forward_flops(task, batch[0])
+            step = plain_step(task) if name == "plain" else engine_step(task, rows, device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = seconds_a_step(step, batch, device, options.steps)
+            figures = {
+                "tokens_per_second": round(rows * LENGTH / seconds),
+                "sentences_per_second": round(rows / seconds, 1),
+                "tflops": round(3 * flops / seconds / 1e12, 2),
+                "mfu": round(3 * flops / seconds / peak, 3),
+                "parameters": sum(parameter.numel() for parameter in task.parameters()),
+            }
+            if device.type == "cuda":
+                figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            result["steps"][f"{name}, {rows} sentences"] = figures
+            print(name, rows, figures, flush=True)
+            del task, step
+    loss_options = argparse.Namespace(
+        device=device.type, dtype="stored", tile=None, threads=os.cpu_count(), rounds=options.rounds
+    )
+    for num_keys in options.keys:
+        figures = measure(["ours"], (1024, width, num_keys), loss_options)["ours"]
+        result["loss"][f"1024 queries, {num_keys} keys of {width}"] = figures
+        print(num_keys, figures, flush=True)
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A rank that is killed, stopped, cut off or fails: the others end soon, one message says why, no process stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from commands import command, launch
+from conftest import write_config
+from ranks import free_port
+from started import Started, start
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 8
+ENDLESS = ["ckd.max_steps=100000", "ckd.epochs=100000", "ckd.dev_every=100000", "ckd.save_every=5", f"engine.timeout={TIMEOUT}"]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, tiny_encoder):
+    folder = tmp_path_factory.mktemp("embedded")
+    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture
+def run(embedded, tmp_path, tiny_encoder):
+    """The config of a run whose precompute is done, and where its checkpoints appear."""
+    shutil.copytree(embedded / "runs", tmp_path / "runs")
+    shutil.copy(embedded / "text.txt", tmp_path)
+    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny/ckd/checkpoints"
+
+
+def the_message(printed: str) -> str:
+    """The one line that says what happened; a launcher may add lines of its own."""
+    ours = [line for line in printed.splitlines() if re.match(r"(rank \d+: )?error: ", line)]
+    assert len(ours) == 1, printed
+    assert 'launcher/train.py", line' not in printed and "gloo" not in printed.replace(ours[0], ""), printed
+    return ours[0]
+
+
+CELLS = [
+    ("deepspeed", 2, signal.SIGKILL, 0),
+    ("deepspeed", 3, signal.SIGSTOP, 1),
+    ("pipeline", 2, signal.SIGSTOP, 0),
+    ("none", 3, signal.SIGKILL, 2),
+    ("torchrun", 2, signal.SIGSTOP, 1),
+]
+ALL_CELLS = [
+    (launcher, size, signum, victim)
+    for launcher in ("deepspeed", "pipeline", "none", "torchrun")
+    for size in (2, 3)
+    for signum in (signal.SIGKILL, signal.SIGSTOP)
+    for victim in range(size)
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "signum" in metafunc.fixturenames:
+        cells = ALL_CELLS if metafunc.config.getoption("--full") else CELLS
+        metafunc.parametrize("launcher, size, signum, victim", cells)
+
+
+def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, signum, victim):
+    config, checkpoints = run
+    with start(launcher, size, config, *ENDLESS) as started:
+        started.wait_for(checkpoints, "step-????????/COMPLETE.json")
+        pid = started.ranks()[victim]
+        os.kill(pid, signum)
+        codes = started.wait((TIMEOUT if signum == signal.SIGSTOP else 0) + 10)
+        assert all(code not in (0, 75, 130) for code in codes)
+        message = the_message(started.printed)
+    assert f"lost rank {victim} (pid {pid} on {os.uname().nodename})" in message, message
+    assert ("stopped (SIGSTOP)" if signum == signal.SIGSTOP else "killed") in message
+    step = re.search(r"the same command goes on from step (\d+)$", message)
+    assert step and (checkpoints / f"step-{int(step[1]):08d}/COMPLETE.json").exists(), message
+
+
+@pytest.mark.parametrize("launcher, size, victim, save_every", [("none", 3, 1, 1), ("deepspeed", 2, 0, 5)])
+def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, save_every):
+    """A rank that may open no more files fails as its next checkpoint is written."""
+    config, checkpoints = run
+    with start(launcher, size, config, *ENDLESS, f"ckd.save_every={save_every}") as started:
+        started.wait_for(checkpoints, "step-????????/COMPLETE.json")
+        resource.prlimit(started.ranks()[victim], resource.RLIMIT_NOFILE, (3, 3))
+        codes = started.wait(15)
+        assert set(codes) == {2}
+        message = the_message(started.printed)
+    assert message.startswith(f"rank {victim}: error: " if victim else "error: ") and "Too many open files" in message, message
+
+
+def test_what_all_ranks_find_wrong_is_said_once_by_rank_0(run):
+    config, _ = run
+    with start("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
+        assert started.wait(60) == [2, 2, 2]
+        assert the_message(started.printed).startswith("error: engine.deepspeed: no DeepSpeed configuration at none.json")
+
+
+def test_ranks_end_with_the_pipeline_that_started_them(run):
+    config, checkpoints = run
+    with start("pipeline", 2, config, *ENDLESS) as started:
+        started.wait_for(checkpoints, "step-????????/COMPLETE.json")
+        os.kill(started.main, signal.SIGKILL)
+        assert started.wait(3) == [-signal.SIGKILL]
+
+
+@pytest.fixture
+def two_networks() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces, joined by one cable: their names and the names of the cable's ends."""
+    if shutil.which("ip") is None:
+        pytest.skip("no `ip` here (iproute2): a cut link cannot be tried")
+    mark = f"{os.getpid() % 100_000}"
+    ends = [(f"distill{number}-{mark}", f"dst{number}-{mark}") for number in range(2)]
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot make a network of its own: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    try:
+        for name, _ in ends:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0][1], "netns", ends[0][0], "type", "veth", "peer", "name", ends[1][1], "netns", ends[1][0])
+        for number, (name, end) in enumerate(ends):
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield ends
+    finally:
+        for name, _ in ends:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_a_cut_link_ends_both_sides_and_is_told_from_a_dead_rank(run, two_networks):
+    config, checkpoints = run
+    train = command("train.py", "--config", config, *ENDLESS)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(free_port())}
+    commands = [["ip", "netns", "exec", name, *train] for name, _ in two_networks]
+    own = [
+        meeting | {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": end}
+        for rank, (_, end) in enumerate(two_networks)
+    ]
+    with Started(commands, own, config) as started:
+        started.wait_for(checkpoints, "step-????????/COMPLETE.json")
+        name, end = two_networks[1]
+        subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
+        cut = time.monotonic()
+        assert started.wait(TIMEOUT + 15) == [1, 1]
+        assert time.monotonic() - cut > TIMEOUT - 1, "a slow network is not a cut one"
+        assert "the network between them is cut" in the_message(started.printed)

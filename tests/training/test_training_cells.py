@@ -1,0 +1,261 @@
+"""Law 2 through DeepSpeed: losses and three SGD steps against one rank in float64 that holds every pair of a row and a key.
+
+SGD and not Adam, which turns a gradient that is zero in theory into noise of the size of the learning rate. CI runs every pair
+of settings, --full the whole product. What cannot run without a GPU: NCCL, bf16 on its kernels. Offload to NVMe is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences
+from ranks import on_ranks
+from shards.shard_sets import TEACHER, unit_vectors
+from torch.nn.functional import cross_entropy, normalize
+
+from distill.config import CkdConfig, StudentConfig
+from distill.corpus import text_hash
+from distill.sampling import GlobalOrder
+from distill.shards import ShardReader, fingerprint, finish, write_shard
+from distill.student import Student
+from distill.student.encoder import build_encoder, set_dropout
+from distill.training.batches import ShardBatches
+from distill.training.ckd import CkdRecipe, CkdTask
+from distill.training.distributed import rank, reduce_sums, world_size
+from distill.training.projection import build_projection
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH, QUEUE, STEPS, LR, DIM = 33, 70, 3, 0.2, 24
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "world_size": (1, 2, 4),
+    "zero": ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),
+    "micro_batch": (33, 8, 3),
+    "placement": ("replicated", "sharded"),
+    "tile": (4096, 7),
+    "repeated": (False, True),
+    "objective": ("ckd", "all"),
+    "checkpointing": (False, True),
+}
+WEIGHTS = {"ckd": {"ckd": 1.0}, "all": {"ckd": 1.0, "congen": 0.5, "cosine": 2.0, "mse": 0.3}}
+SAME_MEANING = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    world_size: int
+    zero: str
+    micro_batch: int
+    placement: str
+    tile: int
+    repeated: bool
+    objective: str
+    checkpointing: bool
+
+
+def every_cell() -> list[Cell]:
+    return [Cell(*values) for values in itertools.product(*SETTINGS.values())]
+
+
+def every_pair() -> list[Cell]:
+    """Few cells in which every two settings of different kinds meet at least once."""
+
+    def pairs(cell: Cell) -> set[tuple[Any, ...]]:
+        values = [(field.name, getattr(cell, field.name)) for field in fields(cell)]
+        return set(itertools.combinations(values, 2))
+
+    cells = every_cell()
+    missing = set().union(*map(pairs, cells))
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[bool, Path]:
+    """A shard set of 300 sentences; and one where a hundred occur twice, so that batches and the queue hold repetitions."""
+    made = {}
+    for repeated in (False, True):
+        texts = sentences(200 if repeated else 300)
+        texts += texts[:100] if repeated else []
+        hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
+        folder = tmp_path_factory.mktemp("set")
+        vectors = unit_vectors(len(texts), DIM)
+        for index in range(3):
+            rows = slice(index * 100, (index + 1) * 100)
+            write_shard(
+                folder,
+                index,
+                texts[rows],
+                hashes[rows],
+                vectors[rows],
+                block_rows=32,
+                teacher_fingerprint=fingerprint(TEACHER),
+                text_fingerprint=f"piece {index}",
+            )
+        finish(
+            folder,
+            teacher=TEACHER,
+            teacher_fingerprint=fingerprint(TEACHER),
+            text_fingerprint="text",
+            text_fingerprints=[f"piece {index}" for index in range(3)],
+            rows=100,
+            block_rows=32,
+        )
+        made[repeated] = folder
+    return made
+
+
+def new_task(folder: Path, encoder_folder: Path, objective: str, **changes: Any) -> tuple[CkdTask, ShardReader, GlobalOrder]:
+    reader = ShardReader(folder)
+    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+    set_dropout(student.encoder, 0.0)
+    config = CkdConfig(
+        global_batch=GLOBAL_BATCH, queue=QUEUE, weights=WEIGHTS[objective], same_meaning=SAME_MEANING, prefill=True, **changes
+    )
+    torch.manual_seed(0)
+    task = CkdTask(student, build_projection(student.width, reader.dim, config), config, None)
+    return task, reader, GlobalOrder(reader.shard_rows, global_batch=GLOBAL_BATCH, seed=0)
+
+
+def parameters_of(task: CkdTask) -> dict[str, np.ndarray]:
+    return {name: p.detach().double().numpy().reshape(-1).copy() for name, p in task.named_parameters() if "pooler" not in name}
+
+
+def reference(folder: Path, encoder_folder: Path, objective: str) -> tuple[list[float], list[dict[str, np.ndarray]]]:
+    """Losses and parameters after each step: one process, float64, all pairs at once, textbook formulas."""
+    task, reader, order = new_task(folder, encoder_folder, objective)
+    task.double()
+    optimizer = torch.optim.SGD(task.parameters(), lr=LR)
+    weights, line = task.weights, [row for step in range(-3, STEPS) for row in _dealt(reader, order, step)]
+    losses, states = [], []
+    for step in range(STEPS):
+        end = (step + 3) * GLOBAL_BATCH
+        rows, past = np.array(line[end : end + GLOBAL_BATCH]), np.array(line[end - QUEUE : end])
+        keyed = np.concatenate([rows, past])
+        keys, ids = torch.from_numpy(reader.vectors(keyed)).double(), torch.from_numpy(reader.hashes(keyed))
+        teacher, own = keys[:GLOBAL_BATCH], torch.arange(GLOBAL_BATCH)
+        vectors = task.student(task.student.tokenize(reader.texts(rows))).double()
+        projected = vectors if task.projection is None else task.projection(vectors)
+        queries = normalize(projected, dim=1)
+        excluded = (ids[:GLOBAL_BATCH, None] == ids) | (teacher @ keys.T >= SAME_MEANING)
+        excluded[own, own] = False
+        logits = task.temperature.logit_scale.exp() * queries @ keys.T
+        loss = weights["ckd"] * cross_entropy(logits.masked_fill(excluded, -torch.inf), own)
+        if "congen" in weights:
+            soft = torch.softmax(teacher @ keys.T / task.config.teacher_temperature, dim=1)
+            loss = loss + weights["congen"] * cross_entropy(queries @ keys.T / task.config.student_temperature, soft)
+            loss = loss + weights["cosine"] * (1 - (queries * teacher).sum(dim=1)).mean()
+            loss = loss + weights["mse"] * (projected - teacher).square().sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        states.append(parameters_of(task))
+    return losses, states
+
+
+def _dealt(reader: ShardReader, order: GlobalOrder, step: int) -> list[int]:
+    rows = order.batch(step)
+    lengths = reader.lengths(rows)
+    return [int(rows[i]) for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i))]
+
+
+def run_cells(cells: list[Cell], sets: dict[bool, Path], encoder_folder: Path, folder: Path) -> list[Any]:
+    """For each cell its losses and, on rank 0, its parameters after each step."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    return [run_cell(cell, sets[cell.repeated], encoder_folder) for cell in cells]
+
+
+def run_cell(cell: Cell, folder: Path, encoder_folder: Path) -> tuple[list[float], list[dict[str, np.ndarray]]]:
+    import deepspeed
+
+    task, reader, order = new_task(
+        folder, encoder_folder, cell.objective, tile=cell.tile, queue_placement=cell.placement, micro_batch=cell.micro_batch
+    )
+    if cell.checkpointing:
+        task.student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = ShardBatches(
+        reader, order, task.student.tokenize, micro_batch=cell.micro_batch, rank=rank(), world_size=world_size()
+    )
+    settings = json.loads((Path(__file__).parents[2] / f"configs/deepspeed/{cell.zero}.json").read_text())
+    settings |= {"train_micro_batch_size_per_gpu": cell.micro_batch, "gradient_accumulation_steps": batches.num_micro}
+    settings |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+    if "zero3" in cell.zero:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR)
+    engine = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    recipe = CkdRecipe(task, batches, CPU)
+    losses, states = [], []
+    for step in range(STEPS):
+        micro = recipe.load(step)
+        shared = recipe.share(step, micro)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in micro:
+            loss, _ = engine(part, shared)
+            engine.backward(loss * (world_size() * len(micro) / GLOBAL_BATCH))
+            total += loss.detach().double()
+            engine.step()
+        recipe.taken()
+        losses.append(reduce_sums({"loss": total})["loss"] / GLOBAL_BATCH)
+        with deepspeed.zero.GatheredParameters(list(task.parameters()), enabled="zero3" in cell.zero):
+            states.append(parameters_of(task))
+    engine.destroy()
+    return losses, states
+
+
+@pytest.fixture(scope="module")
+def references(sets, tiny_encoder):
+    return {(r, o): reference(sets[r], tiny_encoder, o) for r in SETTINGS["repeated"] for o in SETTINGS["objective"]}
+
+
+@pytest.mark.parametrize("world_size", SETTINGS["world_size"])
+def test_every_cell_is_the_float64_reference_to_rounding(world_size, sets, references, tiny_encoder, tmp_path, full):
+    """float32 against float64: the loss to 2e-6 of itself, a parameter to 1e-4 of its largest change so far.
+
+    The loss differs by the rounding of one forward pass. A gradient differs by some 1e-5 of itself, since it is a difference
+    of nearly equal vectors (what is attended to, and the own key), and the second and third step build on the one before.
+    """
+    cells = [cell for cell in (every_cell() if full else every_pair()) if cell.world_size == world_size]
+    worst_loss = worst_update = 0.0
+    start = parameters_of(new_task(sets[False], tiny_encoder, "ckd")[0])
+    for results in on_ranks(world_size, run_cells, cells, sets, tiny_encoder, tmp_path):
+        for cell, (losses, states) in zip(cells, results, strict=True):
+            expected_losses, expected_states = references[cell.repeated, cell.objective]
+            errors = np.abs(np.array(losses) / expected_losses - 1)
+            assert errors.max() < 2e-6, (cell, losses, expected_losses)
+            worst_loss = max(worst_loss, errors.max())
+            for found, expected in zip(states, expected_states, strict=True):
+                assert found.keys() == expected.keys()
+                for name, values in expected.items():
+                    update = np.abs(values - start[name]).max()
+                    error = np.abs(found[name] - values).max()
+                    assert error <= 1e-4 * max(update, 0.01), (cell, name, error, update)
+                    worst_update = max(worst_update, error / max(update, 0.01))
+    print(f"W={world_size}: {len(cells)} cells, loss within {worst_loss:.1e}, updates within {worst_update:.1e}")
+
+
+def test_repetitions_and_equal_meanings_matter(sets, references, tiny_encoder):
+    """The settings differ in what they compute, so that a cell that left them out would be seen."""
+    losses = {key: found[0] for key, found in references.items()}
+    assert abs(losses[True, "ckd"][0] - losses[False, "ckd"][0]) > 1e-3
+    reader = ShardReader(sets[True])
+    vectors = reader.vectors(np.arange(len(reader))).astype(np.float64)
+    share = (vectors @ vectors.T >= SAME_MEANING).mean() - 1 / len(reader)
+    assert 0.001 < share < 0.2

@@ -1,0 +1,141 @@
+"""A gradient that is not finite on one rank changes nothing on any, under every ZeRO stage; too many in a row end the run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import write_config
+from engines import CELLS, CPU, new_engine, start_deepspeed, train_steps, whole
+from ranks import on_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill.config import load_config
+from distill.teacher.precompute import run_precompute
+from distill.training.ckd import CkdRecipe, CkdTask
+from distill.training.distributed import rank
+from distill.training.engine import gradient_norm
+from distill.training.stage import run_stage
+
+
+def around_a_spoiled_step(folder, cell, clip):
+    """The state before, after and two steps after a step in which one rank's loss is NaN; the same without that step."""
+    engine = new_engine(cell, folder, clip=clip, num_micro=2)
+    train_steps(engine, range(2))
+    before = whole(engine)
+    assert engine.was_step_applied() and math.isfinite(gradient_norm(engine))
+    train_steps(engine, [2], spoiled=(2,))
+    assert not engine.was_step_applied() and not math.isfinite(gradient_norm(engine))
+    after = whole(engine)
+    losses = train_steps(engine, [3, 4])
+    assert engine.was_step_applied()
+    later = whole(engine)
+    engine.destroy()
+    other = new_engine(cell, folder, clip=clip, num_micro=2)
+    expected_losses = train_steps(other, [0, 1, 3, 4])[2:]
+    expected = whole(other)
+    other.destroy()
+    assert losses == expected_losses and all(map(math.isfinite, losses))
+    return (
+        all(np.array_equal(before[name], after[name]) for name in before),
+        all(np.array_equal(later[name], expected[name]) for name in expected),
+        any(not np.array_equal(before[name], later[name]) for name in before),
+    )
+
+
+def around_in_all_cells(folder, clip):
+    return {cell: around_a_spoiled_step(folder, cell, clip) for cell in CELLS}
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_spoiled_step_is_as_if_it_had_not_been_on_all_ranks_and_stages(tmp_path, clip):
+    for found in on_ranks(2, around_in_all_cells, tmp_path, clip):
+        assert found == {cell: (True, True, True) for cell in CELLS}
+
+
+def norms(folder, cell, clip):
+    engine = new_engine(cell, folder, clip=clip)
+    found = []
+    for step in range(3):
+        train_steps(engine, [step])
+        found.append(gradient_norm(engine))
+    state = whole(engine)
+    engine.destroy()
+    return found, state
+
+
+def norms_of_all_cells(folder, clip):
+    return {cell: norms(folder, cell, clip) for cell in CELLS}
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_every_stage_finds_the_same_norm_and_clips_alike(tmp_path, clip):
+    (found, _) = on_ranks(2, norms_of_all_cells, tmp_path, clip)
+    (expected, state) = found["zero2"]
+    assert min(expected) > 0.05
+    for cell in CELLS:
+        assert found[cell][0] == pytest.approx(expected, rel=1e-5)
+        assert all(np.allclose(found[cell][1][name], state[name], atol=1e-6) for name in state)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, tiny_encoder):
+    path = write_config(tmp_path_factory.mktemp("run"), tiny_encoder)
+    assert run_precompute(load_config(path), CPU, None)
+    return path
+
+
+def spoil_and_train(path, overrides, spoiled):
+    """A CKD run in which the last rank's loss is NaN in some steps: its results, or what it raised."""
+    start_deepspeed()
+    share, forward = CkdRecipe.share, CkdTask.forward
+
+    def noting_the_step(recipe, step, micro):
+        recipe.task.step = step
+        return share(recipe, step, micro)
+
+    def spoiling(task, micro, keys):
+        loss, measured = forward(task, micro, keys)
+        return loss * (math.nan if rank() == 1 and task.step in spoiled else 1.0), measured
+
+    CkdRecipe.share, CkdTask.forward = noting_the_step, spoiling
+    try:
+        return run_stage(load_config(path, overrides), "ckd", CPU)
+    except FloatingPointError as error:
+        return str(error)
+
+
+def new_run(embedded, name, stage):
+    run = embedded.parent / "runs" / name
+    run.mkdir()
+    (run / "shards").symlink_to(embedded.parent / "runs/tiny/shards")
+    return run, [f"name={name}", f"engine.deepspeed=configs/deepspeed/zero{stage}.json", "engine.max_skipped=3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_goes_on_after_steps_that_are_skipped_and_counts_them(embedded, stage, capfd):
+    run, overrides = new_run(embedded, f"mended{stage}", stage)
+    first, second = on_ranks(2, spoil_and_train, embedded, overrides, [2, 3, 7])
+    assert first == second | {"seconds": first["seconds"]} and first["steps"] == 12
+    complete = json.loads((run / "ckd/checkpoints/step-00000012/COMPLETE.json").read_text())
+    assert complete["adam_steps"] == 9
+    assert complete["state"]["skipped"] == 3 and complete["state"]["skipped_in_row"] == 0
+    points = EventAccumulator(str(run / "tensorboard/ckd")).Reload()
+    assert [(event.step, event.value) for event in points.Scalars("skipped")] == [(3, 1), (4, 2), (8, 3)]
+    losses = points.Scalars("loss")
+    assert [event.step for event in losses] == [step for step in range(1, 13) if step not in (3, 4, 8)]
+    assert all(math.isfinite(event.value) for event in losses)
+    assert "ckd: step 3/12 is skipped: the gradient is not finite (loss nan)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_too_many_skipped_steps_in_a_row_end_the_run_on_all_ranks_with_a_remedy(embedded, stage):
+    run, overrides = new_run(embedded, f"hopeless{stage}", stage)
+    first, second = on_ranks(2, spoil_and_train, embedded, overrides, [2, 3, 5, 6, 7, 8])
+    assert first == second
+    assert first.startswith("ckd: the gradient is not finite in 3 steps in a row, the last is 8 (loss nan): use another")
+    assert not (run / "ckd/DONE.json").exists()

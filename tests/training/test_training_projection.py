@@ -1,0 +1,111 @@
+"""The projection to the teacher's width: what it begins as, what stays fixed; questions that find the teacher's vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_encoder, write_config
+from ranks import on_ranks
+
+from distill.config import load_config
+from distill.shards import ShardReader
+from distill.student import Student
+from distill.student.encoder import build_encoder
+from distill.student.student import TeacherSpace, load_extra
+from distill.teacher.precompute import run_precompute
+from distill.training.projection import build_projection, fit_projection, ridge_regression
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_encoder):
+    """Teacher vectors of 32 dimensions, and the config of a student that is only 16 wide."""
+    folder = tmp_path_factory.mktemp("run")
+    narrow = make_encoder(folder / "narrow", layers=2, width=16, seed=3)
+    path = write_config(folder, tiny_encoder, student=f"{{init: {narrow}, max_length: 32}}")
+    config = load_config(path)
+    assert run_precompute(config, CPU, None)
+    return path, config
+
+
+def fitted(config, how: str):
+    reader = ShardReader(config.run_dir / "shards")
+    student = Student(*build_encoder(config.student, None, 0), pooling="mean", max_length=32)
+    ckd = config.ckd.model_copy(update={"projection": how})
+    projection = build_projection(student.width, reader.dim, ckd)
+    fit_projection(projection, student, reader, ckd, seed=0)
+    rows = np.arange(300)
+    return projection, student.encode(reader.texts(rows), normalize=False), reader, rows
+
+
+def test_a_learned_projection_begins_as_the_nearest_linear_map(run):
+    projection, vectors, reader, rows = fitted(run[1], "linear")
+    assert all(parameter.requires_grad for parameter in projection.parameters())
+    teacher = torch.from_numpy(reader.vectors(rows)).float()
+    error = (projection(torch.from_numpy(vectors)) - teacher).square().sum(dim=1).mean()
+    spread = (teacher - teacher.mean(dim=0)).square().sum(dim=1).mean()
+    assert error < 0.9 * spread
+
+
+@pytest.mark.parametrize("how", ["pca", "procrustes"])
+def test_a_fixed_projection_has_orthonormal_columns_and_is_not_trained(run, how):
+    projection, *_ = fitted(run[1], how)
+    assert not any(parameter.requires_grad for parameter in projection.parameters())
+    weight = projection.weight.double()
+    assert torch.allclose(weight.T @ weight, torch.eye(16, dtype=torch.float64), atol=1e-5)
+    assert not projection.bias.any()
+
+
+def test_pca_spans_the_teachers_first_components(run):
+    projection, _, reader, _ = fitted(run[1], "pca")
+    assert np.allclose(projection.weight.T.numpy(), reader.moments.pca(16)[0], atol=1e-6)
+
+
+def test_procrustes_brings_the_untrained_student_nearer_than_pca_does(run):
+    means = {}
+    for how in ("pca", "procrustes"):
+        projection, vectors, reader, rows = fitted(run[1], how)
+        queries = torch.nn.functional.normalize(projection(torch.from_numpy(vectors)), dim=1)
+        means[how] = (queries * torch.from_numpy(reader.vectors(rows)).float()).sum(dim=1).mean().item()
+    assert means["procrustes"] > means["pca"] + 0.01
+
+
+def test_ridge_regression_finds_a_linear_map():
+    draw = np.random.default_rng(0)
+    vectors, weight, bias = draw.normal(size=(500, 4)), draw.normal(size=(3, 4)), draw.normal(size=3)
+    found_weight, found_bias = ridge_regression(vectors, vectors @ weight.T + bias)
+    assert np.allclose(found_weight, weight, atol=0.01) and np.allclose(found_bias, bias, atol=0.01)
+
+
+def train(path, *overrides):
+    import os
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from distill.training.stage import run_stage
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    return run_stage(load_config(path, list(overrides)), "ckd", CPU)
+
+
+@pytest.mark.parametrize("how", ["linear", "procrustes"])
+def test_questions_of_a_trained_student_find_the_vectors_that_the_teacher_stored(run, how):
+    path, config = run
+    base = config.run_dir.parent
+    (base / how).mkdir()
+    (base / how / "shards").symlink_to(config.run_dir / "shards")
+    on_ranks(1, train, path, f"name={how}", f"ckd.projection={how}", "ckd.max_steps=30", "ckd.epochs=5", "ckd.save_every=100")
+    folder = base / how / "ckd/student"
+    reader = ShardReader(config.run_dir / "shards")
+    rows = np.arange(200)
+    cosines = TeacherSpace(folder).encode(reader.texts(rows)) @ reader.vectors(rows).astype(np.float32).T
+    ranks = (cosines > cosines.diagonal()[:, None]).sum(axis=1)
+    assert np.median(ranks) < 40  # by chance, 100
+    if how == "procrustes":
+        projection, vectors, *_ = fitted(config, how)  # vectors without the direction that layer norm takes away
+        kept = load_extra(folder)["projection.weight"]
+        assert np.allclose(vectors @ kept.numpy().T, vectors @ projection.weight.numpy().T, atol=1e-4)
