@@ -15,7 +15,7 @@ import numpy as np
 
 WINDOW_ROWS = 1 << 20
 CHUNK_ROWS = 8
-LENGTH_RATIO = 0.85
+LENGTH_RATIO = 0.9
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from distill.student.encoder import load_encoder, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool
 
 Tokens = dict[str, Tensor]
-PAD_TO = 8  # few distinct lengths: kernels are chosen once a shape
+PAD_TO = 4  # few distinct lengths: kernels are chosen once a shape
 
 
 class Student(nn.Module):
@@ -64,25 +64,26 @@ class Student(nn.Module):
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
 
     def tokenize(self, sentences: Sequence[str]) -> Tokens:
-        """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right.
+        """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right."""
+        return self.pad(self.token_ids(sentences))
 
-        L is a multiple of 8, or the encoder's last position.
-        """
+    def token_ids(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Each sentence's tokens, at most max_length of them."""
+        if not sentences:
+            return []
         tokens = self.tokenizer(
-            list(sentences),
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
+            list(sentences), truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
         )
-        length = tokens["input_ids"].shape[1]
-        # not by the tokenizer, which pads to a multiple only where max_length is one
-        extra = (0, min(-(-length // PAD_TO) * PAD_TO, _longest_input(self.encoder)) - length)
-        return {
-            "input_ids": nn.functional.pad(tokens["input_ids"], extra, value=self.tokenizer.pad_token_id),
-            "attention_mask": nn.functional.pad(tokens["attention_mask"], extra),
-        }
+        return tokens["input_ids"]
+
+    def pad(self, token_ids: Sequence[list[int]]) -> Tokens:
+        """What `tokenize` returns. L is a multiple of 4, or the encoder's last position."""
+        lengths = np.array([len(ids) for ids in token_ids])
+        width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, _longest_input(self.encoder))
+        is_real = np.arange(width) < lengths[:, None]
+        ids = np.full(is_real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        ids[is_real] = np.concatenate(token_ids)
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_real.astype(np.int64))}
 
     def forward(self, *chunks: Tokens) -> Tensor:
         """Chunks of tokens, [B_c, L_c] each and padded on the right, to [B, dim] float32 vectors of all their rows, in order.

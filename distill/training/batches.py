@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,16 @@ from distill.shards import ShardReader
 from distill.student.student import Tokens
 
 Tokenize = Callable[[list[str]], Tokens]
+
+
+class Tokenizer(Protocol):
+    """What a Student is to the loader."""
+
+    def token_ids(self, sentences: list[str]) -> list[list[int]]: ...
+
+    def pad(self, token_ids: list[list[int]]) -> Tokens: ...
+
+
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
 
@@ -45,11 +57,11 @@ class ShardBatches:
     """The steps of a global order over a shard set, as one rank sees them."""
 
     def __init__(
-        self, reader: ShardReader, order: GlobalOrder, tokenize: Tokenize, *, micro_batch: int, rank: int, world_size: int
+        self, reader: ShardReader, order: GlobalOrder, tokenizer: Tokenizer, *, micro_batch: int, rank: int, world_size: int
     ) -> None:
         self.reader = reader
         self.order = order
-        self._tokenize = tokenize
+        self._tokenizer = tokenizer
         self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch)
         share = -(-order.global_batch // world_size)
         self._most_rows = [len(rows) for rows in np.array_split(np.arange(share), -(-share // micro_batch))]
@@ -67,13 +79,27 @@ class ShardBatches:
     def __call__(self, step: int) -> list[MicroBatch]:
         dealt = self.rows(step)
         parts = self._deal(self.reader.lengths(dealt))
-        return [self._micro_batch(dealt, chunks, most) for chunks, most in zip(parts, self._most_rows, strict=True)]
+        sizes = [[len(chunk) for chunk in chunks] for chunks in parts]
+        # rows are dealt by their bytes, which every rank knows; a rank then lays its own by their tokens
+        own = np.concatenate([chunk for chunks in parts for chunk in chunks])
+        token_ids = self._tokenizer.token_ids(self.reader.texts(dealt[own]))
+        falling = dealt_order(np.array([len(ids) for ids in token_ids], dtype=np.int64))
+        ends = np.cumsum([sum(chunks) for chunks in sizes])
+        return [
+            self._micro_batch(dealt, own[rows], [token_ids[row] for row in rows], chunks, most)
+            for rows, chunks, most in zip(np.split(falling, ends[:-1]), sizes, self._most_rows, strict=True)
+        ]
 
-    def _micro_batch(self, dealt: np.ndarray, chunks: list[np.ndarray], most_rows: int) -> MicroBatch:
-        positions = np.concatenate(chunks)
+    def _micro_batch(
+        self, dealt: np.ndarray, positions: np.ndarray, token_ids: list[list[int]], chunks: list[int], most_rows: int
+    ) -> MicroBatch:
         rows = dealt[positions]
+        starts = np.cumsum([0, *chunks]).tolist()
         return MicroBatch(
-            [self._tokenize(self.reader.texts(dealt[chunk]) or [PLACEHOLDER]) for chunk in chunks],
+            [
+                self._tokenizer.pad(token_ids[start:stop] or self._tokenizer.token_ids([PLACEHOLDER]))
+                for start, stop in pairwise(starts)
+            ],
             torch.from_numpy(positions),
             torch.from_numpy(self.reader.vectors(rows)),
             torch.from_numpy(self.reader.hashes(rows)),

@@ -132,8 +132,9 @@ class CkdRecipe:
         if not self.task.needs_keys:
             return None
         total = self.load.order.global_batch
-        vectors = gather_dealt_rows(torch.cat([part.teacher for part in micro]), total)
-        hashes = gather_dealt_rows(torch.cat([part.hashes for part in micro]), total)
+        dealt = torch.cat([part.positions for part in micro]).argsort()
+        vectors = gather_dealt_rows(torch.cat([part.teacher for part in micro])[dealt], total)
+        hashes = gather_dealt_rows(torch.cat([part.hashes for part in micro])[dealt], total)
         self._newest = vectors, hashes
         return Keys(vectors, hashes, self.queue, self.sharded, step)
 

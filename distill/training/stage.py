@@ -125,9 +125,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
 
     def shard_batches() -> ShardBatches:
         order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=config.seed)
-        return ShardBatches(
-            reader, order, student.tokenize, micro_batch=train.micro_batch, rank=rank(), world_size=world_size()
-        )
+        return ShardBatches(reader, order, student, micro_batch=train.micro_batch, rank=rank(), world_size=world_size())
 
     if name == "ckd":
         projection = build_projection(student.width, reader.dim, config.ckd)

@@ -85,7 +85,7 @@ class Watch:
                 _kill(stopped)
                 return f"{where}: lost {_names(stopped)}: stopped (SIGSTOP), no answer for {limit}"
             if not running:
-                hosts = ", ".join(sorted({str(record["host"]) for record in self._records()}))
+                hosts = ", ".join(sorted({str(record["host"]) for record in [self._process, *others]}))
                 return f"{where}: all ranks run, but none hears another: the network between them is cut ({hosts}; {failure})"
             if time.monotonic() - since > SILENCE:
                 if silent := [record for record in running if record.get("beat") == first[record["rank"]].get("beat")]:

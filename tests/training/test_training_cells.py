@@ -190,9 +190,7 @@ def run_cell(cell: Cell, folder: Path, encoder_folder: Path) -> tuple[list[float
     )
     if cell.checkpointing:
         task.student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    batches = ShardBatches(
-        reader, order, task.student.tokenize, micro_batch=cell.micro_batch, rank=rank(), world_size=world_size()
-    )
+    batches = ShardBatches(reader, order, task.student, micro_batch=cell.micro_batch, rank=rank(), world_size=world_size())
     settings = json.loads((Path(__file__).parents[2] / f"configs/deepspeed/{cell.zero}.json").read_text())
     settings |= {"train_micro_batch_size_per_gpu": cell.micro_batch, "gradient_accumulation_steps": batches.num_micro}
     settings |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}

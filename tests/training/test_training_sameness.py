@@ -38,7 +38,7 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     torch.manual_seed(0)
     task = CkdTask(student, build_projection(student.width, reader.dim, ckd), ckd, None)
     order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
-    batches = ShardBatches(reader, order, student.tokenize, micro_batch=micro_batch, rank=rank(), world_size=world_size())
+    batches = ShardBatches(reader, order, student, micro_batch=micro_batch, rank=rank(), world_size=world_size())
     recipe = CkdRecipe(task, batches, torch.device("cpu"))
     losses = []
     for step in range(3):
@@ -103,7 +103,7 @@ def queues_agree(run, placement: str, prefill: bool):
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
 
     def recipe() -> CkdRecipe:
-        batches = ShardBatches(reader, order, student.tokenize, micro_batch=8, rank=rank(), world_size=world_size())
+        batches = ShardBatches(reader, order, student, micro_batch=8, rank=rank(), world_size=world_size())
         return CkdRecipe(CkdTask(student, None, ckd, None), batches, torch.device("cpu"))
 
     straight, resumed, hashes = recipe(), recipe(), []
