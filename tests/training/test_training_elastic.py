@@ -170,7 +170,8 @@ def recorded(path, overrides, stop_at):
 
     def step(trainer, number, micro):
         measured = take_step(trainer, number, micro)
-        rows = gather_dealt_rows(torch.cat([part.hashes for part in micro]), trainer.train.global_batch)
+        dealt = torch.cat([part.positions for part in micro]).argsort()
+        rows = gather_dealt_rows(torch.cat([part.hashes for part in micro])[dealt], trainer.train.global_batch)
         queue = trainer.recipe.queue
         seen[number] = digest(rows), digest(queue.keys) + digest(queue.ids), measured["loss"]
         return measured
