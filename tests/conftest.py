@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commands import launch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from transformers.utils import logging
 
@@ -102,3 +104,19 @@ engine: {{num_ranks: 2, precision: fp32, timeout: 60}}
         + "\n".join(f"{key}: {value}" for key, value in changes.items())
     )
     return config
+
+
+@pytest.fixture(scope="session")
+def embedded_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("embedded")
+    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture
+def embedded_copy(embedded_once: Path, tmp_path: Path, tiny_encoder: Path) -> tuple[Path, Path]:
+    """The config and the directory of a run of its own whose precompute is done."""
+    shutil.copytree(embedded_once / "runs", tmp_path / "runs")
+    shutil.copy(embedded_once / "text.txt", tmp_path)
+    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"

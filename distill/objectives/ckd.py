@@ -11,8 +11,6 @@ Keys are constants, so every row's loss stands alone: micro-batches that see the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,23 +40,6 @@ def ckd_loss(
     this. positives[i] always stays. tile: keys held at a time.
     Returns a scalar, accumulated in float32 (float64 for float64 queries). Raises ValueError on shapes that do not fit.
     """
-    options: dict[str, Any] = {"query_ids": query_ids, "key_ids": key_ids, "mask": mask, "same_meaning": same_meaning}
-    return ckd_losses(queries, keys, positives, scale=scale, tile=tile, **options).mean()
-
-
-def ckd_losses(
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor,
-    *,
-    scale: Tensor,
-    tile: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-    same_meaning: float | None = None,
-) -> Tensor:
-    """`ckd_loss` before its mean: one loss a row, [B]."""
     _check(queries, keys, positives, query_ids, key_ids, mask)
     own = keys[positives]
     lse, attended = attend(
@@ -73,27 +54,7 @@ def ckd_losses(
         teacher=own if same_meaning is not None else None,
         same_meaning=same_meaning,
     )
-    return cross_entropy(queries, scale, lse, attended, own)
-
-
-def congen_losses(
-    queries: Tensor,
-    keys: Tensor,
-    teacher: Tensor,
-    *,
-    student_temperature: float,
-    teacher_temperature: float,
-    tile: int | None = None,
-) -> Tensor:
-    """CE(softmax(teacher.keys / tau_T), softmax(queries.keys / tau_S)) of each row, [B].
-
-    queries, teacher [B, d] and keys [N, d] L2-normalised; only queries get a gradient. The row's own key is among the keys.
-    """
-    student_scale = torch.full((1,), 1 / student_temperature, device=queries.device)
-    teacher_scale = torch.full((1,), 1 / teacher_temperature, device=queries.device)
-    _, targets = attend(teacher.to(torch.promote_types(queries.dtype, torch.float32)), keys, teacher_scale, tile=tile)
-    lse, attended = attend(queries.detach(), keys, student_scale, tile=tile)
-    return cross_entropy(queries, student_scale, lse, attended, targets)
+    return cross_entropy(queries, scale, lse, attended, own).mean()
 
 
 def cosine_losses(queries: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,22 +16,6 @@ from conftest import make_encoder, write_config
 from ranks import free_port
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory, tiny_encoder):
-    """A run whose precompute is done; tests copy it."""
-    folder = tmp_path_factory.mktemp("embedded")
-    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
-@pytest.fixture
-def run(embedded, tmp_path, tiny_encoder):
-    shutil.copytree(embedded / "runs", tmp_path / "runs")
-    shutil.copy(embedded / "text.txt", tmp_path)
-    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -74,21 +57,25 @@ def test_a_folder_that_holds_no_model(tmp_path, tiny_encoder):
     refused(launch("precompute.py", "--config", config), "no model at", "config.json")
 
 
-def test_teacher_and_shards_of_different_width(run):
-    refused(launch("train.py", "--config", run[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
+def test_teacher_and_shards_of_different_width(embedded_copy):
+    refused(launch("train.py", "--config", embedded_copy[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
 
 
-def test_shards_made_by_another_teacher(run, tmp_path):
+def test_shards_made_by_another_teacher(embedded_copy, tmp_path):
     other = make_encoder(tmp_path / "other", seed=1)
-    refused(launch("train.py", "--config", run[0], f"teacher.model={other}"), "another teacher", "teacher.model")
+    refused(launch("train.py", "--config", embedded_copy[0], f"teacher.model={other}"), "another teacher", "teacher.model")
 
 
-def test_a_run_directory_of_another_config(run):
-    refused(launch("precompute.py", "--config", run[0], "text.min_chars=20"), "begun with another", "text.min_chars: 12 -> 20")
+def test_a_run_directory_of_another_config(embedded_copy):
+    refused(
+        launch("precompute.py", "--config", embedded_copy[0], "text.min_chars=20"),
+        "begun with another",
+        "text.min_chars: 12 -> 20",
+    )
 
 
-def test_an_unfinished_stage_of_another_config(run, tmp_path):
-    config, directory = run
+def test_an_unfinished_stage_of_another_config(embedded_copy, tmp_path):
+    config, directory = embedded_copy
     kill_group_when(
         command("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99"),
         lambda: any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")),
@@ -97,8 +84,8 @@ def test_an_unfinished_stage_of_another_config(run, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_shard(run, damage):
-    config, directory = run
+def test_a_damaged_shard(embedded_copy, damage):
+    config, directory = embedded_copy
     shard = directory / "shards/000001.tar"
     data = bytearray(shard.read_bytes())
     if damage == "truncated":
@@ -141,8 +128,8 @@ def test_disk_full_while_writing_a_shard(tmp_path, tiny_encoder):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_ctrl_c_in_training_and_a_later_run_continues(run):
-    config, directory = run
+def test_ctrl_c_in_training_and_a_later_run_continues(embedded_copy):
+    config, directory = embedded_copy
     started = ["--config", config, "stages=[ckd]", "ckd.max_steps=60", "ckd.epochs=99"]
     printed = kill_group_when(
         command("pipeline.py", *started),
@@ -166,14 +153,14 @@ def test_ctrl_c_in_precompute_and_a_later_run_continues(tmp_path, tiny_encoder):
     assert (directory / "shards/000000.tar").stat().st_mtime_ns == first
 
 
-def test_a_port_in_use(run):
+def test_a_port_in_use(embedded_copy):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         started = time.monotonic()
         done = subprocess.run(
-            deepspeed(2, "--config", run[0], port=port),
+            deepspeed(2, "--config", embedded_copy[0], port=port),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -184,8 +171,8 @@ def test_a_port_in_use(run):
     assert time.monotonic() - started < 60
 
 
-def test_one_rank_failing_ends_the_other_within_seconds(run):
-    config, directory = run
+def test_one_rank_failing_ends_the_other_within_seconds(embedded_copy):
+    config, directory = embedded_copy
     process = subprocess.Popen(
         deepspeed(2, "--config", config, "ckd.max_steps=4000", "ckd.epochs=999", port=free_port()),
         stdout=subprocess.PIPE,
@@ -211,5 +198,5 @@ def test_imported_vectors_of_another_length(tmp_path, tiny_encoder):
     refused(launch("precompute.py", "--config", config, *overrides), "5 rows", "600 raw sentences")
 
 
-def test_a_stage_before_its_input(run):
-    refused(launch("train.py", "--config", run[0], "stage=hpd"), "hpd needs", "run that stage first")
+def test_a_stage_before_its_input(embedded_copy):
+    refused(launch("train.py", "--config", embedded_copy[0], "stage=hpd"), "hpd needs", "run that stage first")

@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from commands import command, launch
-from conftest import write_config
+from commands import command
 from ranks import free_port
 from started import Started, start
 
@@ -22,20 +21,11 @@ TIMEOUT = 8
 ENDLESS = ["ckd.max_steps=100000", "ckd.epochs=100000", "ckd.dev_every=100000", "ckd.save_every=5", f"engine.timeout={TIMEOUT}"]
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory, tiny_encoder):
-    folder = tmp_path_factory.mktemp("embedded")
-    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
 @pytest.fixture
-def run(embedded, tmp_path, tiny_encoder):
+def run(embedded_copy):
     """The config of a run whose precompute is done, and where its checkpoints appear."""
-    shutil.copytree(embedded / "runs", tmp_path / "runs")
-    shutil.copy(embedded / "text.txt", tmp_path)
-    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny/ckd/checkpoints"
+    config, directory = embedded_copy
+    return config, directory / "ckd/checkpoints"
 
 
 def the_message(printed: str) -> str:

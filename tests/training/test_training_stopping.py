@@ -23,28 +23,12 @@ from distill.config import load_config
 from distill.process import this_process
 from distill.shards import verify_all
 from distill.stages import read_json
-from distill.teacher.precompute import run_precompute
 from distill.training.distributed import rank
 from distill.training.stopping import Stopped, StopRequest
 from distill.training.watch import PATIENCE, SILENCE, Watch
 
 CPU = torch.device("cpu")
 STEPS = ["ckd.max_steps=30", "ckd.epochs=30", "ckd.dev_every=2", "ckd.save_every=10"]
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory, tiny_encoder):
-    folder = tmp_path_factory.mktemp("embedded")
-    config = write_config(folder, tiny_encoder)
-    assert run_precompute(load_config(config), CPU, None)
-    return folder
-
-
-@pytest.fixture
-def run(embedded, tmp_path, tiny_encoder):
-    shutil.copytree(embedded / "runs", tmp_path / "runs")
-    shutil.copy(embedded / "text.txt", tmp_path)
-    return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
 
 
 def outcome(directory):
@@ -92,10 +76,10 @@ def train(path, asked_at, by_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_one_rank_asks_and_all_stop_after_that_step_even_if_an_evaluation_is_due(run, embedded, tmp_path, size):
-    config, directory = run
+def test_one_rank_asks_and_all_stop_after_that_step_even_if_an_evaluation_is_due(embedded_copy, embedded_once, tmp_path, size):
+    config, directory = embedded_copy
     (tmp_path / "whole").mkdir()
-    shutil.copytree(embedded / "runs", tmp_path / "whole/runs")
+    shutil.copytree(embedded_once / "runs", tmp_path / "whole/runs")
     whole = tmp_path / "whole/run.yaml"
     whole.write_text(config.read_text().replace(str(tmp_path / "runs"), str(tmp_path / "whole/runs")))
     on_ranks(size, train, whole, None, 0)
@@ -112,19 +96,19 @@ def test_one_rank_asks_and_all_stop_after_that_step_even_if_an_evaluation_is_due
 
 
 @pytest.mark.slow
-def test_asked_in_the_last_step_the_stage_is_done(run):
-    (results,) = on_ranks(1, train, run[0], 12, 0)
-    assert results["steps"] == 12 and (run[1] / "ckd/DONE.json").exists()
+def test_asked_in_the_last_step_the_stage_is_done(embedded_copy):
+    (results,) = on_ranks(1, train, embedded_copy[0], 12, 0)
+    assert results["steps"] == 12 and (embedded_copy[1] / "ckd/DONE.json").exists()
 
 
 @pytest.fixture(scope="module")
-def whole(embedded, tmp_path_factory, tiny_encoder):
+def whole(embedded_once, tmp_path_factory, tiny_encoder):
     """What two and three ranks make of the stage when nobody stops them."""
     outcomes = {}
     for size in (2, 3):
         folder = tmp_path_factory.mktemp("whole")
-        shutil.copytree(embedded / "runs", folder / "runs")
-        shutil.copy(embedded / "text.txt", folder)
+        shutil.copytree(embedded_once / "runs", folder / "runs")
+        shutil.copy(embedded_once / "text.txt", folder)
         with start("none", size, write_config(folder, tiny_encoder), *STEPS) as started:
             assert started.wait(120) == [0] * size, started.printed
         outcomes[size] = outcome(folder / "runs/tiny")
@@ -145,8 +129,8 @@ def stop(started: Started, how: str, directory) -> None:
     "launcher, size, how",
     [("pipeline", 2, "SIGTERM"), ("deepspeed", 2, "rank 1 SIGUSR1"), ("none", 3, "rank 2 SIGUSR2"), ("none", 2, "file")],
 )
-def test_stopped_and_started_again_it_makes_the_same_student(run, whole, launcher, size, how):
-    config, directory = run
+def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whole, launcher, size, how):
+    config, directory = embedded_copy
     with start(launcher, size, config, *STEPS) as started:
         started.wait_for(directory / "ckd/checkpoints", "step-00000010")
         stop(started, how, directory)
@@ -166,8 +150,8 @@ def test_stopped_and_started_again_it_makes_the_same_student(run, whole, launche
 
 
 @pytest.mark.slow
-def test_asked_while_the_ranks_still_load_they_stop_after_a_step(run):
-    config, directory = run
+def test_asked_while_the_ranks_still_load_they_stop_after_a_step(embedded_copy):
+    config, directory = embedded_copy
     with start("pipeline", 2, config, *STEPS) as started:
         while len(started.ranks()) < 2:
             time.sleep(0.01)
@@ -180,9 +164,9 @@ def test_asked_while_the_ranks_still_load_they_stop_after_a_step(run):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(run):
+def test_a_second_ctrl_c_ends_at_once(embedded_copy):
     """One rank is stopped, so that the others wait for it, and the first Ctrl-C cannot be obeyed."""
-    config, directory = run
+    config, directory = embedded_copy
     with start("pipeline", 2, config, *STEPS) as started:
         started.wait_for(directory / "ckd/checkpoints", "step-00000010")
         os.kill(started.ranks()[1], signal.SIGSTOP)
