@@ -42,6 +42,8 @@ def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tupl
     if config.layers is not None:
         keep_layers(encoder, config.layers)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(f"student.init: {path} has only a slow tokenizer; name a model with a tokenizer.json")
     return encoder, tokenizer
 
 

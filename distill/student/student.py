@@ -69,12 +69,10 @@ class Student(nn.Module):
 
     def token_ids(self, sentences: Sequence[str]) -> list[list[int]]:
         """Each sentence's tokens, at most max_length of them."""
-        if not sentences:
-            return []
-        tokens = self.tokenizer(
-            list(sentences), truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
-        )
-        return tokens["input_ids"]
+        fast = self.tokenizer.backend_tokenizer  # which makes nothing but ids of it, in half the time
+        fast.no_padding()
+        fast.enable_truncation(self.max_length)
+        return [encoding.ids for encoding in fast.encode_batch_fast(list(sentences))]
 
     def pad(self, token_ids: Sequence[list[int]]) -> Tokens:
         """What `tokenize` returns. L is a multiple of 4, or the encoder's last position."""

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
-from precompute import read_sentences
+from precompute import as_launched, read_sentences
 
 from distill.config import RunConfig, dump_config
-from distill.memory import keep_freed_memory
 from distill.training import loop, stage
 from distill.training.ckd import CkdRecipe
 
@@ -75,12 +75,14 @@ def begin_again(config: RunConfig) -> None:
         shutil.rmtree(config.run_dir / name, ignore_errors=True)
 
 
-def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """function(rank, world_size, port, *arguments) in a fresh process a rank; results in rank order."""
+def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, keeps_memory: bool = True) -> list[Any]:
+    """function(rank, world_size, port, *arguments) in a fresh process a rank, as the launchers start theirs or as Python does;
+    results in rank order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
+    launched = as_launched() if keeps_memory else nullcontext()
+    with launched, ProcessPoolExecutor(world_size, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, rank, world_size, port, *arguments) for rank in range(world_size)]
         return [future.result() for future in futures]
 
@@ -88,7 +90,6 @@ def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> 
 def join_ranks(rank: int, world_size: int, port: int, threads: int, address: str = "127.0.0.1") -> None:
     """Makes this process a rank, as the launchers do."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -68,6 +68,7 @@ def rate(work: Callable[[], int]) -> float:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
     parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
@@ -83,7 +84,6 @@ def main() -> None:
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": 0}
     config = embedded_run(options.work, options.model, options.text, options.sentences, layers=options.layers, ckd=ckd)
     torch.set_num_threads(1)
-    keep_freed_memory()
     recipe = build_recipe(config, "ckd", config.run_dir / "ckd", CPU, autocast_dtype("auto", CPU))
     steps = range(recipe.steps_per_epoch)
     batches = [recipe.load(step) for step in islice(steps, options.train_steps + 1)]

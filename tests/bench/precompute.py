@@ -18,6 +18,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from distill import memory
 from distill.config import RunConfig
 from distill.corpus.text import normalise, text_hash
-from distill.memory import keep_freed_memory
 from distill.precision import autocast_dtype
 from distill.shards import ShardReader
 from distill.stages import read_json
@@ -66,9 +68,18 @@ def run_config(folder: Path, model: str, sentences: list[str], tasks: int, token
     )
 
 
+@contextmanager
+def as_launched() -> Iterator[None]:
+    """Processes that are started inside hold memory as those of the launchers do."""
+    os.environ[memory.NAME] = memory.KEPT
+    try:
+        yield
+    finally:
+        del os.environ[memory.NAME]
+
+
 def our_task(config: RunConfig, threads: int, loaded: Any, made: Any, results: Any) -> None:
     torch.set_num_threads(threads)
-    keep_freed_memory()
     amp = autocast_dtype("auto", CPU)
     peak = matmul_peak(CPU, amp)
     source = Teacher(config.teacher, CPU, amp)
@@ -89,8 +100,9 @@ def ours(model: str, sentences: list[str], tasks: int, threads: int, tokens_per_
         context = multiprocessing.get_context("spawn")
         loaded, made, results = context.Barrier(tasks + 1), context.Barrier(tasks), context.Queue()
         processes = [context.Process(target=our_task, args=(config, threads, loaded, made, results)) for _ in range(tasks)]
-        for process in processes:
-            process.start()
+        with as_launched():
+            for process in processes:
+                process.start()
         loaded.wait()
         started = time.perf_counter()
         figures = [results.get() for _ in processes]

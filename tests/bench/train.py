@@ -161,7 +161,7 @@ class Peer:
 
     def run(self, way: tuple[int, int], count: int) -> tuple[float, float]:
         """Seconds of an epoch over `count` sentences, and the share of tokens that are real."""
-        ranks = on_ranks(peer_rank, way[0], way[1], self.config, count, self.batch, self.grouped)
+        ranks = on_ranks(peer_rank, way[0], way[1], self.config, count, self.batch, self.grouped, keeps_memory=False)
         return max(rank["seconds"] for rank in ranks), total(ranks, "tokens") / total(ranks, "padded")
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--global-batch", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=512)
     parser.add_argument("--queue", type=int, default=16_384)
     parser.add_argument("--peer-batch", type=int, default=256, help="sentences a device and step")
     parser.add_argument("--rounds", type=int, default=3)
