@@ -10,15 +10,27 @@ Nothing is loaded here but the YAML itself, so a mistake costs a second, not an 
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Pooling = Literal["mean", "cls", "pooler", "last4_mean", "first_last_mean"]
+Pooling = Literal[
+    "mean",
+    "cls",
+    "pooler",
+    "max",
+    "first_last_mean",
+    "last2_mean",
+    "last4_mean",
+    "all_mean",
+    "last4_max",
+    "concat_last4_mean",
+]
 Precision = Literal["fp32", "bf16", "auto"]
-TRAINING_STAGES = ("ckd", "finetune", "hpd")
+TRAINING_STAGES = ("ckd", "simcse", "finetune", "hpd")
 
 
 class ConfigError(ValueError):
@@ -181,24 +193,16 @@ class TemperatureConfig(Section):
         return self
 
 
-class CkdConfig(TrainConfig):
-    """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
+class KeysConfig(TrainConfig):
+    """Contrast of students with teacher vectors: those of the global batch and, queued, of batches before it."""
 
+    weights: dict[str, float]
     queue: int = Field(16_384, ge=0, description="past teacher vectors kept as further negatives")
     queue_placement: Literal["replicated", "sharded"] = Field(
         "replicated", description="sharded: a rank holds a W-th of the queue; for queues that one device does not hold"
     )
     prefill: bool = Field(False, description="begin with a full queue, of the text's own vectors; else it fills step by step")
-    projection: Literal["auto", "linear", "pca", "procrustes", "none"] = Field(
-        "auto",
-        description="to the teacher's width. auto: none where they agree, else linear; pca, procrustes: fitted to the shards,"
-        " then fixed",
-    )
-    projection_width: int | None = Field(None, gt=0, description="checked against the teacher's width; null takes it")
     temperature: TemperatureConfig = TemperatureConfig()
-    weights: dict[Literal["ckd", "congen", "cosine", "mse"], float] = Field(
-        default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
-    )
     same_meaning: float | None = Field(
         None, gt=0, le=1, description="keys that the teacher finds this similar to the row's own are no negatives of it"
     )
@@ -207,9 +211,16 @@ class CkdConfig(TrainConfig):
     student_temperature: float = Field(0.05, gt=0, description="congen: softness of the student's")
     tile: int = Field(4096, gt=0, description="keys held against a micro-batch at a time")
 
+    @property
+    def needs_keys(self) -> bool:
+        """Whether any term holds a row against others than its own."""
+        return any(self.weights.get(name) for name in ("ckd", "congen"))
+
     @model_validator(mode="after")
-    def _queue_is_worth_having(self) -> CkdConfig:
-        if self.queue and self.queue <= self.global_batch:
+    def _terms_and_keys_fit(self) -> KeysConfig:
+        if not any(self.weights.values()) or min(self.weights.values()) < 0:
+            raise ValueError(f"weights {self.weights} need at least one above 0 and none below")
+        if self.needs_keys and self.queue and self.queue <= self.global_batch:
             raise ValueError(
                 f"queue {self.queue} is not larger than global_batch {self.global_batch}: one push would replace it all;"
                 " use 0 for no queue or a larger one"
@@ -218,16 +229,41 @@ class CkdConfig(TrainConfig):
             raise ValueError("group_shuffling is of congen's soft labels, and needs all keys on every rank (queue_placement)")
         if self.same_meaning is not None and not self.weights.get("ckd"):
             raise ValueError("same_meaning is of the ckd term, which has no weight")
-        if not any(self.weights.values()) or min(self.weights.values()) < 0:
-            raise ValueError(f"weights {self.weights} need at least one above 0 and none below")
         return self
 
 
-class FinetuneConfig(TrainConfig):
-    """Supervised contrastive fine-tuning on (anchor, positive, hard negative), of all ranks."""
+class CkdConfig(KeysConfig):
+    """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
+
+    weights: dict[Literal["ckd", "congen", "cosine", "mse"], float] = Field(  # type: ignore[assignment]
+        default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
+    )
+    projection: Literal["auto", "linear", "pca", "procrustes", "none"] = Field(
+        "auto",
+        description="to the teacher's width. auto: none where they agree, else linear; pca, procrustes: fitted to the shards,"
+        " then fixed",
+    )
+    projection_width: int | None = Field(None, gt=0, description="checked against the teacher's width; null takes it")
+
+
+class ContrastConfig(TrainConfig):
+    """What the stages have in which students are held against each other, over all ranks.
+
+    Where micro_batch is less than a rank's share of global_batch, gradients are cached: the same step in less memory.
+    """
+
+    temperature: TemperatureConfig = TemperatureConfig(learnable=False)
+    teacher_weight: float = Field(
+        0.0, ge=0, description="weight of 1 - cosine to the teacher, on as many sentences of the shards a step: forgets less"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="null keeps the encoder's own")
+
+
+class FinetuneConfig(ContrastConfig):
+    """Supervised contrastive fine-tuning on (anchor, positive, hard negative)."""
 
     lr: float = Field(5e-5, gt=0)
-    init: Literal["ckd", "hpd"] = Field("ckd", description="the stage whose student is fine-tuned")
+    init: Literal["ckd", "simcse", "hpd"] = Field("ckd", description="the stage whose student is fine-tuned")
     triplets: str | None = Field(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
     fields: tuple[str, str, str] = Field(("anchor", "positive", "hard_negative"), description="their columns in it")
     dataset: str | None = Field(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
@@ -236,20 +272,38 @@ class FinetuneConfig(TrainConfig):
     mining_pool: int = Field(50_000, gt=0, description="sentences that mined neighbours are looked for in")
     positive_range: tuple[float, float] = Field((0.6, 0.98), description="teacher cosine of a mined positive")
     negative_rank: int = Field(50, gt=1, description="a mined hard negative is the neighbour of this rank")
-    temperature: TemperatureConfig = TemperatureConfig(learnable=False)
-    teacher_weight: float = Field(0.0, ge=0, description="mined triplets: weight of 1 - cosine to the teacher's vectors")
-    dropout: float | None = Field(None, ge=0, lt=1, description="null keeps the encoder's own")
 
 
-class HpdConfig(TrainConfig):
+class SimcseConfig(ContrastConfig):
+    """Unsupervised SimCSE on the text of the shards: a sentence under two dropout masks is a positive pair."""
+
+    lr: float = Field(1e-5, gt=0)
+    global_batch: int = Field(128, gt=1)
+    init: Literal["student", "ckd", "finetune"] = Field(
+        "student", description="the stage whose student goes on; student: the encoder that the section student describes"
+    )
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> SimcseConfig:
+        if self.dropout == 0:
+            raise ValueError("simcse.dropout is 0: the two views of a sentence would be the same")
+        return self
+
+
+class HpdConfig(KeysConfig):
     """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's.
 
     The head begins as the ridge regression of the targets on the student's vectors.
     """
 
-    init: Literal["ckd", "finetune"] = Field("finetune", description="the stage whose student is compressed")
+    weights: dict[Literal["pca", "cosine", "ckd", "congen"], float] = Field(  # type: ignore[assignment]
+        default={"pca": 1.0},
+        description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; ckd, congen:"
+        " as in the section ckd, against the teacher's compact vectors",
+    )
+    init: Literal["ckd", "simcse", "finetune"] = Field("finetune", description="the stage whose student is compressed")
     dim: int = Field(128, gt=0)
-    nested: list[int] = Field([64, 32], description="sizes below `dim` that are evaluated and named in the export")
+    nested: list[int] = Field([64, 32], description="sizes below `dim` that cosine trains, and that are evaluated and exported")
     head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
     freeze_encoder: bool = False
 
@@ -272,8 +326,20 @@ class EngineConfig(Section):
     max_skipped: int = Field(5, gt=0, description="steps in a row with a gradient that is not finite, before training stops")
 
 
+class ExportConfig(Section):
+    formats: list[Literal["onnx", "onnx-int8"]] = Field(
+        [], description="written beside the sentence-transformers folder; they need `pip install distill[onnx]`"
+    )
+
+
 class EvaluateConfig(Section):
     sts: str | None = Field(None, description="a folder with sts12_test.tsv.gz ...; hub; null evaluates fidelity alone")
+    retrieval: list[str] | None = Field(None, description="folders in BEIR's layout, or hub:OWNER/NAME")
+    precision: list[Literal["float32", "float16", "int8", "binary"]] | None = Field(
+        None, description="small vectors that retrieval is also measured with, through faiss"
+    )
+    rescore: int | None = Field(None, gt=0, description="also re-rank so many times the candidates by larger vectors")
+    transfer: list[str] | None = Field(None, description="folders with train.tsv and test.tsv, or hub:OWNER/NAME")
     num_held_out: int = Field(2000, gt=2, description="held-out sentences that fidelity is measured on")
     dev_sentences: int = Field(1000, gt=2, description="held-out sentences of a dev evaluation in training")
     batch_size: int = Field(64, gt=0)
@@ -287,25 +353,32 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under runs_dir")
     runs_dir: Path = Path("runs")
     seed: int = Field(0, ge=0, lt=2**63)
-    stages: list[Literal["precompute", "ckd", "finetune", "hpd", "export", "evaluate"]] = Field(
+    stages: list[Literal["precompute", "ckd", "simcse", "finetune", "hpd", "export", "evaluate"]] = Field(
         default=["precompute", "ckd", "finetune", "hpd", "export", "evaluate"], description="what pipeline.py runs"
     )
-    stage: Literal["ckd", "finetune", "hpd"] = Field("ckd", description="what train.py runs")
+    stage: Literal["ckd", "simcse", "finetune", "hpd"] = Field("ckd", description="what train.py runs")
     text: TextConfig
     teacher: TeacherConfig
     shards: ShardsConfig = ShardsConfig()
     student: StudentConfig = StudentConfig()
     ckd: CkdConfig = CkdConfig()
+    simcse: SimcseConfig = SimcseConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     hpd: HpdConfig = HpdConfig()
     engine: EngineConfig = EngineConfig()
+    export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     search: SearchConfig = SearchConfig()
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> RunConfig:
-        if self.finetune.init == "hpd" and self.hpd.init == "finetune":
-            raise ValueError("finetune.init is hpd and hpd.init is finetune: each waits for the other; set one to ckd")
+        for stage in TRAINING_STAGES[1:]:
+            waits_for = [stage]
+            while waits_for[-1] in TRAINING_STAGES[1:]:
+                waits_for.append(getattr(self, waits_for[-1]).init)
+                if waits_for[-1] == stage:
+                    chain = ", ".join(f"{a}.init is {b}" for a, b in pairwise(waits_for))
+                    raise ValueError(f"{chain}: each waits for the other; set one to ckd")
         if self.teacher.model is None and self.student.init == "teacher":
             raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
         ranks = self.engine.num_ranks or 1

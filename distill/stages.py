@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import RunConfig, dump_config
+from distill.config import TRAINING_STAGES, RunConfig, dump_config
 from distill.files import publish, sha256_of, write_json
 
 COSMETIC = frozenset(
-    {"log_every", "keep", "save_every", "micro_batch", "tile", "queue_placement", "tasks", "nested", "placement", "max_memory"}
+    {"log_every", "keep", "save_every", "micro_batch", "tile", "queue_placement", "tasks", "placement", "max_memory"}
 )
 RESUMABLE = frozenset({"dev_every"})  # it decides which student is kept: a finished stage runs again, an unfinished one goes on
 
@@ -95,16 +95,17 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     if name == "precompute":
         parts |= {"text": config.text, "teacher": config.teacher, "shards": config.shards}
         inputs |= {path: f"{size} bytes" for path, size in source_files(config)}
-    elif name in ("ckd", "finetune", "hpd"):
+    elif name in TRAINING_STAGES:
         section = getattr(config, name)
         parts |= {"student": config.student, name: section, "precision": config.engine.precision}
         parts |= {"evaluate": {"dev_sentences": config.evaluate.dev_sentences, "num_held_out": config.evaluate.num_held_out}}
         inputs["shards"] = _digest(run_dir / "shards" / "manifest.json")
-        if name != "ckd":
+        if name != "ckd" and section.init != "student":
             inputs[section.init] = fingerprint_of(run_dir / section.init)
         if name == "finetune" and section.triplets and Path(section.triplets).is_file():
             inputs[section.triplets] = f"{Path(section.triplets).stat().st_size} bytes"
     elif name == "export":
+        parts |= {"export": config.export} if config.export.formats else {}  # without any, as ever
         inputs |= {stage: fingerprint_of(run_dir / stage) for stage in trained_stages(config)}
     elif name == "evaluate":
         parts |= {"evaluate": config.evaluate, "search": config.search, "sizes": config.hpd.nested}
@@ -117,7 +118,7 @@ def stage_of(config: RunConfig, name: str) -> Stage:
 
 def trained_stages(config: RunConfig) -> list[str]:
     """The training stages of the pipeline, in their order."""
-    return [stage for stage in config.stages if stage in ("ckd", "finetune", "hpd")]
+    return [stage for stage in config.stages if stage in TRAINING_STAGES]
 
 
 def source_files(config: RunConfig) -> list[tuple[str, int]]:

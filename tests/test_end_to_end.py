@@ -105,3 +105,19 @@ def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "runs/tiny/evaluate/results.json").read_text())
     assert set(results) == {"ckd"} and results["ckd"]["dim"] == 32
+
+
+def test_simcse_needs_no_student_before_it_(tmp_path, tiny_encoder):
+    config = write_config(
+        tmp_path,
+        tiny_encoder,
+        stages="[precompute, simcse, export, evaluate]",
+        simcse="{global_batch: 32, micro_batch: 8, max_steps: 6, save_every: 2, dev_every: 3, log_every: 1, dropout: 0.1}",
+    )
+    done = launch("pipeline.py", "--config", config, "student.pooling=first_last_mean")
+    assert done.returncode == 0, done.stdout
+    run = tmp_path / "runs/tiny"
+    assert set(json.loads((run / "evaluate/results.json").read_text())) == {"teacher", "simcse"}
+    logged = scalars(run, "simcse")
+    assert [event.step for event in logged["loss"]] == list(range(1, 7))
+    assert logged["similarity/positive"][-1].value < 0.9999

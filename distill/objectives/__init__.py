@@ -3,7 +3,7 @@
     contrast.py   the tiled softmax over keys, and the loss it gives against any target
     ckd.py        hard labels: the teacher's vector of the same sentence (DistilCSE); soft labels (ConGen)
     queue.py      past teacher vectors, first in, first out
-    triplets.py   supervised contrast over the anchors, positives and hard negatives of all ranks
+    simcse.py     students against each other: triplets, or a sentence under two dropout masks
     hpd.py        the PCA of the teacher as the target of a compact head
 
 Losses are pure functions of tensors; communication happens outside them.

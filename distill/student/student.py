@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.student.encoder import load_encoder, save_encoder
-from distill.student.pooling import NEEDS_HIDDEN_STATES, pool
+from distill.student.pooling import NEEDS_HIDDEN_STATES, pool, pooled_width
 
 Tokens = dict[str, Tensor]
 PAD_TO = 4  # few distinct lengths: kernels are chosen once a shape
@@ -49,7 +49,9 @@ class Student(nn.Module):
     @property
     def width(self) -> int:
         """d_s, before the head."""
-        return int(getattr(self.encoder.config, "hidden_size", 0) or self.encoder.config.d_model)
+        config = self.encoder.config
+        hidden_size = int(getattr(config, "hidden_size", 0) or config.d_model)
+        return pooled_width(self.pooling, hidden_size, int(getattr(config, "num_hidden_layers", 0) or config.num_layers))
 
     @property
     def dim(self) -> int:

@@ -3,7 +3,9 @@
 distributed.py   what ranks say to each other, wrapped once
 batches.py       a step's rows, dealt to this rank and tokenized ahead of time
 engine.py        DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step
-recipes.py       what differs between ckd, finetune and hpd: the module whose forward is the loss, and its data
+recipe.py        what differs between stages: the module whose forward is the loss, and its data
+ckd.py, contrast.py, hpd.py     each stage's own: distillation; simcse and finetune; compression
+rows.py          what contrast.py reads: triplets, given or mined (mining.py), or sentences
 loop.py          step, log, dev evaluation, checkpoint
 stopping.py      a wish to stop, obeyed by all ranks after the same step
 watch.py         which ranks still live, and who says what happened when a collective has failed

@@ -1,13 +1,14 @@
-"""The CKD stage: what its module computes and what a step needs beside its rows."""
+"""The CKD stage: what its module computes and what a step needs beside its rows. HPD is the same in a compact space."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from distill.config import CkdConfig, TemperatureConfig
+from distill.config import KeysConfig, TemperatureConfig
 from distill.objectives.ckd import cosine_losses, mse_losses, shuffled_targets
 from distill.objectives.contrast import cross_entropy
 from distill.objectives.queue import KeyQueue
@@ -39,7 +40,7 @@ class CkdTask(Task):
     """
 
     def __init__(
-        self, student: Student, projection: nn.Linear | None, config: CkdConfig, amp: torch.dtype | None, *, seed: int = 0
+        self, student: Student, projection: nn.Linear | None, config: KeysConfig, amp: torch.dtype | None, *, seed: int = 0
     ) -> None:
         super().__init__()
         self.student = student
@@ -51,9 +52,13 @@ class CkdTask(Task):
         self.weights = {str(name): weight for name, weight in config.weights.items() if weight}
 
     @property
-    def needs_keys(self) -> bool:
-        """Whether any term holds a row against others than its own."""
-        return not self.weights.keys().isdisjoint({"ckd", "congen"})
+    def key_width(self) -> int | None:
+        """The width of keys; None: the teacher's."""
+        return None
+
+    def as_keys(self, teacher: Tensor) -> Tensor:
+        """The keys, fp16 and L2-normalised, that teacher vectors of the shards are: [n, d_t] -> [n, key_width]."""
+        return teacher
 
     def forward(self, micro: MicroBatch, keys: Keys | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the rows' losses; and sums over rows of what is logged, without gradient. keys: where any are needed."""
@@ -64,20 +69,28 @@ class CkdTask(Task):
         total = scale.sum() * 0 + projected.sum() * 0
         projected_bd = projected[: len(micro.positions)]  # an empty micro-batch has a row of tokens
         queries_bd = nn.functional.normalize(projected_bd, dim=-1)
-        losses = self._contrast(queries_bd, scale, micro, keys) if keys is not None else {}
-        if "cosine" in self.weights:
-            losses["cosine"] = cosine_losses(queries_bd, micro.teacher)
-        if "mse" in self.weights:
-            losses["mse"] = mse_losses(projected_bd, micro.teacher)
+        losses = self.own_losses(projected_bd, queries_bd, micro)
+        own_keys_bd = self.as_keys(micro.teacher)
+        if keys is not None:
+            losses |= self._contrast(queries_bd, scale, replace(micro, teacher=own_keys_bd), keys)
         for name, loss_b in losses.items():
             total = total + self.weights[name] * loss_b.sum()
         measured = {f"loss/{name}": loss_b.detach().sum() for name, loss_b in losses.items()}
-        positive = (queries_bd.detach() * micro.teacher.to(queries_bd.dtype)).sum()
+        positive = (queries_bd.detach() * own_keys_bd.to(queries_bd.dtype)).sum()
         measured |= {"similarity/positive": positive, "temperature": scale.detach().sum() * len(queries_bd)}
         if self.measuring and keys is not None:
             hardest_b = keys.hardest_negatives(queries_bd.detach(), micro, self.config.tile)
             measured["similarity/hardest_negative"] = hardest_b.sum()
         return total, measured
+
+    def own_losses(self, vectors_bd: Tensor, queries_bd: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
+        """The terms that see nothing but the row itself: [b] each."""
+        losses: dict[str, Tensor] = {}
+        if "cosine" in self.weights:
+            losses["cosine"] = cosine_losses(queries_bd, micro.teacher)
+        if "mse" in self.weights:
+            losses["mse"] = mse_losses(vectors_bd, micro.teacher)
+        return losses
 
     def _contrast(self, queries_bd: Tensor, scale: Tensor, micro: MicroBatch, keys: Keys) -> dict[str, Tensor]:
         """The terms that see keys, of all of them in one pass: [b] each."""
@@ -115,29 +128,30 @@ class CkdRecipe:
         self.num_micro = batches.num_micro
         self.steps_per_epoch = batches.order.steps_per_epoch
         self.load = batches
-        capacity = task.config.queue if task.needs_keys else 0
+        capacity = task.config.queue if task.config.needs_keys else 0
         self.sharded = task.config.queue_placement == "sharded" and world_size() > 1 and capacity > 0
         part = {"rank": rank(), "world_size": world_size()} if self.sharded else {}
-        self.queue = KeyQueue(capacity, batches.reader.dim, device, **part)
+        self.queue = KeyQueue(capacity, task.key_width or batches.reader.dim, device, **part)
         self._first_step = -(-capacity // batches.order.global_batch) * -1 if task.config.prefill else 0
         self.restore(0)
 
     def restore(self, step: int) -> None:
         """The queue holds what was pushed before `step`, read from the shards again."""
         pushed = (step - self._first_step) * self.load.order.global_batch
-        self.queue.restore(*self.load.keys(self._first_step, self.queue.rows_after(pushed)), pushed)
+        vectors, hashes = self.load.keys(self._first_step, self.queue.rows_after(pushed))
+        self.queue.restore(self.task.as_keys(vectors), hashes, pushed)
 
     def share(self, step: int, micro: list[MicroBatch]) -> Keys | None:
         """The keys of the step, the same on every rank; two collectives. None where no term needs any."""
-        if not self.task.needs_keys:
+        if not self.task.config.needs_keys:
             return None
         total = self.load.order.global_batch
         dealt = torch.cat([part.positions for part in micro]).argsort()
-        vectors = gather_dealt_rows(torch.cat([part.teacher for part in micro])[dealt], total)
+        vectors = gather_dealt_rows(self.task.as_keys(torch.cat([part.teacher for part in micro]))[dealt], total)
         hashes = gather_dealt_rows(torch.cat([part.hashes for part in micro])[dealt], total)
         self._newest = vectors, hashes
         return Keys(vectors, hashes, self.queue, self.sharded, step)
 
     def taken(self) -> None:
-        if self.task.needs_keys:
+        if self.task.config.needs_keys:
             self.queue.push(*self._newest)

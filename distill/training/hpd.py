@@ -1,4 +1,8 @@
-"""The HPD stage: a compact head on the student, trained towards the PCA of the teacher's vectors."""
+"""The HPD stage: a compact head on the student, trained towards the PCA of the teacher's vectors.
+
+It is the CKD stage in another space: where that one projects the student's vectors to the teacher's width, this one brings the
+teacher's to the student's. So the contrastive terms, the queue (of compact vectors) and what is gathered are the same.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill.config import HpdConfig
+from distill.objectives.ckd import cosine_losses
 from distill.objectives.hpd import hpd_losses
 from distill.student import Student
-from distill.training.batches import MicroBatch, ShardBatches
+from distill.training.batches import MicroBatch
+from distill.training.ckd import CkdTask
 from distill.training.projection import ridge_regression, set_linear
-from distill.training.recipe import Task
 
 
 def fit_head(student: Student, sentences: list[str], targets: np.ndarray) -> None:
@@ -26,42 +32,42 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray) -> Non
     set_linear(linear, *ridge_regression(vectors, wanted))
 
 
-class HpdTask(Task):
-    """The student with its head; forward is the summed loss of b rows. components [dim, d_t]: of the teacher's PCA."""
+class HpdTask(CkdTask):
+    """L = sum_i [ w_pca mean((z_i - C t_i)^2) + w_cosine mean_k (1 - cos(z_i[:k], (C t_i)[:k])) + w_ckd CKD_i + w_congen CG_i ]
 
-    def __init__(self, student: Student, components: Tensor, amp: torch.dtype | None, *, freeze_encoder: bool) -> None:
-        super().__init__()
-        self.student = student
+    z_i [dim]: the student with its head. C [dim, d_t]: the components of the teacher's PCA. k: dim and the nested sizes.
+    """
+
+    def __init__(
+        self, student: Student, components: Tensor, config: HpdConfig, amp: torch.dtype | None, *, seed: int = 0
+    ) -> None:
+        super().__init__(student, None, config, amp, seed=seed)
         self.components = components
-        self.amp = amp
-        if freeze_encoder:
+        self.sizes = [config.dim, *config.nested]
+        if config.freeze_encoder:
             student.encoder.requires_grad_(False)
 
-    def forward(self, micro: MicroBatch, shared: None) -> tuple[Tensor, dict[str, Tensor]]:
-        compact_bd = self.embed(micro)
-        if len(micro.positions) == 0:
-            return compact_bd.sum() * 0, {}
-        targets_bd = micro.teacher.float() @ self.components.T.to(micro.teacher.device)
-        loss_b = hpd_losses(compact_bd, targets_bd)
-        cosine_b = nn.functional.cosine_similarity(compact_bd.detach(), targets_bd)
-        return loss_b.sum(), {"loss/hpd": loss_b.detach().sum(), "similarity/positive": cosine_b.sum()}
+    @property
+    def key_width(self) -> int:
+        return len(self.components)
+
+    def as_keys(self, teacher: Tensor) -> Tensor:
+        return nn.functional.normalize(self._targets(teacher), dim=-1).to(torch.float16)
+
+    def own_losses(self, vectors_bd: Tensor, queries_bd: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
+        targets_bd = self._targets(micro.teacher)
+        losses: dict[str, Tensor] = {}
+        if "pca" in self.weights:
+            losses["pca"] = hpd_losses(vectors_bd, targets_bd)
+        if "cosine" in self.weights:
+            parts = [_cosine_losses(vectors_bd[:, :size], targets_bd[:, :size]) for size in self.sizes]
+            losses["cosine"] = torch.stack(parts).mean(dim=0)
+        return losses
+
+    def _targets(self, teacher: Tensor) -> Tensor:
+        return teacher.float() @ self.components.T.to(teacher.device)
 
 
-class HpdRecipe:
-    """Rows stand alone: nothing is gathered, nothing lives between steps."""
-
-    def __init__(self, task: HpdTask, batches: ShardBatches) -> None:
-        self.task = task
-        self.student = task.student
-        self.num_micro = batches.num_micro
-        self.steps_per_epoch = batches.order.steps_per_epoch
-        self.load = batches
-
-    def restore(self, step: int) -> None:
-        pass
-
-    def share(self, step: int, micro: list[MicroBatch]) -> None:
-        pass
-
-    def taken(self) -> None:
-        pass
+def _cosine_losses(vectors: Tensor, targets: Tensor) -> Tensor:
+    normalize = nn.functional.normalize
+    return cosine_losses(normalize(vectors, dim=-1), normalize(targets, dim=-1))

@@ -192,7 +192,7 @@ class Trainer:
         progress = self.progress
         progress.evaluated = progress.step
         figures = self.dev(self.recipe.student) if self.dev else {}
-        value = score(figures, by_sts=self.name == "finetune") if figures else float(progress.step)
+        value = score(figures, by_sts=self.name in ("finetune", "simcse")) if figures else float(progress.step)
         better = from_rank_0(value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from distill.config import RunConfig, TrainConfig
-from distill.corpus import read_dataset, read_rows
+from distill.config import ContrastConfig, RunConfig, TrainConfig
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
@@ -24,15 +22,15 @@ from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
 from distill.training.ckd import CkdRecipe, CkdTask
+from distill.training.contrast import ContrastRecipe, ContrastTask
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
-from distill.training.finetune import FinetuneRecipe, FinetuneTask, Triplets
-from distill.training.hpd import HpdRecipe, HpdTask, fit_head
+from distill.training.hpd import HpdTask, fit_head
 from distill.training.loop import Trainer
-from distill.training.mining import mine_triplets
 from distill.training.projection import build_projection, fit_projection, fit_sample
 from distill.training.recipe import Recipe
+from distill.training.rows import Sentences, load_triplets
 
 
 def run_stage(
@@ -99,11 +97,6 @@ def check_inputs(config: RunConfig, stage: Stage) -> None:
         raise ValueError(
             f"ckd.projection_width {config.ckd.projection_width} is not the teacher's width {shards.dim}: leave it out"
         )
-    if stage.name == "finetune" and -(-config.finetune.global_batch // world_size()) > config.finetune.micro_batch:
-        raise ValueError(
-            f"finetune.global_batch {config.finetune.global_batch} over {world_size()} ranks does not fit one micro-batch of"
-            f" {config.finetune.micro_batch}: every anchor is held against all candidates at once; raise finetune.micro_batch"
-        )
 
 
 def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.device, amp: torch.dtype | None) -> Recipe:
@@ -111,27 +104,19 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     reader = ShardReader(config.run_dir / "shards")
     train: TrainConfig = getattr(config, name)
     torch.manual_seed(config.seed)  # new weights, such as the projection's
-    if name == "ckd":
-        encoder, tokenizer = build_encoder(config.student, config.teacher.model, config.seed)
-        student = Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
-    else:
-        student = Student.load(config.run_dir / getattr(config, name).init / "student")
+    student = build_student(config, name)
     set_dropout(student.encoder, 0.0)
     student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     if config.engine.activation_checkpointing:
         student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cpu":
         student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
-
-    def shard_batches() -> ShardBatches:
-        order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=config.seed)
-        return ShardBatches(reader, order, student, micro_batch=train.micro_batch, rank=rank(), world_size=world_size())
-
     if name == "ckd":
         projection = build_projection(student.width, reader.dim, config.ckd)
         if projection is not None:
             fit_projection(projection, student, reader, config.ckd, config.seed)
-        return CkdRecipe(CkdTask(student, projection, config.ckd, amp, seed=config.seed), shard_batches(), device)
+        task = CkdTask(student, projection, config.ckd, amp, seed=config.seed)
+        return CkdRecipe(task, shard_batches(reader, student, train, config.seed), device)
     if name == "hpd":
         if config.hpd.dim > min(reader.dim, len(reader) - 1):
             raise ValueError(f"hpd.dim {config.hpd.dim} is above what the teacher's {len(reader)} x {reader.dim} vectors have")
@@ -139,15 +124,29 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
         sentences, vectors = fit_sample(reader, config.seed)
         fit_head(student, sentences, vectors @ components.numpy().T)
-        return HpdRecipe(HpdTask(student, components, amp, freeze_encoder=config.hpd.freeze_encoder), shard_batches())
-    if config.finetune.dropout is None or config.finetune.dropout > 0:
-        set_dropout(student.encoder, own_dropout(student) if config.finetune.dropout is None else config.finetune.dropout)
-    triplets = load_triplets(config, reader, directory)
-    if config.finetune.teacher_weight and triplets.vectors.shape[1] == 0:
-        raise ValueError("finetune.teacher_weight needs the teacher's vectors of the anchors: only mined triplets have them")
-    projection = teacher_projection(config, student, reader.dim) if config.finetune.teacher_weight else None
-    task = FinetuneTask(student, projection, config.finetune, amp)
-    return FinetuneRecipe(task, triplets, student.tokenize, seed=config.seed, rank=rank(), world_size=world_size())
+        hpd_task = HpdTask(student, components, config.hpd, amp, seed=config.seed)
+        return CkdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
+    assert isinstance(train, ContrastConfig)
+    if train.dropout is None or train.dropout > 0:
+        set_dropout(student.encoder, own_dropout(student) if train.dropout is None else train.dropout)
+    rows = load_triplets(config, reader, directory) if name == "finetune" else Sentences(reader)
+    space = teacher_space(config, train.init, student, reader) if train.teacher_weight else {}  # type: ignore[attr-defined]
+    contrast_task = ContrastTask(student, train, amp, num_views=rows.num_views, **space)
+    return ContrastRecipe(contrast_task, rows, reader if train.teacher_weight else None, seed=config.seed)
+
+
+def build_student(config: RunConfig, name: str) -> Student:
+    """The student with which a stage begins: that of the stage before it, or the encoder that the config describes."""
+    init = "student" if name == "ckd" else getattr(config, name).init
+    if init != "student":
+        return Student.load(config.run_dir / init / "student")
+    encoder, tokenizer = build_encoder(config.student, config.teacher.model, config.seed)
+    return Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
+
+
+def shard_batches(reader: ShardReader, student: Student, train: TrainConfig, seed: int) -> ShardBatches:
+    order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=seed)
+    return ShardBatches(reader, order, student, micro_batch=train.micro_batch, rank=rank(), world_size=world_size())
 
 
 def own_dropout(student: Student) -> float:
@@ -157,32 +156,24 @@ def own_dropout(student: Student) -> float:
     return next((float(value) for value in named if value is not None), 0.1)
 
 
-def teacher_projection(config: RunConfig, student: Student, teacher_dim: int) -> torch.nn.Linear | None:
-    """The projection that CKD trained, so that fine-tuning is held to the teacher in the same space."""
-    projection = build_projection(student.dim, teacher_dim, config.ckd)
-    if projection is not None:
-        kept = load_extra(config.run_dir / config.finetune.init / "student")
+def teacher_space(config: RunConfig, init: str, student: Student, reader: ShardReader) -> dict[str, Any]:
+    """How a student and its teacher compare: by the projection that CKD trained, in a compact student's own space, or as is.
+
+    Raises ValueError where there is no way between them.
+    """
+    if student.head is not None:
+        return {"components": torch.from_numpy(reader.moments.pca(student.dim)[0]).float()}
+    kept = load_extra(config.run_dir / init / "student")
+    if "projection.weight" in kept:
+        projection = torch.nn.Linear(student.dim, reader.dim)
         projection.load_state_dict({"weight": kept["projection.weight"], "bias": kept["projection.bias"]})
-    return projection
-
-
-def load_triplets(config: RunConfig, reader: ShardReader, directory: Path) -> Triplets:
-    """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
-    finetune = config.finetune
-    if finetune.triplets or finetune.dataset:
-        if finetune.triplets:
-            given = read_rows(finetune.triplets, finetune.fields)
-        else:
-            given = read_dataset(finetune.dataset or "", finetune.fields, finetune.split)
-        sentences = [(anchor, positive, negative) for anchor, positive, negative in given]
-        return Triplets(sentences, np.zeros((len(sentences), 0), dtype=np.float16))
-    path = directory / "triplets.npy"
-    if rank() == 0 and not path.exists():
-        mine_triplets(reader, finetune, config.seed, path)
-    barrier()
-    rows = np.load(path, allow_pickle=False)
-    columns = [reader.texts(rows[:, column]) for column in range(3)]
-    return Triplets(list(zip(*columns, strict=True)), reader.vectors(rows[:, 0]))
+        return {"projection": projection}
+    if student.dim != reader.dim:
+        raise ValueError(
+            f"teacher_weight: the student is {student.dim} wide, the teacher {reader.dim}, and no projection between them was"
+            " trained: begin with the student of ckd (init: ckd), or leave teacher_weight at 0"
+        )
+    return {}
 
 
 def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:

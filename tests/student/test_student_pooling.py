@@ -29,12 +29,21 @@ def reference(pooling, hidden, pooled, mask):
         elif pooling == "pooler":
             rows.append(pooled[row].double().numpy())
         else:
-            chosen = {"mean": last[-1:], "last4_mean": last[1:][-4:], "first_last_mean": [last[1], last[-1]]}[pooling]
-            total = np.zeros(last[-1].shape[1])
-            for layer in chosen:
-                for token in range(length):
-                    total += layer[token]
-            rows.append(total / (len(chosen) * length))
+            layers = {
+                "mean": last[-1:],
+                "max": last[-1:],
+                "first_last_mean": [last[1], last[-1]],
+                "last2_mean": last[1:][-2:],
+                "all_mean": last[1:],
+            }.get(pooling, last[1:][-4:])
+            means = [np.mean([layer[token] for token in range(length)], axis=0) for layer in layers]
+            if pooling.startswith("concat"):
+                rows.append(np.concatenate(means))
+            elif pooling.endswith("max"):
+                mixed = np.mean(layers, axis=0)
+                rows.append(np.array([max(mixed[token][element] for token in range(length)) for element in range(8)]))
+            else:
+                rows.append(np.mean(means, axis=0))
     return np.array(rows)
 
 

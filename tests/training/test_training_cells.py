@@ -9,22 +9,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cells import every_pair, write_set
 from conftest import sentences
 from ranks import on_ranks
-from shards.shard_sets import TEACHER, unit_vectors
 from torch.nn.functional import cross_entropy, normalize
 
 from distill.config import CkdConfig, StudentConfig
-from distill.corpus import text_hash
 from distill.sampling import GlobalOrder
-from distill.shards import ShardReader, fingerprint, finish, write_shard
+from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.training.batches import ShardBatches
@@ -64,23 +63,6 @@ def every_cell() -> list[Cell]:
     return [Cell(*values) for values in itertools.product(*SETTINGS.values())]
 
 
-def every_pair() -> list[Cell]:
-    """Few cells in which every two settings of different kinds meet at least once."""
-
-    def pairs(cell: Cell) -> set[tuple[Any, ...]]:
-        values = [(field.name, getattr(cell, field.name)) for field in fields(cell)]
-        return set(itertools.combinations(values, 2))
-
-    cells = every_cell()
-    missing = set().union(*map(pairs, cells))
-    chosen = []
-    while missing:
-        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
-        missing -= pairs(best)
-        chosen.append(best)
-    return chosen
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> dict[bool, Path]:
     """A shard set of 300 sentences; and one where a hundred occur twice, so that batches and the queue hold repetitions."""
@@ -88,31 +70,7 @@ def sets(tmp_path_factory) -> dict[bool, Path]:
     for repeated in (False, True):
         texts = sentences(200 if repeated else 300)
         texts += texts[:100] if repeated else []
-        hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
-        folder = tmp_path_factory.mktemp("set")
-        vectors = unit_vectors(len(texts), DIM)
-        for index in range(3):
-            rows = slice(index * 100, (index + 1) * 100)
-            write_shard(
-                folder,
-                index,
-                texts[rows],
-                hashes[rows],
-                vectors[rows],
-                block_rows=32,
-                teacher_fingerprint=fingerprint(TEACHER),
-                text_fingerprint=f"piece {index}",
-            )
-        finish(
-            folder,
-            teacher=TEACHER,
-            teacher_fingerprint=fingerprint(TEACHER),
-            text_fingerprint="text",
-            text_fingerprints=[f"piece {index}" for index in range(3)],
-            rows=100,
-            block_rows=32,
-        )
-        made[repeated] = folder
+        made[repeated] = write_set(tmp_path_factory.mktemp("set"), texts, DIM)
     return made
 
 
@@ -230,7 +188,7 @@ def test_every_cell_is_the_float64_reference_to_rounding(world_size, sets, refer
     The loss differs by the rounding of one forward pass. A gradient differs by some 1e-5 of itself, since it is a difference
     of nearly equal vectors (what is attended to, and the own key), and the second and third step build on the one before.
     """
-    cells = [cell for cell in (every_cell() if full else every_pair()) if cell.world_size == world_size]
+    cells = [cell for cell in (every_cell() if full else every_pair(every_cell())) if cell.world_size == world_size]
     worst_loss = worst_update = 0.0
     start = parameters_of(new_task(sets[False], tiny_encoder, "ckd")[0])
     for results in on_ranks(world_size, run_cells, cells, sets, tiny_encoder, tmp_path):

@@ -1,0 +1,89 @@
+"""The compact stage: each term is its formula, and the terms with keys hold rows against the teacher's compact vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cells import write_set
+from conftest import sentences
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+
+from distill.config import HpdConfig, StudentConfig
+from distill.sampling import GlobalOrder
+from distill.shards import ShardReader
+from distill.student import Student
+from distill.student.encoder import build_encoder, set_dropout
+from distill.training.batches import ShardBatches
+from distill.training.ckd import CkdRecipe
+from distill.training.hpd import HpdTask, fit_head
+
+GLOBAL_BATCH, QUEUE, DIM, COMPACT = 32, 50, 24, 8
+WEIGHTS = {"pca": 2.0, "cosine": 0.7, "ckd": 0.3, "congen": 0.4}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("set"), sentences(300), DIM)
+
+
+def new_recipe(shards: Path, encoder_folder: Path, weights: dict[str, float], *, head: str = "linear") -> CkdRecipe:
+    reader = ShardReader(shards)
+    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+    set_dropout(student.encoder, 0.0)
+    student.add_head(COMPACT, head, seed=0)
+    config = HpdConfig(
+        global_batch=GLOBAL_BATCH, queue=QUEUE, weights=weights, dim=COMPACT, nested=[4, 2], prefill=True, head=head
+    )
+    components = torch.from_numpy(reader.moments.pca(COMPACT)[0]).float()
+    order = GlobalOrder(reader.shard_rows, global_batch=GLOBAL_BATCH, seed=0)
+    batches = ShardBatches(reader, order, student, micro_batch=8, rank=0, world_size=1)
+    return CkdRecipe(HpdTask(student, components, config, None), batches, torch.device("cpu"))
+
+
+def test_the_loss_is_the_sum_of_its_formulas(shards, tiny_encoder):
+    recipe = new_recipe(shards, tiny_encoder, WEIGHTS)
+    task, reader = recipe.task, ShardReader(shards)
+    micro = recipe.load(0)
+    keys = recipe.share(0, micro)
+    assert keys is not None and keys.queue.keys.shape == (QUEUE, COMPACT) and keys.vectors.shape == (GLOBAL_BATCH, COMPACT)
+    found = sum(task(part, keys)[0].item() for part in micro)
+
+    line = np.concatenate([recipe.load.rows(step) for step in (-2, -1, 0)])
+    rows, past = line[-GLOBAL_BATCH:], line[-GLOBAL_BATCH - QUEUE : -GLOBAL_BATCH]
+    targets = torch.from_numpy(reader.vectors(np.concatenate([rows, past]))).float() @ task.components.T
+    vectors, own = task.student(task.student.tokenize(reader.texts(rows))), targets[:GLOBAL_BATCH]
+    queries, compact = normalize(vectors, dim=1), normalize(targets, dim=1)
+    soft = torch.softmax(compact[:GLOBAL_BATCH] @ compact.T / 0.05, dim=1)
+    scale = task.temperature()
+    terms = {
+        "pca": (vectors - own).square().mean(dim=1).sum(),
+        "cosine": sum((1 - cosine_similarity(vectors[:, :k], own[:, :k])).sum() for k in (8, 4, 2)) / 3,
+        "ckd": cross_entropy(scale * queries @ compact.T, torch.arange(GLOBAL_BATCH), reduction="sum"),
+        "congen": cross_entropy(queries @ compact.T / 0.05, soft, reduction="sum"),
+    }
+    expected = sum(WEIGHTS[name] * term.item() for name, term in terms.items())
+    assert found == pytest.approx(expected, rel=1e-3)  # keys are stored in half precision
+
+
+def test_the_papers_loss_needs_no_keys(shards, tiny_encoder):
+    recipe = new_recipe(shards, tiny_encoder, {"pca": 1.0}, head="tanh")
+    micro = recipe.load(0)
+    assert recipe.share(0, micro) is None and len(recipe.queue) == 0
+    loss, _ = recipe.task(micro[0], None)
+    assert loss.item() > 0
+
+
+@pytest.mark.parametrize("head", ["tanh", "linear"])
+def test_the_head_begins_where_it_is_better_than_chance(shards, tiny_encoder, head):
+    recipe = new_recipe(shards, tiny_encoder, {"pca": 1.0}, head=head)
+    student, reader = recipe.student, ShardReader(shards)
+    texts = reader.texts(range(len(reader)))
+    targets = reader.vectors(range(len(reader))).astype(np.float64) @ recipe.task.components.numpy().T
+    before = np.square(student.encode(texts, normalize=False) - targets).mean()
+    fit_head(student, texts, targets)
+    after = np.square(student.encode(texts, normalize=False) - targets).mean()
+    assert after < np.square(targets - targets.mean(axis=0)).mean() < before
