@@ -1,12 +1,17 @@
-"""What a model keeps: STS, retrieval and fidelity to its teacher, as plain dicts of the names in results.json.
+"""What a model keeps: STS, retrieval, transfer and fidelity to its teacher, as plain dicts of the names in results.json.
 
-    encode.py     a folder or hub name   -> Encoder: sentences to vectors, and sentences a second
-    sts.py        Encode + the STS sets  -> {"sts", "sts_ci", "sts_warnings"}
-    retrieval.py  Encode + a BEIR folder -> {"ndcg@10", "recall@10", "recall@100", "mrr@10"}
-    fidelity.py   student and teacher vectors of the same sentences -> {"spearman", "spearman_top50", "top10"}
-    report.py     results                -> an aligned table
+    encode.py      a folder or hub name   -> Encoder: sentences to vectors, and sentences a second
+    tasks.py       folders or hub names   -> Tasks: all sets; their sentences; all scores of one Encode
+    sts.py         Encode + the STS sets  -> {"sts", "sts_ci", "sts_resamples", "sts_warnings"}
+    retrieval.py   Encode + BEIR sets     -> {"retrieval", "retrieval_ci", "retrieval_resamples"}, small vectors among them
+    transfer.py    Encode + labelled sets -> {"transfer", "transfer_ci", "transfer_resamples"}
+    fidelity.py    student and teacher vectors of the same sentences -> {"spearman", "spearman_top50", "top10"}
+    compare.py     two results            -> differences with intervals
+    report.py      results                -> aligned tables
 
-`rank.py` holds Spearman's correlation and its bootstrap, which sts.py and fidelity.py share.
+beir.py reads retrieval sets, hub.py and tsv.py what comes from the hub and from tab-separated files. quantise.py makes int8 and
+binary vectors, index.py searches them through faiss. rank.py holds Spearman's correlation and its bootstrap, bootstrap.py every
+other. over_ranks.py encodes on many ranks at once.
 """
 
 from distill.evaluation.encode import Encode, Encoder, encoder_of, throughput
@@ -14,5 +19,21 @@ from distill.evaluation.fidelity import fidelity
 from distill.evaluation.report import table
 from distill.evaluation.retrieval import retrieval_scores
 from distill.evaluation.sts import dev_score, sts_scores
+from distill.evaluation.tasks import Encoded, Tasks, read_tasks
+from distill.evaluation.transfer import transfer_scores
 
-__all__ = ["Encode", "Encoder", "dev_score", "encoder_of", "fidelity", "retrieval_scores", "sts_scores", "table", "throughput"]
+__all__ = [
+    "Encode",
+    "Encoded",
+    "Encoder",
+    "Tasks",
+    "dev_score",
+    "encoder_of",
+    "fidelity",
+    "read_tasks",
+    "retrieval_scores",
+    "sts_scores",
+    "table",
+    "throughput",
+    "transfer_scores",
+]

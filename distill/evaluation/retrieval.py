@@ -1,74 +1,83 @@
-"""Retrieval on a folder in BEIR's layout, by exact search.
+"""Retrieval: what a query finds among documents, by cosine.
 
-    corpus.jsonl(.gz)   {"_id", "title", "text"} a line; a document is "title text"
-    queries.jsonl(.gz)  {"_id", "text"} a line
-    qrels.tsv           a header line, then query id, document id, grade; above 0 is relevant
+The default is exact search over float32 vectors, in numpy. Other forms, small vectors and indices, go through faiss (index.py)
+and are kept under their names inside of the set's results:
 
-Queries without a relevant document are left out. The ids of queries and documents are separate names, so a document that
-happens to have the query's id is a document like any other (BEIR's own code would drop it).
+    {"retrieval": {"scifact": {"ndcg@10": .., "recall@10": .., "recall@100": .., "mrr@10": ..,
+                               "int8": {"ndcg@10": .., .., "bytes_per_vector": .., "index_bytes": ..}, "binary+int8": {..}}}
+     "retrieval_ci":        the same keys, measures alone: [low, high]
+     "retrieval_resamples": {"scifact": {"of": .., "ndcg@10": [1000 floats], "int8": {"ndcg@10": [..]}, ..}}}
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from distill.evaluation.encode import Encode, unit
+from distill.evaluation.beir import RetrievalSet
+from distill.evaluation.bootstrap import draws, identity, interval, means
+from distill.evaluation.encode import Encode
+from distill.evaluation.index import Form, measured
 
-Grades = dict[str, dict[str, int]]  # query id -> document id -> grade above 0
+DEPTH = 100
+MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
+COMPARED = "ndcg@10"  # whose resamples are kept
 
 
-class RetrievalFiles(NamedTuple):
-    corpus: Path
-    queries: Path
-    qrels: Path
+def retrieval_scores(
+    encode: Encode,
+    sets: Mapping[str, RetrievalSet],
+    *,
+    forms: Sequence[Form] = (),
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Means over each set's queries, in 0..1, of ndcg@10 (linear gains, as trec_eval), recall@10, recall@100 and mrr@10.
+
+    With 95% percentile intervals from `bootstrap` resamples of the queries, and the resampled ndcg@10. Every form is measured
+    on the same vectors and the same resamples. The keys are those above.
+    """
+    results: dict[str, Any] = {"retrieval": {}, "retrieval_ci": {}, "retrieval_resamples": {}}
+    for name, given in sets.items():
+        queries = _unit(encode(list(given.queries.values())))
+        documents = _unit(encode(list(given.documents.values())))
+        of = identity(seed, {"queries": given.queries, "grades": given.grades, "documents": len(given.documents)})
+        drawn = draws(of, len(queries), bootstrap)
+        ids = list(given.documents)
+        scores, intervals, resampled = _summary(exact_search(queries, documents, DEPTH), ids, given, drawn)
+        resampled["of"] = of
+        for form in forms:
+            rows, costs = measured(form, queries, documents, DEPTH)
+            means_of_form, intervals[form.name], resampled[form.name] = _summary(rows, ids, given, drawn)
+            scores[form.name] = means_of_form | costs
+        for key, value in zip(results, (scores, intervals, resampled), strict=True):
+            results[key][name] = value
+    return results
 
 
-def retrieval_files(folder: str | Path) -> RetrievalFiles:
-    """Where the three files of a BEIR folder are. Raises ValueError that names the one that is not there."""
-    names = (
-        ("corpus.jsonl", "corpus.jsonl.gz"),
-        ("queries.jsonl", "queries.jsonl.gz"),
-        ("qrels.tsv", "qrels/test.tsv"),
+def _summary(
+    rows: np.ndarray, ids: list[str], given: RetrievalSet, drawn: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The means, their intervals and the resamples of one search that found `rows` [q, count] for the set's queries."""
+    found = ([ids[row] for row in of_query if row >= 0] for of_query in rows)
+    by_query = [query_scores(documents, grades) for documents, grades in zip(found, given.grades.values(), strict=True)]
+    scores = {measure: np.array([score[measure] for score in by_query]) for measure in MEASURES}
+    resampled = {measure: means(values, drawn) for measure, values in scores.items()}
+    return (
+        {measure: float(values.mean()) for measure, values in scores.items()},
+        {measure: interval(values) for measure, values in resampled.items() if len(values)},
+        {COMPARED: resampled[COMPARED].round(5).tolist()},
     )
-    found = [next((path for name in either if (path := Path(folder) / name).is_file()), None) for either in names]
-    if not Path(folder).is_dir():
-        raise ValueError(f"no retrieval set at {folder}: no such folder")
-    missing = [" or ".join(either) for either, path in zip(names, found, strict=True) if path is None]
-    if missing:
-        raise ValueError(f"no retrieval set at {folder}: it has no {', no '.join(missing)}")
-    return RetrievalFiles(*(path for path in found if path is not None))
-
-
-def retrieval_scores(encode: Encode, folder: str | Path) -> dict[str, float]:
-    """Means over the queries, each in 0..1, of ndcg@10 (linear gains, as trec_eval), recall@10, recall@100 and mrr@10."""
-    files = retrieval_files(folder)
-    documents = {row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _read_jsonl(files.corpus)}
-    queries = {row["_id"]: row["text"] for row in _read_jsonl(files.queries)}
-    grades = _read_qrels(files.qrels)
-    unknown = grades.keys() - queries.keys()
-    if unknown:
-        raise ValueError(f"{files.qrels} judges query {min(unknown)!r}, which {files.queries} does not have")
-    if not grades or not documents:
-        raise ValueError(
-            f"no retrieval set at {folder}: {'the corpus is empty' if grades else 'no query has a relevant document'}"
-        )
-    document_ids = list(documents)
-    nearest = exact_search(encode([queries[query] for query in grades]), encode(list(documents.values())), 100)
-    scores = [query_scores([document_ids[row] for row in rows], of) for rows, of in zip(nearest, grades.values(), strict=True)]
-    return {measure: float(np.mean([score[measure] for score in scores])) for measure in scores[0]}
 
 
 def exact_search(queries: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the `count` documents of largest cosine to each query, nearest first: [q, d], [n, d] -> int64 [q, min(count, n)].
+    """Rows of the `count` documents of largest dot product with each query, largest first.
 
-    Equal cosines are in the order of the documents. Blocks of queries keep the scores under 256 MB.
+    float32 [q, d], [n, d] -> int64 [q, min(count, n)]. Equal ones are in the order of the documents. Blocks of queries keep the
+    scores under 256 MB.
     """
-    queries, documents = (unit(vectors).astype(np.float32) for vectors in (queries, documents))
     count = min(count, len(documents))
     block = max(1, 2**26 // len(documents))
     nearest = []
@@ -96,38 +105,7 @@ def _dcg(gains: list[int]) -> float:
     return float(np.sum(np.array(gains) / np.log2(np.arange(2, len(gains) + 2))))
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not (isinstance(row, dict) and isinstance(row.get("_id"), str) and isinstance(row.get("text"), str)):
-            raise ValueError(f"{path}, line {number} has no `_id` and `text` that are strings")
-        rows.append(row)
-    return rows
-
-
-def _read_qrels(path: Path) -> Grades:
-    grades: Grades = {}
-    for number, line in enumerate(_read_lines(path)[1:], start=2):
-        if not line.strip():
-            continue
-        try:
-            query, document, grade = line.split("\t")
-            if int(grade) > 0:
-                grades.setdefault(query, {})[document] = int(grade)
-        except ValueError:
-            raise ValueError(f"{path}, line {number} is not query id, document id and a whole grade between tabs") from None
-    return grades
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8").replace("\r\n", "\n").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """float32 [n, d], L2-normalised; a row of zeros stays one. No copy in float64: a corpus may be large."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    return np.ascontiguousarray(vectors / np.where(norms > 0, norms, 1)[:, None].astype(np.float32), dtype=np.float32)

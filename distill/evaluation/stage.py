@@ -11,8 +11,9 @@ from tqdm import tqdm
 from distill.config import RunConfig
 from distill.evaluation.encode import Encoder, encoder_of, throughput
 from distill.evaluation.fidelity import fidelity
-from distill.evaluation.report import table
-from distill.evaluation.sts import Pairs, read_sets, sts_scores
+from distill.evaluation.index import forms_of
+from distill.evaluation.report import tables
+from distill.evaluation.tasks import Encoded, Tasks, read_tasks
 from distill.export.card import model_card
 from distill.files import publish, write_json
 from distill.search import build_index
@@ -29,9 +30,11 @@ def evaluate_run(config: RunConfig) -> str:
     stage = stage_of(config, "evaluate")
     if not stage.inputs["export"]:
         raise ValueError(f"evaluate needs {config.run_dir / 'export'}, which is not finished: run the export stage first")
+    section = config.evaluate
+    forms = forms_of([], section.precision or [], section.rescore)
+    tasks = read_tasks(section.sts, section.retrieval or [], section.transfer or [], forms)
     stage.begin()
     held_out = _held_out(config)
-    sts = read_sets(config.evaluate.sts) if config.evaluate.sts is not None else {}
     reader = ShardReader(config.run_dir / "shards")
     speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
     results: dict[str, dict[str, Any]] = {}
@@ -43,7 +46,7 @@ def evaluate_run(config: RunConfig) -> str:
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
-        results |= _measure(config, name, encoder, held_out, sts, speed_sentences)
+        results |= _measure(config, name, encoder, held_out, tasks, speed_sentences)
     if trained_stages(config):
         build_index(config, reader, models[-1][1], stage.directory)
     write_json(stage.directory / "results.json", results)
@@ -51,7 +54,7 @@ def evaluate_run(config: RunConfig) -> str:
     for name in trained_stages(config):
         with publish(config.run_dir / "export" / name / "README.md") as file:
             file.write(model_card(config, name, text, results[name]).encode())
-    printed = table([{"model": name, **row} for name, row in results.items()])
+    printed = tables([{"model": name, **row} for name, row in results.items()])
     with publish(stage.directory / "table.txt") as file:
         file.write(printed.encode() + b"\n")
     stage.finish({"models": list(results), "index": models[-1][0]}, fingerprint(results))
@@ -72,19 +75,17 @@ def _measure(
     name: str,
     encoder: Encoder | Teacher,
     held_out: tuple[list[str], np.ndarray] | None,
-    sts: dict[str, Pairs],
+    tasks: Tasks,
     speed_sentences: list[str],
 ) -> dict[str, dict[str, Any]]:
     """The rows of one model: itself and, for HPD, its nested sizes, which are prefixes of the same vectors."""
     speed = throughput(encoder, speed_sentences)
     sizes = [encoder.dim] + ([*config.hpd.nested] if name == "hpd" else [])
     vectors = encoder(held_out[0]) if held_out is not None else None
+    sentences = tasks.sentences
+    encoded = Encoded(sentences, encoder(sentences)) if sentences else None
     rows: dict[str, dict[str, Any]] = {}
     for size in sizes:
-
-        def truncated(sentences: list[str], size: int = size) -> np.ndarray:
-            return encoder(sentences)[:, :size]
-
         row: dict[str, Any] = {
             "dim": size,
             "params": encoder.params,
@@ -93,7 +94,7 @@ def _measure(
         }
         if held_out is not None and vectors is not None:
             row["fidelity"] = fidelity(vectors[:, :size], held_out[1]) | {"sentences": len(vectors)}
-        if sts:
-            row |= sts_scores(truncated, sts)
+        if encoded is not None:
+            row |= tasks.measure(encoded.truncated(size))
         rows[name if size == encoder.dim else f"{name}-{size}"] = row
     return rows

@@ -6,8 +6,6 @@ over all pairs; pairs with no gold are dropped. STS13 is without SMT; SICK-R is 
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distill.evaluation.bootstrap import identity, interval
 from distill.evaluation.encode import Encode, unit
+from distill.evaluation.hub import read_rows
 from distill.evaluation.rank import bootstrap_spearman, spearman
+from distill.evaluation.tsv import read_tsv
 
 PAIRS = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICKR": 4927}
 """The sets in the usual order, each with its number of pairs that have gold."""
@@ -44,17 +45,8 @@ def read_sets(where: str | Path) -> dict[str, Pairs]:
 
 def read_hub(name: str, split: str) -> Pairs:
     """The pairs with gold of a set of HUB. Raises ValueError if it cannot be fetched."""
-    import datasets
-
-    where = f"the Hugging Face dataset {HUB[name]} (split {split})"
-    try:
-        rows = datasets.load_dataset(HUB[name], split=split)
-        columns = [rows[column] for column in ("sentence1", "sentence2", "score")]
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"cannot read {where}: {error}; without a connection, name a folder of .tsv.gz files instead"
-        ) from error
-    return _pairs(zip(*columns, strict=True), where)
+    rows = read_rows(HUB[name], ("sentence1", "sentence2", "score"), split=split)
+    return _pairs(rows, f"the Hugging Face dataset {HUB[name]} (split {split})")
 
 
 def read_dev(where: str | Path) -> Pairs | None:
@@ -79,8 +71,9 @@ def sts_scores(encode: Encode, sets: dict[str, Pairs], *, bootstrap: int = 1000,
     """Spearman x 100 of every set, with 95% percentile intervals from `bootstrap` resamples of the pairs.
 
     {"sts": {"STS12": 72.37, ..., "AVG": .., "AVG_OF": ["STS12", ..]}, "sts_ci": {"STS12": [low, high], ..., "AVG": [..]},
-     "sts_warnings": [..]}. A missing set is in none of them but the warnings; AVG is the plain mean of AVG_OF, which are
-    those of PAIRS that were measured.
+     "sts_resamples": {"AVG": [..], "of": ..}, "sts_warnings": [..]}. A missing set is in none of them but the warnings; AVG is
+    the plain mean of AVG_OF, which are those of PAIRS that were measured. Two models' resampled AVG are of the same resamples
+    if `of` is equal: compare.py takes their difference.
     """
     warnings = [f"{name} is missing: AVG is without it" for name in PAIRS if name not in sets]
     warnings += [
@@ -98,9 +91,14 @@ def sts_scores(encode: Encode, sets: dict[str, Pairs], *, bootstrap: int = 1000,
         resampled[name] = 100 * bootstrap_spearman(cosine, gold, bootstrap, rng)
     averaged = [name for name in scores if name in PAIRS]
     resampled["AVG"] = np.mean([resampled[name] for name in averaged], axis=0)
-    intervals = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items() if bootstrap}
     average = {"AVG": float(np.mean([scores[name] for name in averaged])), "AVG_OF": averaged}
-    return {"sts": scores | average, "sts_ci": intervals, "sts_warnings": warnings}
+    content = {name: [sets[name].first, sets[name].second, sets[name].gold.tolist()] for name in averaged}
+    return {
+        "sts": scores | average,
+        "sts_ci": {name: interval(values) for name, values in resampled.items() if bootstrap},
+        "sts_resamples": {"AVG": resampled["AVG"].round(3).tolist(), "of": identity(seed, content)},
+        "sts_warnings": warnings,
+    }
 
 
 def dev_score(encode: Encode, pairs: Pairs) -> float:
@@ -110,10 +108,7 @@ def dev_score(encode: Encode, pairs: Pairs) -> float:
 
 def read_pairs(path: Path) -> Pairs:
     """The pairs with gold of a gzipped TSV with the columns score, sentence1 and sentence2 (others are ignored)."""
-    try:
-        return _pairs(_rows(path), path)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    return _pairs(_rows(path), path)
 
 
 def _pairs(rows: Iterable[tuple[str, str, float | None]], where: str | Path) -> Pairs:
@@ -125,21 +120,13 @@ def _pairs(rows: Iterable[tuple[str, str, float | None]], where: str | Path) -> 
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, float]]:
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = {"score", "sentence1", "sentence2"} - set(reader.fieldnames or [])
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))} in its header line: {reader.fieldnames}")
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if row["sentence1"] is None or row["sentence2"] is None:
-                raise ValueError(f"{where}: the row is shorter than the header line")
-            if not row["score"].strip():
-                continue
-            try:
-                yield row["sentence1"], row["sentence2"], float(row["score"])
-            except ValueError:
-                raise ValueError(f"{where}: the score {row['score']!r} is not a number") from None
+    for where, (score, first, second) in read_tsv(path, ("score", "sentence1", "sentence2")):
+        if not score.strip():
+            continue
+        try:
+            yield first, second, float(score)
+        except ValueError:
+            raise ValueError(f"{where}: the score {score!r} is not a number") from None
 
 
 def _cosines(encode: Encode, sets: dict[str, Pairs]) -> dict[str, np.ndarray]:

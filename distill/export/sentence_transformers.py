@@ -1,52 +1,59 @@
-"""A student as a sentence-transformers folder: SentenceTransformer(path).encode gives the student's vectors."""
+"""A student as sentence-transformers' own modules: SentenceTransformer(path).encode gives the student's vectors."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WeightedLayerPooling
+from tokenizers import Tokenizer
 from torch import nn
 
-from distill.files import flush
 from distill.student import Student
-from distill.student.pooling import NEEDS_HIDDEN_STATES
+from distill.student.pooling import NEEDS_HIDDEN_STATES, SLICES
 
-LOWEST_COSINE = 0.9999
+TOKEN_POOLING = {
+    "mean": "mean",
+    "cls": "cls",
+    "pooler": "cls",  # and its dense + tanh after
+    "max": "max",
+    "first_last_mean": "mean",
+    "last2_mean": "mean",
+    "last4_mean": "mean",
+    "all_mean": "mean",
+    "last4_max": "max",
+}
+"""sentence-transformers' pooling over tokens for each of the student's; which layers, WeightedLayerPooling says before it."""
 
 
-def export_student(student_dir: Path, out: Path, *, card: str, check_on: Sequence[str]) -> None:
-    """Writes the student in `student_dir` to the folder `out`, whole or not at all, with `card` as its README.md.
+def check_pooling(pooling: str) -> None:
+    """Raises ValueError if sentence-transformers has no modules for a student's pooling."""
+    if pooling not in TOKEN_POOLING:
+        raise ValueError(
+            f"student.pooling {pooling} cannot be exported: sentence-transformers has no module for it;"
+            f" it has for {', '.join(TOKEN_POOLING)}"
+        )
 
-    Before it appears it is loaded again, and its vectors of `check_on` must agree with the student's to cosine 0.9999 at the
-    worst. Raises ValueError if they do not.
+
+def save_sentence_transformers(student: Student, student_dir: Path, folder: Path) -> None:
+    """Writes the student, which was loaded from `student_dir`, into `folder`, without a README.md.
+
+    tokenizer.json truncates and pads on its own, as the student's. Raises ValueError if a pooling has no module.
     """
-    student = Student.load(student_dir).eval()
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        model = SentenceTransformer(modules=_modules(student, student_dir), device="cpu", similarity_fn_name="cosine")
-        model.save(str(part), create_model_card=False)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        exported = SentenceTransformer(str(part), device="cpu", trust_remote_code=False)
-        worst = float((exported.encode(list(check_on), show_progress_bar=False) * student.encode(check_on)).sum(axis=1).min())
-        if not worst >= LOWEST_COSINE:
-            raise ValueError(f"the export of {student_dir} does not agree with the student: worst cosine {worst:.5f}")
-        for path in part.rglob("*"):
-            flush(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    flush(out.parent)
+    modules = _modules(student, student_dir)
+    model = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
+    model.save(str(folder), create_model_card=False)
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.enable_truncation(student.max_length)
+    padding = student.tokenizer
+    tokenizer.enable_padding(direction="right", pad_id=padding.pad_token_id, pad_token=padding.pad_token)
+    tokenizer.save(path)
 
 
 def _modules(student: Student, student_dir: Path) -> list[nn.Module]:
+    check_pooling(student.pooling)
     hidden = student.pooling in NEEDS_HIDDEN_STATES
     transformer = Transformer(
         str(student_dir),
@@ -61,8 +68,7 @@ def _modules(student: Student, student_dir: Path) -> list[nn.Module]:
         modules.append(
             WeightedLayerPooling(student.width, num_hidden_layers=depth, layer_start=1, layer_weights=nn.Parameter(weights))
         )
-    token_pooling = "cls" if student.pooling in ("cls", "pooler") else "mean"
-    modules.append(Pooling(student.width, pooling_mode=token_pooling))
+    modules.append(Pooling(student.width, pooling_mode=TOKEN_POOLING[student.pooling]))
     if student.pooling == "pooler":
         pooler = student.encoder.get_submodule("pooler.dense")
         assert isinstance(pooler, nn.Linear)
@@ -85,8 +91,8 @@ def _dense(linear: nn.Linear, activation: nn.Module) -> Dense:
 
 
 def layer_weights(pooling: str, depth: int) -> torch.Tensor:
-    """What share each of `depth` layers has in last4_mean or first_last_mean, [depth]."""
-    chosen = range(max(0, depth - 4), depth) if pooling == "last4_mean" else {0, depth - 1}
+    """What share each of `depth` layers has in a pooling of several layers, [depth]; they need not sum to 1."""
     weights = torch.zeros(depth)
-    weights[list(chosen)] = 1.0
+    for layer in SLICES[pooling](list(range(depth))):
+        weights[layer] = 1.0
     return weights

@@ -1,5 +1,3 @@
-import gzip
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +12,6 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from distill.evaluation import Encoder, encoder_of
 
-LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate.py"
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
@@ -31,17 +28,6 @@ def tiny(tmp_path_factory) -> Path:
     encoder = Transformer(str(folder / "plain"), max_seq_length=32)
     SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu").save(str(folder / "model"))
     return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [f"x\t{i % 6}\t{LETTERS[i] * 3} {LETTERS[i // 2]}\t{LETTERS[25 - i]} {LETTERS[i]}" for i in range(26)]
-    (folder / "stsb_test.tsv.gz").write_bytes(gzip.compress("\n".join(["subset\tscore\tsentence1\tsentence2", *rows]).encode()))
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": x, "text": x * 3}) + "\n" for x in LETTERS))
-    (folder / "queries.jsonl").write_text(json.dumps({"_id": "1", "text": "a b"}) + "\n")
-    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n")
-    return folder
 
 
 def test_vectors_come_in_the_callers_order_and_do_not_depend_on_company(tiny):
@@ -97,42 +83,3 @@ def test_a_hub_name_without_a_network_is_refused_at_once():
         [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
     )
     assert "ValueError: no model nobody/nothing: there is no such folder, and the hub cannot be reached" in done.stderr
-
-
-def evaluate(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(LAUNCHER), *map(str, args)], capture_output=True, text=True, timeout=300)
-
-
-def test_the_launcher_writes_results_and_prints_a_table(tiny, data, tmp_path):
-    out = tmp_path / "new" / "results.json"
-    done = evaluate("--model", tiny, "--sts", data, "--retrieval", data, "--out", out, "--truncate-dim", 16, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text())
-    assert (results["dim"], results["bytes_per_vector"]) == (16, 64)
-    assert results["sts"]["AVG_OF"] == ["STSB"]
-    assert set(results["retrieval"][data.name]) == {"ndcg@10", "recall@10", "recall@100", "mrr@10"}
-    assert "(1 sets)" in done.stdout
-    assert "STS16 is missing" in done.stderr
-    assert [path.name for path in out.parent.iterdir()] == ["results.json"]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"--model": "/no/such/model"}, "no model at /no/such/model"),
-        ({"--sts": "/no/such/sts"}, "no STS sets in /no/such/sts"),
-        ({"--retrieval": "/no/such/set"}, "no retrieval set at /no/such/set"),
-        ({"--out": "/"}, "is a folder"),
-        ({"--out": "/dev/null/no/file.json"}, "cannot write --out /dev/null/no/file.json"),
-        ({"--device": "teapot"}, "'teapot' is not a device"),
-        ({"--batch-size": "0"}, "--batch-size 0 must be 1 or more"),
-    ],
-)
-def test_the_launcher_says_what_is_wrong_in_one_line(tiny, data, tmp_path, wrong, message):
-    right = {"--model": tiny, "--sts": data, "--out": tmp_path / "results.json"}
-    done = evaluate(*(part for option in (right | wrong).items() for part in option))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())

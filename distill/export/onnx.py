@@ -1,0 +1,101 @@
+"""A student as one ONNX graph: pooling, head and normalisation are inside, so a tokenizer is all it needs beside.
+
+    input_ids, attention_mask    int64 [batch, length], both dynamic; padded on the right
+    sentence_embedding           float32 [batch, dim], L2-normalised
+
+Token types are no input: a student never sees more than one. torch's dynamo exporter is used, which keeps both dimensions
+symbolic or fails. The older one follows the example: its graphs of RoBERTa, MPNet, DistilBERT and T5 students ran on every
+shape, and on those other than the example's gave other vectors (cosines below 0.7).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.student import Student
+
+OPSET = 18
+LARGEST = 2**31 - 2**26  # bytes of weights: a protobuf file ends at 2 GiB, and the graph takes some of it
+
+
+class _Normalised(nn.Module):
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        vectors_bd = self.student({"input_ids": input_ids, "attention_mask": attention_mask})
+        return nn.functional.normalize(vectors_bd.float(), dim=-1)
+
+
+def onnx_graph(student: Student) -> Any:
+    """The student, float32, as an onnx.ModelProto of opset 18 whose bytes depend on the student alone.
+
+    Raises ValueError if the weights are too large for one file, or if torch cannot convert the encoder.
+    """
+    num_bytes = 4 * sum(parameter.numel() for parameter in student.parameters())
+    if num_bytes > LARGEST:
+        raise ValueError(f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which ends at 2 GiB")
+    example = torch.ones(2, 3, dtype=torch.int64)  # neither a batch nor a length of 1, which would be taken for constants
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with _eager_attention(student.encoder), _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                _Normalised(student).eval(),
+                (example, example.clone()),  # one tensor would become one input
+                input_names=["input_ids", "attention_mask"],
+                output_names=["sentence_embedding"],
+                dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            family = student.encoder.config.model_type
+            raise ValueError(
+                f"export.formats: torch {torch.__version__} cannot write a student of type {family} as ONNX"
+                f" ({str(error).splitlines()[0]}); leave export.formats empty"
+            ) from error
+    assert program is not None
+    return _bare(program.model_proto)
+
+
+@contextmanager
+def _eager_attention(encoder: Any) -> Iterator[None]:
+    """T5 views the result of torch's fused attention with strides that its decomposition has not; the others do not mind."""
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own internals and of torchvision's operators."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _bare(model: Any) -> Any:
+    """Without the exporter's notes, which quote source lines and the paths of this machine, in every node."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
