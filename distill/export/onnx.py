@@ -45,7 +45,7 @@ def onnx_graph(student: Student) -> Any:
         raise ValueError(f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which ends at 2 GiB")
     example = torch.ones(2, 3, dtype=torch.int64)  # neither a batch nor a length of 1, which would be taken for constants
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    with _eager_attention(student.encoder), _quiet(), torch.no_grad():
+    with _eager_attention(student.encoder), _quiet():
         try:
             program = torch.onnx.export(
                 _Normalised(student).eval(),

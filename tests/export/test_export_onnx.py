@@ -80,7 +80,11 @@ def test_in_8_bits_no_float_matrix_is_left_and_nothing_is_kept_twice(family):
     graph = onnx.load(str(family.folder / INT8)).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     assert not [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 2 * 6
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 2 * 6
+    for node in products:
+        settings = {each.name: each.i for each in node.attribute}
+        assert (settings["bits"], settings["block_size"], settings["accuracy_level"]) == (8, 32, 4)
     tables = [each for each in weights.values() if tuple(each.dims) == (120, 16)]
     assert [each.data_type for each in tables] == [onnx.TensorProto.INT8]
     assert set(weights) <= {name for node in graph.node for name in node.input}
