@@ -53,7 +53,7 @@ def evaluate_run(config: RunConfig) -> str:
     text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
     for name in trained_stages(config):
         with publish(config.run_dir / "export" / name / "README.md") as file:
-            file.write(model_card(config, name, text, results[name]).encode())
+            file.write(model_card(config, name, text, results[name], beside=results).encode())
     printed = tables([{"model": name, **row} for name, row in results.items()])
     with publish(stage.directory / "table.txt") as file:
         file.write(printed.encode() + b"\n")

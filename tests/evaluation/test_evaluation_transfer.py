@@ -5,9 +5,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from distill.evaluation import encoder_of, transfer_scores
-from distill.evaluation.transfer import read_transfer
+from distill.evaluation.encode import unit
+from distill.evaluation.transfer import STRENGTHS, Labelled, read_transfer
 
 Row = tuple[str, str]
 
@@ -76,6 +78,41 @@ def test_the_strength_is_chosen_on_dev_and_not_on_test(tmp_path):
     write(tmp_path / "test.tsv", shuffled(rows(100, seed=2)))
     after, _ = scores(tmp_path)
     assert after["C"] == before["C"] and after["accuracy"] < before["accuracy"]
+
+
+def noisy(count: int, seed: int) -> list[Row]:
+    """A third of the labels are wrong."""
+    given, other = rows(count, seed), shuffled(rows(count, seed), seed)
+    return [*other[: 2 * count // 3], *given[2 * count // 3 :]]
+
+
+def test_the_accuracy_is_that_of_a_regression_on_train_and_dev_with_the_strength_that_was_best_on_dev(tmp_path):
+    for number, name in enumerate(["train", "dev", "test"]):
+        write(tmp_path / f"{name}.tsv", noisy(120, seed=number))
+    given = read_transfer(tmp_path)
+    figures, _ = scores(tmp_path)
+
+    def accuracy(fitted: list[Labelled], strength: float, tested: Labelled) -> float:
+        texts = [text for part in fitted for text in part.texts]
+        labels = [label for part in fitted for label in part.labels]
+        model = LogisticRegression(C=strength, max_iter=500).fit(unit(encode(texts)), labels)
+        return model.score(unit(encode(tested.texts)), tested.labels)
+
+    on_dev = {strength: accuracy([given.train], strength, given.dev) for strength in STRENGTHS}
+    on_test = {strength: accuracy([given.train, given.dev], strength, given.test) for strength in STRENGTHS}
+    assert figures["C"] == max(on_dev, key=lambda strength: on_dev[strength])
+    assert figures["accuracy"] == pytest.approx(on_test[figures["C"]])
+    assert figures["C"] != STRENGTHS[0] and on_test[figures["C"]] != on_test[STRENGTHS[0]]  # else it would not show
+
+
+def test_the_tenth_that_chooses_the_strength_is_not_trained_on(tmp_path):
+    """On what it is fitted to, the weakest penalty is best; on other noise, no better than any."""
+    chosen = []
+    for seed in range(8):
+        write(tmp_path / "train.tsv", shuffled(rows(100, seed), seed))
+        write(tmp_path / "test.tsv", rows(20, seed))
+        chosen.append(scores(tmp_path)[0]["C"])
+    assert np.median(chosen) <= STRENGTHS[1], chosen
 
 
 def test_figures_repeat(tmp_path):
