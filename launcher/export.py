@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Writes every trained student of a run as a sentence-transformers folder under runs/NAME/export.
 
-python launcher/export.py --config configs/quickstart.yaml
+    python launcher/export.py --config configs/quickstart.yaml [export.formats='[onnx, onnx-int8]']
+
+With export.formats the folder also holds onnx/model.onnx and onnx/model_int8.onnx. Every file is compared with the student on
+1,000 sentences before it appears.
 """
 
 from __future__ import annotations

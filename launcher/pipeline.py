@@ -30,9 +30,12 @@ PATIENCE = 20.0  # seconds that the other processes of a stage have to end once 
 
 
 def main() -> int:
+    from distill.export.formats import require_packages
     from distill.stages import open_run, stage_of
 
     config = command.config_of(arguments)
+    if "export" in config.stages:
+        require_packages(config.export.formats)
     open_run(config)
     stop = StopRequest(config.run_dir / "STOP")
     signals = Signals(stop)

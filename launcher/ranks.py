@@ -89,7 +89,7 @@ def ending_together(folder: Path, device: Any, timeout: float, goes_on: Callable
     except Exception as error:
         if comes_from_a_collective(error) or isinstance(error, FailedElsewhere):
             message = watch.diagnose(str(error).splitlines()[0], timeout)
-            if message and watch.say(1):
+            if message:
                 print(f"error: {message}; {goes_on()}", file=sys.stderr, flush=True)
                 raise command.Ended(1) from None
             raise command.Ended(watch.said or 1) from None

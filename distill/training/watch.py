@@ -21,6 +21,7 @@ from typing import Any
 
 from distill.process import is_here, state_of, this_process
 
+Record = dict[str, Any]  # what a rank writes of itself
 RECORD_BYTES = 1024
 BEAT = 1.0
 SILENCE = 6.0  # a heart that has not beaten for so many seconds has stopped
@@ -37,7 +38,7 @@ class Watch:
         self._folder = folder
         self._process = this_process()
         self._is_left = False
-        self._seen: dict[int, dict[str, Any]] = {number: _unknown(number) for number in range(world_size)}
+        self._seen: dict[int, Record] = {number: _unknown(number) for number in range(world_size)}
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self._beat()
@@ -65,43 +66,47 @@ class Watch:
         return True
 
     def diagnose(self, failure: str, timeout: float) -> str:
-        """What became of the others, to be called where a collective failed with `failure`; '' if another rank has said it.
+        """What became of the others, to be called where a collective failed with `failure`; '' if another rank says it.
 
         Takes up to SILENCE seconds. Ranks that are stopped on this machine are killed: they would stay behind, since what ends
-        the rest, a launcher's SIGTERM, does not reach them.
+        the rest, a launcher's SIGTERM, does not reach them. That comes after `say`, or another rank would find them killed.
         """
         self._is_left = True
         self._beat()
-        where, limit = f"after step {self.step}", f"{timeout:g} s (engine.timeout)"
         since, first = time.monotonic(), self._records()
         while self.said is None:
-            others = [record for record in self._records() if record["rank"] != self.rank]
-            running = [record for record in others if not record["is_left"]]
-            if gone := [record for record in others if _state(record) == ""]:
-                return (
-                    f"{where}: lost {_names(gone)}: killed (for want of memory? dmesg tells) or crashed (its last lines tell)"
-                )
-            if stopped := [record for record in running if _state(record) in ("T", "t")]:
-                _kill(stopped)
-                return f"{where}: lost {_names(stopped)}: stopped (SIGSTOP), no answer for {limit}"
-            if not running:
-                hosts = ", ".join(sorted({str(record["host"]) for record in [self._process, *others]}))
-                return f"{where}: all ranks run, but none hears another: the network between them is cut ({hosts}; {failure})"
-            if time.monotonic() - since > SILENCE:
-                if silent := [record for record in running if record.get("beat") == first[record["rank"]].get("beat")]:
-                    _kill(silent)
-                    return (
-                        f"{where}: lost {_names(silent)}: no heartbeat, no answer for {limit}: it hangs, or its machine is down"
-                        " or cut off"
-                    )
-                return (
-                    f"{where}: rank {self.rank} has waited {limit} for {_names(running)}, which still runs: the network between"
-                    " them is cut, or its work takes longer (then raise engine.timeout)"
-                )
+            message, ended = self._look(failure, timeout, first, time.monotonic() - since > SILENCE)
+            if message:
+                if not self.say(1):
+                    break
+                _kill(ended)
+                return f"after step {self.step}: {message}"
             time.sleep(0.1)
         return ""
 
-    def _records(self) -> list[dict[str, Any]]:
+    def _look(self, failure: str, timeout: float, first: list[Record], is_late: bool) -> tuple[str, list[Record]]:
+        """What can be said now, '' for nothing yet, and the ranks to be killed; `first`: the records SILENCE seconds ago."""
+        limit = f"{timeout:g} s (engine.timeout)"
+        others = [record for record in self._records() if record["rank"] != self.rank]
+        running = [record for record in others if not record["is_left"]]
+        if gone := [record for record in others if _state(record) == ""]:
+            return f"lost {_names(gone)}: killed (for want of memory? dmesg tells) or crashed (its last lines tell)", []
+        if stopped := [record for record in running if _state(record) in ("T", "t")]:
+            return f"lost {_names(stopped)}: stopped (SIGSTOP), no answer for {limit}", stopped
+        if not running:
+            hosts = ", ".join(sorted({str(record["host"]) for record in [self._process, *others]}))
+            return f"all ranks run, but none hears another: the network between them is cut ({hosts}; {failure})", []
+        if not is_late:
+            return "", []
+        if silent := [record for record in running if record.get("beat") == first[record["rank"]].get("beat")]:
+            hangs = "it hangs, or its machine is down or cut off"
+            return f"lost {_names(silent)}: no heartbeat, no answer for {limit}: {hangs}", silent
+        return (
+            f"rank {self.rank} has waited {limit} for {_names(running)}, which still runs: the network between them is cut, or"
+            " its work takes longer (then raise engine.timeout)"
+        ), []
+
+    def _records(self) -> list[Record]:
         """What each rank has last written."""
         for rank in range(self.world_size):
             self._seen[rank] = _read(self._folder / f"{rank}.json") or self._seen[rank]
@@ -125,29 +130,29 @@ class Watch:
                 os._exit(code)
 
 
-def _unknown(rank: int) -> dict[str, Any]:
+def _unknown(rank: int) -> Record:
     """What is known of a rank that has not written yet."""
     return {"rank": rank, "is_left": False}
 
 
-def _names(records: list[dict[str, Any]]) -> str:
+def _names(records: list[Record]) -> str:
     """rank 1 (pid 4711 on node3), ..."""
     known = [f"rank {r['rank']}" + (f" (pid {r['pid']} on {r['host']})" if "pid" in r else "") for r in records[:4]]
     return ", ".join(known) + (f" and {len(records) - 4} more" if len(records) > 4 else "")
 
 
-def _state(record: dict[str, Any]) -> str:
+def _state(record: Record) -> str:
     """The kernel's letter for the state of a rank; '' if it is gone, ? where that cannot be seen from here."""
     return state_of(record) if "pid" in record and is_here(record) else "?"
 
 
-def _kill(records: list[dict[str, Any]]) -> None:
+def _kill(records: list[Record]) -> None:
     for record in records:
         if _state(record) not in ("", "?"):
             os.kill(record["pid"], signal.SIGKILL)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Record | None:
     """The object in a file that is written in place; None if it is not there, or is being written."""
     try:
         return json.loads(path.read_text())

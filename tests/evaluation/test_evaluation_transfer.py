@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from distill.evaluation import encoder_of, transfer_scores
+from distill.evaluation import encoder_of, transfer, transfer_scores
 from distill.evaluation.encode import unit
 from distill.evaluation.transfer import STRENGTHS, Labelled, read_transfer
 
@@ -105,14 +105,27 @@ def test_the_accuracy_is_that_of_a_regression_on_train_and_dev_with_the_strength
     assert figures["C"] != STRENGTHS[0] and on_test[figures["C"]] != on_test[STRENGTHS[0]]  # else it would not show
 
 
-def test_the_tenth_that_chooses_the_strength_is_not_trained_on(tmp_path):
-    """On what it is fitted to, the weakest penalty is best; on other noise, no better than any."""
-    chosen = []
-    for seed in range(8):
-        write(tmp_path / "train.tsv", shuffled(rows(100, seed), seed))
-        write(tmp_path / "test.tsv", rows(20, seed))
-        chosen.append(scores(tmp_path)[0]["C"])
-    assert np.median(chosen) <= STRENGTHS[1], chosen
+@pytest.mark.parametrize("parts", [("train",), ("train", "test"), ("train", "dev", "test")])
+def test_no_row_is_ever_trained_on_and_tested_by_the_same_regression(tmp_path, monkeypatch, parts):
+    fits = []
+
+    def recorded(train, test, strengths):
+        fits.append((set(train.vectors[:, 0].tolist()), set(test.vectors[:, 0].tolist())))
+        return [np.ones(len(test.labels), dtype=bool) for _ in strengths]
+
+    monkeypatch.setattr(transfer, "_named_rightly", recorded)
+    for number, name in enumerate(parts):
+        write(tmp_path / f"{name}.tsv", [(str(row % 2), str(100 * number + row)) for row in range(40)])
+
+    def angles(texts: list[str]) -> np.ndarray:
+        """Unit vectors, each with a first dimension of its own."""
+        return np.array([[np.cos(int(text) / 200), np.sin(int(text) / 200)] for text in texts], dtype=np.float32)
+
+    transfer_scores(angles, {"made": read_transfer(tmp_path)}, bootstrap=0)
+    assert len(fits) == (2 if "test" in parts else 20)
+    for trained, tested in fits:
+        assert trained and tested and not trained & tested
+    assert len(set.union(*(tested for _, tested in fits[1::2]))) == 40  # every row of what is tested, once
 
 
 def test_figures_repeat(tmp_path):

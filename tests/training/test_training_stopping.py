@@ -222,6 +222,19 @@ def test_of_many_ranks_one_says_what_happened(tmp_path):
     assert {code for _, code in found.values()} == {speaker + 3}
 
 
+def test_of_many_ranks_that_find_one_stopped_one_says_so_and_none_that_it_was_killed(tmp_path):
+    def stop_or_diagnose(watch: Watch) -> str:
+        if watch.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return watch.diagnose("Timed out waiting", 60)
+
+    (stopped, *_), results = in_processes(tmp_path, *[stop_or_diagnose] * 8)
+    said = sorted(message for _, message in (results.get(timeout=SILENCE + 5) for _ in range(7)))
+    assert said[:6] == [""] * 6 and "lost rank 0" in said[6] and "stopped (SIGSTOP)" in said[6], said
+    stopped.join(5)
+    assert stopped.exitcode == -signal.SIGKILL
+
+
 def test_a_rank_that_works_longer_than_the_timeout_is_told_from_one_that_hangs(tmp_path):
     processes, results = in_processes(
         tmp_path, lambda watch: time.sleep(60), lambda watch: watch.diagnose("Timed out waiting", 60)
