@@ -30,6 +30,7 @@ Pooling = Literal[
     "concat_last4_mean",
 ]
 Precision = Literal["fp32", "bf16", "auto"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TRAINING_STAGES = ("ckd", "simcse", "finetune", "hpd")
 
 
@@ -350,8 +351,14 @@ class SearchConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under runs_dir")
+    name: str = Field(pattern=NAME, description="the run's directory under runs_dir")
     runs_dir: Path = Path("runs")
+    shards_from: str | None = Field(
+        None,
+        pattern=NAME,
+        description="the run under runs_dir that holds the text and the shards, made there if need be; null: this one. For"
+        " several students of one teacher and text",
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     stages: list[Literal["precompute", "ckd", "simcse", "finetune", "hpd", "export", "evaluate"]] = Field(
         default=["precompute", "ckd", "finetune", "hpd", "export", "evaluate"], description="what pipeline.py runs"
@@ -392,13 +399,23 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         return self.runs_dir / self.name
 
+    @property
+    def precompute_dir(self) -> Path:
+        return self.runs_dir / (self.shards_from or self.name) / "precompute"
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads `path`, its base, and `key=value` overrides into a validated RunConfig.
+    @property
+    def shards_dir(self) -> Path:
+        return self.precompute_dir.with_name("shards")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, over: Path | None = None) -> RunConfig:
+    """Reads `path` and its base, another YAML `over` it, and `key=value` overrides over both into a validated RunConfig.
 
     Raises ConfigError with the file, the key, what is allowed and, for an unknown key, the nearest known one.
     """
     tree = _read_yaml(Path(path))
+    if over is not None:
+        tree = _merge(tree, _read_yaml(over))
     for override in overrides or []:
         key, equals, value = override.partition("=")
         if not equals or not key:

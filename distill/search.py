@@ -62,7 +62,7 @@ def open_indices(config: RunConfig) -> tuple[Index, Index]:
     path = config.run_dir / "evaluate" / "index.npy"
     if not (path.with_name("DONE.json").is_file() and path.is_file()):
         raise ValueError(f"nothing to search in {config.run_dir}: no {path}; run the pipeline to its evaluate stage first")
-    reader = ShardReader(config.run_dir / "shards")
+    reader = ShardReader(config.shards_dir)
     compact = np.load(path, allow_pickle=False)
     return Index(compact, reader), Index(reader.vectors(np.arange(len(compact))), reader)
 

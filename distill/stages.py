@@ -93,13 +93,13 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     parts: dict[str, Any] = {"seed": config.seed}
     inputs: dict[str, str] = {}
     if name == "precompute":
-        parts |= {"text": config.text, "teacher": config.teacher, "shards": config.shards}
+        parts = {"text": config.text, "teacher": config.teacher, "shards": config.shards}
         inputs |= {path: f"{size} bytes" for path, size in source_files(config)}
     elif name in TRAINING_STAGES:
         section = getattr(config, name)
         parts |= {"student": config.student, name: section, "precision": config.engine.precision}
         parts |= {"evaluate": {"dev_sentences": config.evaluate.dev_sentences, "num_held_out": config.evaluate.num_held_out}}
-        inputs["shards"] = _digest(run_dir / "shards" / "manifest.json")
+        inputs["shards"] = _digest(config.shards_dir / "manifest.json")
         if name != "ckd" and section.init != "student":
             inputs[section.init] = fingerprint_of(run_dir / section.init)
         if name == "finetune" and section.triplets and Path(section.triplets).is_file():
@@ -109,11 +109,12 @@ def stage_of(config: RunConfig, name: str) -> Stage:
         inputs |= {stage: fingerprint_of(run_dir / stage) for stage in trained_stages(config)}
     elif name == "evaluate":
         parts |= {"evaluate": config.evaluate, "search": config.search, "sizes": config.hpd.nested}
-        inputs |= {"export": fingerprint_of(run_dir / "export"), "shards": _digest(run_dir / "shards" / "manifest.json")}
+        inputs |= {"export": fingerprint_of(run_dir / "export"), "shards": _digest(config.shards_dir / "manifest.json")}
     else:
         raise ValueError(f"no stage is called {name}")
-    product = run_dir / "shards" / "manifest.json" if name == "precompute" else None
-    return Stage(name, run_dir / name, _plain(parts), inputs, product)
+    if name == "precompute":
+        return Stage(name, config.precompute_dir, _plain(parts), inputs, product=config.shards_dir / "manifest.json")
+    return Stage(name, run_dir / name, _plain(parts), inputs)
 
 
 def trained_stages(config: RunConfig) -> list[str]:

@@ -34,7 +34,7 @@ def main() -> int:
     open_run(config)
     reason = stage_of(config, "precompute").reason_to_run()
     if reason is None:
-        print(f"precompute: done already ({config.run_dir / 'shards'})")
+        print(f"precompute: done already ({config.shards_dir})")
         return 0
     if arguments.text_only:
         prepare(config)
@@ -49,7 +49,7 @@ def main() -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", local % torch.cuda.device_count())
     amp = autocast_dtype(config.teacher.precision, device)
-    heartbeats = config.run_dir / ".precompute.ranks"
+    heartbeats = config.precompute_dir.with_name(".precompute.ranks")
     with ending_together(heartbeats, device, config.engine.timeout, lambda: command.GOES_ON) if spread else nullcontext():
         whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))
     if not whole and rank == 0:

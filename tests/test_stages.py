@@ -168,6 +168,15 @@ def test_a_text_of_another_size_makes_a_finished_precompute_run_and_be_refused_b
     assert sorted((config.run_dir / "shards").glob("*.tar")) == shards and shards
 
 
+def test_runs_that_take_their_shards_from_one_embed_them_once_whatever_their_seed(tmp_path, tiny_encoder):
+    first, second = (config_of(tmp_path, tiny_encoder, "shards_from=base", f"name=seed{n}", f"seed={n}") for n in range(2))
+    assert stage_of(second, "precompute").reason_to_run() == "not run yet"
+    assert run_precompute(first, torch.device("cpu"), None)
+    assert stage_of(second, "precompute").reason_to_run() is None
+    assert stage_of(first, "ckd").inputs["shards"] == stage_of(second, "ckd").inputs["shards"] != ""
+    assert (first.runs_dir / "base/shards/manifest.json").is_file() and not first.run_dir.exists()
+
+
 def test_a_triplets_file_of_another_size_makes_finetuning_run(tmp_path, tiny_encoder):
     triplets = tmp_path / "triplets.tsv"
     triplets.write_text("anchor\tpositive\thard_negative\na\tb\tc\n")

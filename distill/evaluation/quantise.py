@@ -52,6 +52,19 @@ class Int8:
         return codes @ (query * self.step) + query @ self.low
 
 
+def stored(vectors: np.ndarray, precision: Precision, calibration: np.ndarray) -> np.ndarray:
+    """What is left of vectors [n, d] once they were stored in a precision: float32 [n, d], not normalised anew.
+
+    int8 takes its ranges from the vectors `calibration` [m, d], as an index does that is built before all documents are known.
+    """
+    if precision == "binary":
+        return signs(sign_bits(vectors), vectors.shape[1])
+    if precision == "int8":
+        int8 = Int8.of_range(calibration)
+        return int8.decode(int8.encode(vectors))
+    return vectors.astype(np.float16 if precision == "float16" else np.float32).astype(np.float32)
+
+
 def sign_bits(vectors: np.ndarray) -> np.ndarray:
     """float [n, d] -> uint8 [n, ceil(d / 8)], a bit a dimension: 1 above zero; the last byte is filled up with zeros."""
     return np.packbits(vectors > 0, axis=1)

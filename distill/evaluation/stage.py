@@ -35,13 +35,13 @@ def evaluate_run(config: RunConfig) -> str:
     tasks = read_tasks(section.sts, section.retrieval or [], section.transfer or [], forms)
     stage.begin()
     held_out = _held_out(config)
-    reader = ShardReader(config.run_dir / "shards")
+    reader = ShardReader(config.shards_dir)
     speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
     results: dict[str, dict[str, Any]] = {}
     models: list[tuple[str, Encoder | Teacher]] = []
     if config.teacher.model is not None and config.teacher.placement != "zero3":  # that one fits no single process
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        offload = config.run_dir / "precompute" / "offload"
+        offload = config.precompute_dir / "offload"
         models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
@@ -50,7 +50,7 @@ def evaluate_run(config: RunConfig) -> str:
     if trained_stages(config):
         build_index(config, reader, models[-1][1], stage.directory)
     write_json(stage.directory / "results.json", results)
-    text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
+    text = read_json(config.precompute_dir / "text" / "manifest.json")
     for name in trained_stages(config):
         with publish(config.run_dir / "export" / name / "README.md") as file:
             file.write(model_card(config, name, text, results[name], beside=results).encode())
@@ -62,7 +62,7 @@ def evaluate_run(config: RunConfig) -> str:
 
 
 def _held_out(config: RunConfig) -> tuple[list[str], np.ndarray] | None:
-    path = config.run_dir / "shards" / "held_out"
+    path = config.shards_dir / "held_out"
     if not (path / "manifest.json").exists():
         return None
     reader = ShardReader(path)

@@ -28,8 +28,8 @@ def export_run(config: RunConfig) -> dict[str, str]:
         if not found:
             raise ValueError(f"export needs {config.run_dir / name}, which is not finished: run that stage first")
     check_pooling(config.student.pooling)
-    text = read_json(config.run_dir / "precompute" / "text" / "manifest.json")
-    reader = ShardReader(config.run_dir / "shards")
+    text = read_json(config.precompute_dir / "text" / "manifest.json")
+    reader = ShardReader(config.shards_dir)
     check_on = reader.texts(list(range(min(NUM_CHECKED, len(reader)))))
     stage.begin()
     folders: dict[str, str] = {}

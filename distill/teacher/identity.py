@@ -61,7 +61,7 @@ def check_teacher(config: RunConfig, manifest: Manifest) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{config.run_dir / 'shards'} was made by another teacher ({'; '.join(changed)}):"
+            f"{config.shards_dir} was made by another teacher ({'; '.join(changed)}):"
             " use another name= for this teacher, or put the config back"
         )
 

@@ -78,8 +78,9 @@ def prepare(config: RunConfig) -> dict[str, Any]:
 @contextmanager
 def _locked(config: RunConfig) -> Iterator[None]:
     """Of tasks that start together, one at a time; a killed one holds the lock no longer."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    with (config.run_dir / ".precompute.lock").open("w") as lock:
+    run_dir = config.precompute_dir.parent
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".precompute.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -88,10 +89,10 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
     stage = stage_of(config, "precompute")
     begun = read_json(stage.directory / "BEGUN.json")
     changes = stage.changes_since(begun) if begun is not None else []
-    if changes and any((config.run_dir / "shards").rglob("*.tar")):
+    if changes and any(config.shards_dir.rglob("*.tar")):
         raise ValueError(
-            f"{config.run_dir} was begun with another text or teacher ({'; '.join(changes)}): put the config back to go on with"
-            f" it, use another name=, or delete {stage.directory} and {config.run_dir / 'shards'}"
+            f"{stage.directory.parent} was begun with another text or teacher ({'; '.join(changes)}): put the config back to"
+            f" go on with it, use another name=, or delete {stage.directory} and {config.shards_dir}"
         )
     if changes or begun is None:
         (stage.directory / "BEGUN.json").unlink(missing_ok=True)  # so that begin() clears the rest at once
@@ -117,20 +118,20 @@ def identify(config: RunConfig, amp: torch.dtype | None) -> dict[str, Any]:
 
     Raises ValueError where it has changed since then, or where this processor would run it in another precision.
     """
-    path = config.run_dir / "precompute" / "teacher.json"
+    path = config.precompute_dir / "teacher.json"
     with _locked(config):
         known = read_json(path) or {}
         identity, digests = teacher_identity(config.teacher, "fp32" if amp is None else "bf16", known.get("digests"))
         begun_as = known.get("identity", identity)
         if begun_as["precision"] != identity["precision"]:
             raise ValueError(
-                f"{config.run_dir / 'shards'} was begun in {begun_as['precision']}, and this processor would run the teacher in"
+                f"{config.shards_dir} was begun in {begun_as['precision']}, and this processor would run the teacher in"
                 f" {identity['precision']}: set teacher.precision={begun_as['precision']}, or use processors of one kind"
             )
         if begun_as != identity:
             raise ValueError(
-                f"the teacher's files have changed since {config.run_dir / 'shards'} was begun; put them back, use another"
-                f" name=, or delete {config.run_dir / 'shards'} and {path.parent}"
+                f"the teacher's files have changed since {config.shards_dir} was begun; put them back, use another"
+                f" name=, or delete {config.shards_dir} and {path.parent}"
             )
         if not known:
             write_json(path, {"identity": identity, "digests": digests})
@@ -149,7 +150,7 @@ def open_source(config: RunConfig, device: torch.device, amp: torch.dtype | None
         return imported
     from distill.teacher.encoder import Teacher
 
-    return Teacher(config.teacher, device, amp, offload=config.run_dir / "precompute" / "offload")
+    return Teacher(config.teacher, device, amp, offload=config.precompute_dir / "offload")
 
 
 def encode_missing(
@@ -203,7 +204,7 @@ def encode_missing(
 
 def _read_pieces(config: RunConfig, sets: list[ShardSet], source: Source, claims: Claims, timing: Timing) -> Iterator[Piece]:
     """The pieces that fall to this task, read and tokenised."""
-    texts = config.run_dir / "precompute" / "text"
+    texts = config.precompute_dir / "text"
     of_folder = {shards.folder: shards for shards in sets}
     for folder, index, claim in _as_rank_0(dealt(claims, lambda: all_missing(sets))):
         name, entry = of_folder[folder].names[index], of_folder[folder].entries[index]
@@ -284,7 +285,7 @@ def finish_set(config: RunConfig, text: dict[str, Any], identity: dict[str, Any]
 
 def shard_sets(config: RunConfig, text: dict[str, Any]) -> list[ShardSet]:
     """The held-out set, if there is one, and the training set: the small piece first, so that encoding begins at once."""
-    shards = config.run_dir / "shards"
+    shards = config.shards_dir
     sets = [ShardSet(shards, [entry["name"] for entry in text["pieces"]], text["pieces"])]
     if text["held_out"]["rows"]:
         sets.insert(0, ShardSet(shards / "held_out", ["held_out"], [text["held_out"]]))
@@ -326,5 +327,5 @@ def run_precompute(
 def log_task(config: RunConfig, timing: Timing) -> None:
     """Adds a line to precompute/tasks.jsonl: what this task did and where its time went."""
     line = {"host": socket.gethostname(), "pid": os.getpid(), "ended": round(time.time()), **timing.figures()}
-    with (config.run_dir / "precompute" / "tasks.jsonl").open("a") as file:
+    with (config.precompute_dir / "tasks.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

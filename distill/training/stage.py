@@ -88,7 +88,7 @@ def run_stage(
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:
     """What the stage reads is there and fits; found before anything heavy. Raises ValueError naming what to run first."""
-    shards = ShardReader(config.run_dir / "shards", verify=False)
+    shards = ShardReader(config.shards_dir, verify=False)
     check_teacher(config, shards.manifest)
     for name, fingerprint in stage.inputs.items():
         if not fingerprint:
@@ -101,7 +101,7 @@ def check_inputs(config: RunConfig, stage: Stage) -> None:
 
 def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.device, amp: torch.dtype | None) -> Recipe:
     """The module and data of a stage on this rank."""
-    reader = ShardReader(config.run_dir / "shards")
+    reader = ShardReader(config.shards_dir)
     train: TrainConfig = getattr(config, name)
     torch.manual_seed(config.seed)  # new weights, such as the projection's
     student = build_student(config, name)
@@ -178,7 +178,7 @@ def teacher_space(config: RunConfig, init: str, student: Student, reader: ShardR
 
 def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:
     """The dev evaluation over the held-out shards; None if nothing was held out."""
-    path = config.run_dir / "shards" / "held_out"
+    path = config.shards_dir / "held_out"
     if not (path / "manifest.json").exists():
         return None
     held_out = ShardReader(path)

@@ -109,9 +109,8 @@ def spoil_and_train(path, overrides, spoiled):
 
 def new_run(embedded, name, stage):
     run = embedded.parent / "runs" / name
-    run.mkdir()
-    (run / "shards").symlink_to(embedded.parent / "runs/tiny/shards")
-    return run, [f"name={name}", f"engine.deepspeed=configs/deepspeed/zero{stage}.json", "engine.max_skipped=3"]
+    engine = [f"engine.deepspeed=configs/deepspeed/zero{stage}.json", "engine.max_skipped=3"]
+    return run, [f"name={name}", "shards_from=tiny", *engine]
 
 
 @pytest.mark.slow

@@ -96,9 +96,8 @@ def train(path, *overrides):
 def test_questions_of_a_trained_student_find_the_vectors_that_the_teacher_stored(run, how):
     path, config = run
     base = config.run_dir.parent
-    (base / how).mkdir()
-    (base / how / "shards").symlink_to(config.run_dir / "shards")
-    on_ranks(1, train, path, f"name={how}", f"ckd.projection={how}", "ckd.max_steps=30", "ckd.epochs=5", "ckd.save_every=100")
+    own = [f"name={how}", f"shards_from={config.name}"]
+    on_ranks(1, train, path, *own, f"ckd.projection={how}", "ckd.max_steps=30", "ckd.epochs=5", "ckd.save_every=100")
     folder = base / how / "ckd/student"
     reader = ShardReader(config.run_dir / "shards")
     rows = np.arange(200)

@@ -1,0 +1,102 @@
+"""Which models a study measures: the teacher, each student before it was trained, and what every stage made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distill.config import RunConfig
+from distill.evaluation.encode import Encode, encoder_of
+from distill.precision import autocast_dtype
+from distill.shards import ShardReader, fingerprint
+from distill.stages import fingerprint_of, read_json, trained_stages
+from distill.teacher.encoder import Teacher
+from distill.training.stage import build_student
+
+
+class Loaded(NamedTuple):
+    """encode: sentences to float32 [n, d]. params: of the whole model. timed: whether its speed is worth measuring."""
+
+    encode: Encode
+    params: int
+    timed: bool = True
+
+
+class Model(NamedTuple):
+    """What gives rows of the table.
+
+    name    of its row; a smaller size is NAME-64, a size by PCA NAME-pca-64
+    origin  the row that it was made from, if any
+    of      what changes when it does
+    nested  sizes below its own, by truncation
+    pca     sizes below its own, by the PCA of its vectors
+    minutes its training took
+    """
+
+    name: str
+    origin: str | None
+    of: str
+    load: Callable[[], Loaded]
+    nested: Sequence[int] = ()
+    pca: Sequence[int] = ()
+    minutes: float | None = None
+
+
+def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Model]:
+    """All models, in the table's order; those of runs that have not been exported yet are left out."""
+    first = configs[0]
+    sizes = sorted({size for config in configs if "hpd" in config.stages for size in _sizes(config)}, reverse=True)
+    of = fingerprint({"teacher": ShardReader(first.shards_dir, verify=False).manifest.teacher})
+    yield Model("teacher", None, of, lambda: _teacher(first, device), pca=sizes)
+    untrained: dict[str, str] = {}
+    for config in configs:
+        start = fingerprint({"student": config.student.model_dump(mode="json"), "seed": config.seed, "teacher": of})
+        if start not in untrained:
+            untrained[start] = f"{config.name}-untrained"
+            yield Model(untrained[start], None, start, lambda config=config: _untrained(config, device))  # type: ignore[misc]
+        if not fingerprint_of(config.run_dir / "export"):
+            continue
+        for stage in trained_stages(config):
+            init = None if stage == "ckd" else getattr(config, stage).init
+            done = read_json(config.run_dir / stage / "DONE.json") or {}
+            compressed = "hpd" in config.stages and config.hpd.init == stage
+            yield Model(
+                name_of(config, stage),
+                untrained[start] if init in (None, "student") else name_of(config, init),
+                fingerprint_of(config.run_dir / stage),
+                lambda folder=config.run_dir / "export" / stage: _exported(str(folder), device),  # type: ignore[misc]
+                nested=_sizes(config)[1:] if stage == "hpd" else (),
+                pca=_sizes(config) if compressed else (),
+                minutes=done["results"]["seconds"] / 60,
+            )
+
+
+def name_of(config: RunConfig, stage: str) -> str:
+    """The row of a stage: that of CKD is called as its config."""
+    return config.name if stage == "ckd" else f"{config.name}-{stage}"
+
+
+def _sizes(config: RunConfig) -> list[int]:
+    return sorted({config.hpd.dim, *config.hpd.nested}, reverse=True)
+
+
+def _teacher(config: RunConfig, device: torch.device) -> Loaded:
+    teacher = Teacher(config.teacher, device, autocast_dtype(config.teacher.precision, device))
+    return Loaded(teacher, teacher.params)
+
+
+def _exported(folder: str, device: torch.device) -> Loaded:
+    encoder = encoder_of(folder, device=str(device))
+    return Loaded(encoder, encoder.params)
+
+
+def _untrained(config: RunConfig, device: torch.device) -> Loaded:
+    student = build_student(config, "ckd").to(device).eval()
+
+    def encode(sentences: list[str]) -> np.ndarray:
+        return student.encode(sentences)
+
+    return Loaded(encode, sum(parameter.numel() for parameter in student.parameters()), timed=False)
