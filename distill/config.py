@@ -51,7 +51,7 @@ class SourceConfig(Section):
     subset: str | None = Field(None, description="huggingface: the dataset's configuration")
     split: str = Field("train", description="huggingface: the split")
     revision: str | None = Field(None, description="huggingface: the commit to read")
-    field: str | None = Field(None, description="the column or field that holds the sentence (not for .txt)")
+    field: str | None = Field(None, description="the column or field that holds the sentence, or a list of them (not for .txt)")
     limit: int | None = Field(None, gt=0, description="stop reading this source after so many raw sentences")
 
     @model_validator(mode="after")
@@ -268,7 +268,9 @@ class FinetuneConfig(ContrastConfig):
     triplets: str | None = Field(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
     fields: tuple[str, str, str] = Field(("anchor", "positive", "hard_negative"), description="their columns in it")
     dataset: str | None = Field(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
+    subset: str | None = Field(None, description="dataset: its configuration")
     split: str = "train"
+    limit: int | None = Field(None, gt=0, description="read no more triplets than these first")
     num_mined: int = Field(20_000, gt=0, description="triplets to mine where there is no file")
     mining_pool: int = Field(50_000, gt=0, description="sentences that mined neighbours are looked for in")
     positive_range: tuple[float, float] = Field((0.6, 0.98), description="teacher cosine of a mined positive")

@@ -10,6 +10,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 source launcher/install.sh
-install "$root" quickstart,dev,onnx,retrieval
+install "$root" quickstart,dev,onnx,retrieval,study
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec .venv/bin/python -m pytest --durations=15 -rs "$@"

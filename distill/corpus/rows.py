@@ -29,7 +29,8 @@ def read_rows(path: str, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The values of `fields`, in that order, of every row of a file, in constant memory.
 
     `fields` are columns of .tsv, .csv and .parquet or keys of .jsonl; for .txt it is empty and the line is the one value.
-    A null is an empty string; blank lines of .tsv (of several columns), .csv and .jsonl are no rows.
+    A null is an empty string; blank lines of .tsv (of several columns), .csv and .jsonl are no rows. Where one field is asked
+    for and holds a list of strings, as captions of one picture, each is a row.
     Raises ValueError naming the file, the line where there is one, and the fix.
     """
     suffix = file_format(Path(path))
@@ -58,6 +59,14 @@ def text_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected a string, found {type(value).__name__} {str(value)[:40]!r}; name another field")
     return value
+
+
+def rows_of(values: Sequence[Any], wheres: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The row of some values, found at `wheres`; a row for each string where the one value is a list of them."""
+    if len(values) == 1 and isinstance(values[0], list):
+        yield from ((text_of(value, wheres[0]),) for value in values[0])
+    else:
+        yield tuple(text_of(value, where) for value, where in zip(values, wheres, strict=True))
 
 
 def _known_fields(path: Path, suffix: str) -> str:
@@ -115,7 +124,8 @@ def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
         for field in fields:
             if field not in value:
                 raise ValueError(f"{path}, line {number}: no field {field!r}; its fields are {', '.join(value)}")
-        yield tuple(text_of(value[field], f"{path}, line {number}, field {field!r}") for field in fields)
+        wheres = [f"{path}, line {number}, field {field!r}" for field in fields]
+        yield from rows_of([value[field] for field in fields], wheres)
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -137,11 +147,11 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]
     for field in fields:
         if field not in schema.names:
             raise ValueError(f"{path}: no column {field!r}; its columns are {', '.join(schema.names)}")
-    where = f"{path}, column"
+    wheres = [f"{path}, column {field!r}" for field in fields]
     try:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(fields)), use_threads=False):
-            columns = [[text_of(value, f"{where} {field!r}") for value in batch.column(field).to_pylist()] for field in fields]
-            yield from zip(*columns, strict=True)
+            for values in zip(*(batch.column(field).to_pylist() for field in fields), strict=True):
+                yield from rows_of(values, wheres)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: its parquet data cannot be read ({error}); it may be damaged") from error
 

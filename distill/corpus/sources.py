@@ -18,7 +18,7 @@ from typing import Any
 
 from distill.config import SourceConfig, TextConfig
 from distill.corpus.docstrings import read_docstrings
-from distill.corpus.rows import file_format, read_rows, text_of
+from distill.corpus.rows import file_format, read_rows, rows_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -99,6 +99,7 @@ def read_dataset(
     import datasets
 
     where = f"Hugging Face dataset {name!r} (subset {subset}, split {split})"
+    wheres = [f"field {field!r}" for field in fields]
     try:
         stream = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         batches: Iterator[dict[str, list[Any]]] = stream.iter(batch_size=1000)
@@ -106,7 +107,7 @@ def read_dataset(
             for field in fields:
                 if field not in batch:
                     raise ValueError(f"no field {field!r}; its fields are {', '.join(sorted(batch))}")
-            columns = [[text_of(value, f"field {field!r}") for value in batch[field]] for field in fields]
-            yield from zip(*columns, strict=True)
+            for values in zip(*(batch[field] for field in fields), strict=True):
+                yield from rows_of(values, wheres)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot read the {where}: {error}") from error

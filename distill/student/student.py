@@ -169,7 +169,7 @@ class TeacherSpace(nn.Module):
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """[n, d_t] float32, L2-normalised."""
         vectors = torch.from_numpy(self.student.encode(sentences, normalize=False))
-        return nn.functional.normalize(self.projection(vectors), dim=-1).numpy()
+        return nn.functional.normalize(self.projection(vectors).float(), dim=-1).numpy()
 
 
 def load_extra(folder: Path) -> dict[str, Tensor]:

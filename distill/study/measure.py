@@ -50,20 +50,27 @@ class Bench:
         self.of = fingerprint({"sentences": self.sentences, "pca": self.training, "amp": str(self.amp)})
 
     def rows(self, model: Model) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The name and the figures of each row of a model."""
+        """The name and the figures of each row of a model.
+
+        origin: what it is compared with, beside the teacher. shortened: whether it is a part of another row's vectors.
+        family: rows that are sizes of one thing.
+        """
         loaded = model.load()
         encode = self._in_precision(loaded.encode)
         encoded = Encoded(self.sentences, encode(self.sentences))
         same: dict[str, Any] = {"params": loaded.params, "minutes": model.minutes}
         same["sentences_per_second"] = throughput(encode, self.training[:SPEED_SENTENCES]) if loaded.timed else None
         dim = encoded([self.sentences[0]]).shape[1]
+        own = {"origin": model.origin, "family": model.name if model.nested else None}
         for size in [dim, *model.nested]:
-            yield _name(model, size, dim), same | {"origin": model.origin} | self._figures(encoded.truncated(size))
+            name = model.name if size == dim else f"{model.name}-{size}"
+            yield name, same | own | {"shortened": size != dim} | self._figures(encoded.truncated(size))
         if model.pca:
             components, _ = Moments.of(encode(self.training)).pca(max(model.pca))
             projected = Encoded(self.sentences, encoded(self.sentences) @ components.T.astype(np.float32))
+            by_pca = {"origin": model.name, "family": f"{model.name}, PCA", "shortened": True}
             for size in model.pca:
-                yield f"{model.name}-pca-{size}", same | {"origin": model.name} | self._figures(projected.truncated(size))
+                yield f"{model.name}-pca-{size}", same | by_pca | self._figures(projected.truncated(size))
 
     def _figures(self, encode: Encode) -> dict[str, Any]:
         calibration = encode(self.training[:CALIBRATION])
@@ -96,7 +103,3 @@ def measure_all(models: Sequence[Model], bench: Bench, folder: Path) -> list[dic
             write_json(folder / f"{model.name}.json", known)
         rows += known["rows"]
     return rows
-
-
-def _name(model: Model, size: int, dim: int) -> str:
-    return model.name if size == dim else f"{model.name}-{size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Mo
     for config in configs:
         start = fingerprint({"student": config.student.model_dump(mode="json"), "seed": config.seed, "teacher": of})
         if start not in untrained:
-            untrained[start] = f"{config.name}-untrained"
+            name = _name_of_start(config)
+            untrained[start] = f"{name}-{config.name}" if name in untrained.values() else name
             yield Model(untrained[start], None, start, lambda config=config: _untrained(config, device))  # type: ignore[misc]
         if not fingerprint_of(config.run_dir / "export"):
             continue
@@ -77,6 +79,13 @@ def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Mo
 def name_of(config: RunConfig, stage: str) -> str:
     """The row of a stage: that of CKD is called as its config."""
     return config.name if stage == "ckd" else f"{config.name}-{stage}"
+
+
+def _name_of_start(config: RunConfig) -> str:
+    """untrained-minilm-l6, untrained-mpnet-base-0-5-11"""
+    student = config.student
+    encoder = Path(student.init if student.init != "teacher" else str(config.teacher.model)).name
+    return "-".join(["untrained", encoder, *map(str, student.layers or [])])
 
 
 def _sizes(config: RunConfig) -> list[int]:

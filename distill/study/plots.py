@@ -59,7 +59,7 @@ def _bytes(axes: Any, results: Sequence[Row]) -> None:
 def _speed(axes: Any, results: Sequence[Row]) -> None:
     """A point for every model at its own width."""
     for row in results:
-        if row["sentences_per_second"] and row["dim"] == _width(results, row["model"]) and "-pca-" not in row["model"]:
+        if row["sentences_per_second"] and not row["shortened"]:
             at = row["sentences_per_second"], row["forms"]["float32"]["sts"]["AVG"]
             axes.scatter(*at, s=20)
             axes.annotate(row["model"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
@@ -69,17 +69,11 @@ def _speed(axes: Any, results: Sequence[Row]) -> None:
 
 
 def _compressed(results: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each model that there are smaller ones of, by PCA or by HPD, with them."""
+    """The rows of each family; that of a PCA begins with the vectors that it is of."""
     by_name = {row["model"]: row for row in results}
     found: dict[str, list[Row]] = {}
     for row in results:
-        name, pca, _ = row["model"].partition("-pca-")
-        if pca:
-            found.setdefault(f"{name}, PCA", [by_name[name]]).append(row)
-        elif "-hpd" in name:
-            found.setdefault(f"{row['origin']}, HPD", []).append(row)
+        if row["family"]:
+            whole = [by_name[row["origin"]]] if row["shortened"] and row["family"] not in found else []
+            found.setdefault(row["family"], whole).append(row)
     return found
-
-
-def _width(results: Sequence[Row], name: str) -> int:
-    return max(row["dim"] for row in results if row["model"] == name)

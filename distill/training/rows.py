@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -71,10 +72,12 @@ class Sentences:
 def load_triplets(config: RunConfig, reader: ShardReader, directory: Path) -> Triplets:
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     finetune = config.finetune
-    if finetune.triplets:
-        return Triplets([tuple(row) for row in read_rows(finetune.triplets, finetune.fields)])
-    if finetune.dataset:
-        return Triplets([tuple(row) for row in read_dataset(finetune.dataset, finetune.fields, finetune.split)])
+    if finetune.triplets or finetune.dataset:
+        if finetune.triplets:
+            found = read_rows(finetune.triplets, finetune.fields)
+        else:
+            found = read_dataset(str(finetune.dataset), finetune.fields, finetune.split, finetune.subset)
+        return Triplets(list(islice(found, finetune.limit)))
     path = directory / "triplets.npy"
     if rank() == 0 and not path.exists():
         mine_triplets(reader, finetune, config.seed, path)

@@ -145,6 +145,29 @@ def test_a_missing_column_is_named_with_the_known_ones(tmp_path):
             read(path)
 
 
+LISTS = [["one picture", "the same picture"], [], ["another", None]]
+LISTED = ["one picture", "the same picture", "another", ""]
+
+
+def test_each_string_of_a_list_is_read(tmp_path):
+    lines = "".join(json.dumps({"captions": texts, "id": "x"}) + "\n" for texts in LISTS).encode()
+    assert read(write(tmp_path / "a.jsonl", lines), "captions") == LISTED
+    pq.write_table(pa.table({"captions": LISTS}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", "captions") == LISTED
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"captions": LISTS}), tmp_path / "set/train.parquet")
+    found = SourceConfig(type="huggingface", name=str(tmp_path / "set"), field="captions", limit=3)
+    assert list(read_source(found)) == LISTED[:3]
+
+
+def test_a_list_of_anything_else_or_beside_another_field_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"captions": ["x", 5], "id": "x"}\n')
+    with pytest.raises(ValueError, match="line 1, field 'captions': expected a string, found int '5'"):
+        read(path, "captions")
+    with pytest.raises(ValueError, match="expected a string, found list"):
+        list(read_rows(str(path), ["captions", "id"]))
+
+
 def test_a_field_for_a_txt_is_refused(tmp_path):
     with pytest.raises(ValueError, match="remove `field`"):
         read(write(tmp_path / "a.txt", b"x\n"), "text")

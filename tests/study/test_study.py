@@ -67,15 +67,15 @@ def test_every_size_of_every_stage_has_a_row_beside_what_one_would_do_instead(re
         "teacher": None,
         "teacher-pca-16": "teacher",
         "teacher-pca-8": "teacher",
-        "cosine-untrained": None,
-        "cosine": "cosine-untrained",
+        "untrained-tiny-0-2": None,
+        "cosine": "untrained-tiny-0-2",
         "cosine-pca-16": "cosine",
         "cosine-pca-8": "cosine",
         "cosine-hpd": "cosine",
         "cosine-hpd-8": "cosine",
-        "mse": "cosine-untrained",
-        "one-layer-untrained": None,
-        "one-layer": "one-layer-untrained",
+        "mse": "untrained-tiny-0-2",
+        "untrained-tiny-1": None,
+        "one-layer": "untrained-tiny-1",
     }
     sizes = {name: row["dim"] for name, row in results.items()}
     assert sizes["teacher"] == 32 and sizes["cosine-hpd"] == 16 and sizes["cosine-hpd-8"] == sizes["cosine-pca-8"] == 8
@@ -85,10 +85,10 @@ def test_every_size_of_every_stage_has_a_row_beside_what_one_would_do_instead(re
 
 def test_figures_are_those_of_the_models(results):
     assert results["teacher"]["fidelity"]["spearman"] == pytest.approx(1, abs=1e-4)
-    assert results["cosine"]["fidelity"]["spearman"] > results["cosine-untrained"]["fidelity"]["spearman"]
+    assert results["cosine"]["fidelity"]["spearman"] > results["untrained-tiny-0-2"]["fidelity"]["spearman"]
     assert results["teacher-pca-16"]["fidelity"]["spearman"] > results["teacher-pca-8"]["fidelity"]["spearman"]
     assert results["one-layer"]["params"] < results["cosine"]["params"] < results["teacher"]["params"]
-    assert results["cosine"]["sentences_per_second"] > 0 and results["cosine-untrained"]["sentences_per_second"] is None
+    assert results["cosine"]["sentences_per_second"] > 0 and results["untrained-tiny-0-2"]["sentences_per_second"] is None
     assert results["cosine"]["minutes"] > 0
 
 

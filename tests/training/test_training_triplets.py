@@ -34,6 +34,8 @@ def test_a_file_and_a_dataset_give_the_same_triplets(config_path, tmp_path, key,
     triplets = load_triplets(config, ShardReader(config.run_dir / "shards"), tmp_path)
     assert triplets.sentences == [tuple(row.values()) for row in ROWS]
     assert triplets.views([4, 0])[1] == ["positive 4", "positive 0"]
+    fewer = load_config(config_path, [f"finetune.{key}={config_path.parent / name}", "finetune.limit=2"])
+    assert load_triplets(fewer, ShardReader(config.shards_dir), tmp_path).sentences == triplets.sentences[:2]
 
 
 def test_mined_triplets_are_sentences_of_the_shards(config_path, tmp_path):
