@@ -28,7 +28,7 @@ def draw(results: Sequence[Row], folder: Path) -> list[Path]:
     pyplot = importlib.import_module("matplotlib.pyplot")
     paths = []
     for name, plot in (("bytes.svg", _bytes), ("speed.svg", _speed)):
-        with pyplot.style.context(STYLE):
+        with pyplot.style.context(["tableau-colorblind10", STYLE]):
             drawing, axes = pyplot.subplots(figsize=(7.5, 4.5))
             plot(axes, results)
             axes.set_ylabel("STS average, Spearman x 100")
@@ -58,14 +58,13 @@ def _bytes(axes: Any, results: Sequence[Row]) -> None:
 
 def _speed(axes: Any, results: Sequence[Row]) -> None:
     """A point for every model at its own width."""
-    for row in results:
-        if row["sentences_per_second"] and not row["shortened"]:
-            at = row["sentences_per_second"], row["forms"]["float32"]["sts"]["AVG"]
-            axes.scatter(*at, s=20)
-            axes.annotate(row["model"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    timed = [row for row in results if row["sentences_per_second"] and not row["shortened"]]
+    for number, row in enumerate(timed):
+        at = row["sentences_per_second"], row["forms"]["float32"]["sts"]["AVG"]
+        axes.scatter(*at, s=30, label=row["model"], marker="osD^v"[number // 10 % 5])  # ten colours, then another marker
+    axes.set_xlim(left=0)
     axes.set_xlabel("sentences a second")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _compressed(results: Sequence[Row]) -> dict[str, list[Row]]:
