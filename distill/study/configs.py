@@ -31,6 +31,8 @@ def configs_of(folder: Path, over: Path | None = None, overrides: list[str] | No
             raise ConfigError(f"{path} is measured otherwise than {paths[0]}: put `evaluate` into {BASE}")
     if first.teacher.model is None or first.teacher.placement != "device":
         raise ConfigError(f"{folder}: a study measures its teacher too: a teacher.model that fits one device")
+    if not first.text.held_out:
+        raise ConfigError(f"{folder}: text.held_out is 0, and a study measures fidelity on held-out sentences: leave it out")
     if first.evaluate.sts is None:
         raise ConfigError(f"{folder}: evaluate.sts is missing, on which a study measures: a folder with STS sets, or hub")
     return configs

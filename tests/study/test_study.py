@@ -142,6 +142,12 @@ def test_students_that_cannot_be_compared_are_refused(folder, lines, message):
         (folder / "configs/odd.yaml").unlink()
 
 
+def test_a_study_without_held_out_sentences_or_sts_is_refused(folder):
+    for override, message in (("text.held_out=0", "text.held_out is 0"), ("evaluate.sts=null", "evaluate.sts is missing")):
+        with pytest.raises(ConfigError, match=message):
+            configs_of(folder / "configs", None, [override])
+
+
 def test_a_file_over_all_students_changes_all(folder, tmp_path):
     (tmp_path / "over.yaml").write_text("seed: 7\nckd: {lr: 0.5}\n")
     configs = configs_of(folder / "configs", tmp_path / "over.yaml", ["ckd.max_steps=2"])
