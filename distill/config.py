@@ -323,7 +323,7 @@ class EngineConfig(Section):
         description="the DeepSpeed configuration; zero1 sends gradients once a step, zero2 and zero3 once a micro-batch",
     )
     precision: Precision = Field("auto", description="auto: bf16 autocast where the processor has it; parameters stay fp32")
-    num_ranks: int | None = Field(None, ge=1, description="ranks that pipeline.py starts; null: the GPUs, else 2 on a CPU")
+    num_ranks: int | None = Field(None, ge=1, description="ranks that pipeline.py starts on a node; null: its GPUs, else 2")
     timeout: float = Field(300.0, gt=0, description="seconds after which a silent peer is an error")
     activation_checkpointing: bool = Field(False, description="compute a layer's activations again in backward: less memory")
     max_skipped: int = Field(5, gt=0, description="steps in a row with a gradient that is not finite, before training stops")

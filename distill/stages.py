@@ -143,6 +143,12 @@ def open_run(config: RunConfig) -> Path:
     return config.run_dir
 
 
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of a training stage that it could go on from, ascending."""
+    complete = directory.glob("checkpoints/step-????????/COMPLETE.json")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in complete)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no such file."""
     try:

@@ -85,7 +85,7 @@ def run(main: Callable[[], int | None], *, rank: int = 0, show_traceback: bool =
 def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED if isinstance(error, Terminated) else INTERRUPTED
-    return 2 if isinstance(error, MENDABLE) else 1
+    return 2 if isinstance(error, MENDABLE) and not isinstance(error, TimeoutError) else 1
 
 
 def stop_on_signals() -> None:

@@ -19,11 +19,6 @@ check_system() {
     || { say "$("$python" --version) is too old; Python 3.11 or newer is needed (PYTHON=python3.12 bash ...)"; return 2; }
   "$python" -c 'import venv, ensurepip' 2>/dev/null \
     || { say "$python cannot make virtual environments; Debian and Ubuntu: apt-get install python3-venv"; return 2; }
-  local absent=()
-  command -v g++ >/dev/null || absent+=(g++)
-  command -v ninja >/dev/null || absent+=(ninja-build)
-  [ ${#absent[@]} -eq 0 ] || say "without ${absent[*]} DeepSpeed cannot compile its CPU Adam for offload (nothing else needs it):" \
-    "apt-get install ${absent[*]}"
 }
 
 install() {

@@ -21,22 +21,45 @@ import time
 from pathlib import Path
 
 import command
+import job
 
 from distill.training.stopping import StopRequest
 
-SRUN = ("srun", "--kill-on-bad-exit=1")  # a rank that fails leaves no other waiting
 LAUNCHER = Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds that the other processes of a stage have to end once one has failed
 
 
 def main() -> int:
     from distill.export.formats import require_packages
-    from distill.stages import open_run, stage_of
+    from distill.stages import open_run
 
     config = command.config_of(arguments)
     if "export" in config.stages:
         require_packages(config.export.formats)
     open_run(config)
+    if not arguments.srun:
+        return run_stages(config)
+    os.environ |= job.meeting_place()
+    try:
+        code = look_at_nodes(config) or run_stages(config)
+    except command.Terminated:  # before the stages listened
+        code = command.STOPPED
+    return job.come_back(config, code)
+
+
+def look_at_nodes(config: command.RunConfig) -> int:
+    """Whether this job's nodes would do, before anything is begun on them; returns doctor.py's exit code."""
+    ranks = ranks_a_node(config)
+    srun, cores = job.srun_python(1)
+    doctor = [str(LAUNCHER / "doctor.py"), "--config", arguments.config, f"--ranks-per-node={ranks}"]
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // ranks))} | dict(os.environ)
+    return subprocess.run([*srun, *doctor, *arguments.overrides], env=environment).returncode
+
+
+def run_stages(config: command.RunConfig) -> int:
+    """All stages that are not done; returns the exit code."""
+    from distill.stages import stage_of
+
     stop = StopRequest(config.run_dir / "STOP")
     signals = Signals(stop)
     command.listen(signals.hear)
@@ -95,26 +118,27 @@ def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
         return precompute(same, config.teacher.tasks, cores, signals)
     if name in ("export", "evaluate"):
         return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
-    train = [sys.executable, str(LAUNCHER / "train.py"), *same, f"stage={name}"]
+    script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
+    ranks = ranks_a_node(config)
     if arguments.srun:
-        return run_all([[*SRUN, *train]], signals, threads=1, stops_by_file=True)
-    gpus = num_gpus()
-    ranks = min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
+        srun, threads = job.srun_python(ranks)
+        return run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    commands = [[*train, f"--local_rank={number}"] for number in range(ranks)]
+    commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
     environments = [meeting | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
     return run_all(commands, signals, threads=max(1, cores // ranks), environments=environments, stops_by_file=True)
 
 
 def precompute(same: list[str], tasks: int, cores: int, signals: Signals) -> int:
     """The text first, once; then tasks side by side."""
-    script = [sys.executable, str(LAUNCHER / "precompute.py"), *same]
-    if code := run_all([[*script, "--text-only"]], signals, threads=1):
+    script = [str(LAUNCHER / "precompute.py"), *same]
+    if code := run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
         return code
     if arguments.srun:
-        return run_all([[*SRUN, *script]], signals, threads=1)
+        srun, threads = job.srun_python(num_gpus() or tasks)
+        return run_all([[*srun, *script]], signals, threads=threads)
     numbers = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
-    return run_all([script] * tasks, signals, threads=max(1, cores // tasks), environments=numbers)
+    return run_all([[sys.executable, *script]] * tasks, signals, threads=max(1, cores // tasks), environments=numbers)
 
 
 def run_all(
@@ -158,6 +182,11 @@ def send(processes: list[subprocess.Popen[bytes]], signum: int) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(signum)
+
+
+def ranks_a_node(config: command.RunConfig) -> int:
+    gpus = num_gpus()
+    return min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
 
 
 def num_gpus() -> int:

@@ -20,10 +20,22 @@ import sys
 from contextlib import nullcontext
 
 import command
+import job
+from log import RankLog
 from ranks import ending_together, rank_from_environment, start_process_group
 
 
 def main() -> int:
+    try:
+        return precompute()
+    except command.Terminated:
+        if arguments.requeue:
+            job.requeue()
+        raise
+
+
+def precompute() -> int:
+    """Makes what falls to this task; returns its exit code."""
     import torch
 
     from distill.precision import autocast_dtype
@@ -43,6 +55,7 @@ def main() -> int:
     spread = config.teacher.placement == "zero3"
     rank = rank_from_environment() if spread else 0
     if spread:
+        RankLog(config.precompute_dir.with_name("logs"), "precompute", rank)
         start_process_group(config.engine.timeout)
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     device = torch.device("cpu")
@@ -62,6 +75,7 @@ def main() -> int:
 if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
+    parser.add_argument("--requeue", action="store_true", help="have Slurm start this job again if it is told to stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     command.run(main, rank=int(os.environ.get("RANK", "0")), show_traceback=arguments.traceback)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+from log import speak
 
 from distill.training.watch import Watch
 
@@ -90,13 +91,15 @@ def ending_together(folder: Path, device: Any, timeout: float, goes_on: Callable
         if comes_from_a_collective(error) or isinstance(error, FailedElsewhere):
             message = watch.diagnose(str(error).splitlines()[0], timeout)
             if message:
-                print(f"error: {message}; {goes_on()}", file=sys.stderr, flush=True)
+                speak()
+                print(f"error: {message}; logs: {folder.with_name('logs')}; {goes_on()}", file=sys.stderr, flush=True)
                 raise command.Ended(1) from None
             raise command.Ended(watch.said or 1) from None
         if rank() > 0:
             time.sleep(A_MOMENT)
         if not watch.say(command.exit_code(error)):
             raise command.Ended(watch.said or 1) from None
+        speak()
         raise
 
 

@@ -20,46 +20,53 @@ import fcntl
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import command
+from log import RankLog, speak
 from ranks import ending_together, rank_from_environment, start_process_group
 
 from distill.training.stopping import Stopped, StopRequest
 
+NO_CHECKPOINT = "there is no checkpoint yet: the same command begins again"
+A_WHILE = 3.0  # seconds in which a launcher ends the other ranks once rank 0 has said what fails on all of them
+
 
 def main() -> int:
-    config = command.config_of(arguments)
-    world_size = int(os.environ["WORLD_SIZE"])
-    section = getattr(config, config.stage)
-    if section.global_batch < world_size:
-        raise ValueError(f"{config.stage}.global_batch {section.global_batch} is smaller than the world size {world_size}")
-    from distill.stages import open_run, stage_of
-
-    stop = StopRequest(config.run_dir / "STOP" if rank == 0 else None)
-    signals = Signals(stop)
+    signals = Signals()
     command.listen(signals.hear)
-    if rank == 0:
-        open_run(config)
-    stage = stage_of(config, config.stage)
-    command.quiet_libraries()
-    device = start_process_group(config.engine.timeout)
-    signals.joined = True
+    try:
+        config, log, device = join(signals)
+    except Exception as error:
+        if rank > 0:  # as a rule it fails on rank 0 as well, which says it
+            signals.code = command.exit_code(error)
+            time.sleep(A_WHILE)
+            speak()
+        raise
     import torch.distributed
 
+    from distill.stages import checkpoint_steps, stage_of
     from distill.training.distributed import from_rank_0
     from distill.training.stage import run_stage
 
+    stage, stop = stage_of(config, config.stage), signals.stop
     heartbeats = config.run_dir / f".{stage.name}.ranks"
-    with ending_together(heartbeats, device, config.engine.timeout, lambda: goes_on(stage.directory)) as watch:
+
+    def goes_on() -> str:
+        steps = checkpoint_steps(stage.directory)
+        return f"the same command goes on from step {steps[-1]}" if steps else NO_CHECKPOINT
+
+    with ending_together(heartbeats, device, config.engine.timeout, goes_on) as watch:
         reason = from_rank_0(stage.reason_to_run(), device)
         if rank == 0:
             print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
 
         def asked_to_stop(step: int) -> bool:
-            watch.step = step
+            watch.step = log.step = step
             return stop.is_asked
 
         if reason is not None:
@@ -73,39 +80,48 @@ def main() -> int:
                     return command.INTERRUPTED if signals.interrupted else command.STOPPED
 
     torch.distributed.destroy_process_group()
+    log.add("done")
     return 0
+
+
+def join(signals: Signals) -> tuple[command.RunConfig, RankLog, Any]:
+    """Finds the other ranks. Returns the config, this rank's log and its device."""
+    config = command.config_of(arguments)
+    world_size = int(os.environ["WORLD_SIZE"])
+    section = getattr(config, config.stage)
+    if section.global_batch < world_size:
+        raise ValueError(f"{config.stage}.global_batch {section.global_batch} is smaller than the world size {world_size}")
+    from distill.stages import open_run
+
+    if rank == 0:
+        open_run(config)
+        signals.stop = StopRequest(config.run_dir / "STOP")
+    log = RankLog(config.run_dir / "logs", config.stage, rank)
+    command.quiet_libraries()
+    device = start_process_group(config.engine.timeout)
+    signals.joined = True
+    return config, log, device
 
 
 class Signals:
     """What this rank does on a signal: nothing but asks for a stop, once it has joined the others."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
+    def __init__(self) -> None:
+        self.stop = StopRequest()
         self.joined = False
         self.interrupted = False
+        self.code = command.STOPPED  # of an end by a signal, before this rank has joined the others
 
     def hear(self, signum: int) -> None:
         is_interrupt = signum == signal.SIGINT
         if not self.joined or (is_interrupt and self.interrupted):
             if rank == 0:
                 print(f"stopped; {command.GOES_ON}", file=sys.stderr, flush=True)
-            os._exit(command.INTERRUPTED if is_interrupt else command.STOPPED)
+            os._exit(command.INTERRUPTED if is_interrupt else self.code)
         if is_interrupt and rank == 0:
             print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         self.interrupted |= is_interrupt
         self.stop.ask()
-
-
-def goes_on(stage: Path) -> str:
-    """From where the same command goes on, as far as this moment shows."""
-    steps = sorted(
-        int(path.parent.name.removeprefix("step-")) for path in stage.glob("checkpoints/step-????????/COMPLETE.json")
-    )
-    return (
-        f"the same command goes on from step {steps[-1]}"
-        if steps
-        else "there is no checkpoint yet: the same command begins again"
-    )
 
 
 @contextmanager

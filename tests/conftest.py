@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cluster import Cluster
 from commands import launch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from transformers.utils import logging
@@ -120,3 +123,26 @@ def embedded_copy(embedded_once: Path, tmp_path: Path, tiny_encoder: Path) -> tu
     shutil.copytree(embedded_once / "runs", tmp_path / "runs")
     shutil.copy(embedded_once / "text.txt", tmp_path)
     return write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    """One Slurm for all tests: its daemons need root, its packages apt-get, unless they are here."""
+    if os.geteuid() != 0:
+        pytest.skip("starting Slurm's daemons needs root")
+    if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
+        pytest.skip("no Slurm here, and no apt-get to install it with")
+    with tempfile.TemporaryDirectory(prefix="distill-slurm-") as folder:
+        Path(folder).chmod(0o755)  # munge's socket must be in the reach of all
+        made = Cluster(Path(folder) / "cluster", nodes=2, cpus=4)
+        made.heal()
+        yield made
+        made.down()
+
+
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, whole; what a test leaves behind is ended."""
+    running_cluster.heal()
+    yield running_cluster
+    running_cluster("scancel", "--user", "root")

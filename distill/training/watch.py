@@ -99,8 +99,7 @@ class Watch:
         if not is_late:
             return "", []
         if silent := [record for record in running if record.get("beat") == first[record["rank"]].get("beat")]:
-            hangs = "it hangs, or its machine is down or cut off"
-            return f"lost {_names(silent)}: no heartbeat, no answer for {limit}: {hangs}", silent
+            return f"lost {_names(silent)}: no heartbeat: its machine is down or cut off, or it hangs", silent
         return (
             f"rank {self.rank} has waited {limit} for {_names(running)}, which still runs: the network between them is cut, or"
             " its work takes longer (then raise engine.timeout)"

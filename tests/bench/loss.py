@@ -5,8 +5,8 @@
 
 ours    ckd_loss: tiles of keys, nothing of size B x N, keys of a row's own text masked by their ids
 naive   the B x N logits, the same mask as a B x N array, torch's cross_entropy; not run where half of the memory would not do
-torch   torch.nn.functional.linear_cross_entropy, where this torch has it, in chunks of as many logits as our tiles have: its
-        own choice is smaller and many times slower on a CPU. It has no mask, so it does less
+torch   torch.nn.functional.linear_cross_entropy, where this torch has it, in chunks of as many logits as our tiles have, but of
+        32 rows at least: each chunk reads all keys, and its own choice is many times slower on a CPU. It has no mask
 
 The keys get no gradient anywhere. Each case has a process of its own. Memory is the peak of its first run less what the process
 held with the inputs in place: on a CPU the resident set (VmHWM, set back through clear_refs), on a GPU the allocator's. Then
@@ -37,6 +37,7 @@ from distill.objectives.ckd import ckd_loss
 from distill.objectives.contrast import DEFAULT_TILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": torch.float32}
+FEWEST_ROWS = 32
 SAME_TEXT = 100  # every so many keys, one is a query's own text
 GOAL_KEYS, GOAL_MEMORY, GOAL_TIME = 131_072, 0.02, 0.75
 GOAL_MANY_KEYS, GOAL_BYTES = 1_048_576, 200e6
@@ -67,7 +68,7 @@ def naive(inputs: Inputs) -> Tensor:
 
 def torch_fused(inputs: Inputs) -> Tensor:
     scaled = inputs.queries * inputs.scale.to(inputs.queries.dtype)
-    rows = max(1, len(scaled) * (inputs.tile or DEFAULT_TILE) // len(inputs.keys))
+    rows = max(FEWEST_ROWS, len(scaled) * (inputs.tile or DEFAULT_TILE) // len(inputs.keys))
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=min(rows, len(scaled)))
     return functional.linear_cross_entropy(scaled, inputs.keys, inputs.positives, options=options)
 

@@ -46,7 +46,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "bert-tiny": {"init": "bert-tiny"},
 }
 LR = {"three-layers": 5e-4, "one-layer": 1e-3, "bert-tiny": 1e-3}
-SCAN, LONG = 51_200, {"three-layers": 150_000, "bert-tiny": 128_000}
+TEXT, SCAN = 170_000, 51_200
+LONG = [("three-layers", 150_000, 1), ("bert-tiny", 128_000, 1), ("bert-tiny", 128_000, 5)]  # sentences, passes over them
 GLOBAL_BATCH, QUEUE = 256, 16_384
 
 
@@ -55,14 +56,20 @@ class Cell(NamedTuple):
     objective: str
     sentences: int
     seed: int
+    passes: int = 1
 
     @property
     def name(self) -> str:
         objective = self.objective.replace(" + ", "-").replace(" ", "")
-        return f"{self.student}-{objective}-{self.sentences}-{self.seed}"
+        return f"{self.student}-{objective}-{self.sentences}-{self.passes}-{self.seed}"
+
+    @property
+    def text(self) -> int:
+        """The sentences there are: more than it takes in one pass, else those that it takes again and again."""
+        return TEXT if self.passes == 1 else self.sentences
 
 
-def base_config(options: argparse.Namespace) -> dict[str, Any]:
+def base_config(text: int, options: argparse.Namespace) -> dict[str, Any]:
     """Sentences of every kind there is, chosen by hash; the teacher; a student's training without its objective."""
     unlabelled = options.data / "unlabelled"
     sources = [
@@ -74,9 +81,9 @@ def base_config(options: argparse.Namespace) -> dict[str, Any]:
         {"type": "file", "path": str(options.data / "nli/snli.tsv.gz"), "field": "premise"},
     ]
     return {
-        "name": "base",
+        "name": f"base-{text}",
         "runs_dir": str(options.work),
-        "text": {"sources": sources, "max_sentences": 170_000},
+        "text": {"sources": sources, "max_sentences": text},
         "teacher": {"model": str(options.models / "minilm-l6"), "max_length": 64, "tokens_per_batch": 1024, "tasks": 2},
         "shards": {"rows": 20_000},
         "engine": {"num_ranks": 2},
@@ -95,11 +102,13 @@ def config_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "lr": LR[cell.student],
         "warmup": 0.1,
         "weights": OBJECTIVES[cell.objective],
-        "max_steps": cell.sentences // GLOBAL_BATCH,
+        "epochs": cell.passes,
+        "max_steps": cell.sentences * cell.passes // GLOBAL_BATCH,
         "dev_every": 50,
         "save_every": 50,
     }
-    return base_config(options) | {"name": cell.name, "seed": cell.seed, "student": student, "ckd": ckd}
+    base = base_config(cell.text, options)
+    return base | {"name": cell.name, "shards_from": base["name"], "seed": cell.seed, "student": student, "ckd": ckd}
 
 
 def write_config(config: dict[str, Any], work: Path) -> Path:
@@ -113,37 +122,29 @@ def launch(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
 
 
-def precompute(options: argparse.Namespace) -> Path:
-    config = write_config(base_config(options), options.work)
-    launch(ROOT / "launcher/pipeline.py", "--config", config)
-    return options.work / "base"
-
-
-def run(cell: Cell, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     config = write_config(config_of(cell, options), options.work)
+    launch(ROOT / "launcher/pipeline.py", "--config", config)  # the shards, unless another cell made them
     directory = options.work / cell.name
-    directory.mkdir(exist_ok=True)
-    if not (directory / "shards").exists():
-        (directory / "shards").symlink_to(base / "shards")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     launch(*torchrun, ROOT / "launcher/train.py", "--config", config, "stage=ckd")
-    figures = evaluate(directory, options)
+    figures = evaluate(directory, options.work / f"base-{cell.text}" / "shards", options)
     shutil.rmtree(directory / "ckd" / "checkpoints")
     done = json.loads((directory / "ckd/DONE.json").read_text(encoding="utf-8"))
     return cell._asdict() | figures | {"seconds": done["results"]["seconds"]}
 
 
-def evaluate(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(directory: Path, shards: Path, options: argparse.Namespace) -> dict[str, Any]:
     from distill.evaluation.fidelity import fidelity
     from distill.evaluation.sts import read_sets, sts_scores
     from distill.shards import ShardReader
     from distill.student import Student
     from distill.training.dev import split_held_out
 
-    held_out = ShardReader(directory / "shards/held_out")
+    held_out = ShardReader(shards / "held_out")
     rows, _ = split_held_out(len(held_out), 2000, 1000)
     student = Student.load(directory / "ckd/student").eval()
     scores = sts_scores(student.encode, read_sets(options.data / "sts"), bootstrap=0)["sts"]
@@ -172,15 +173,16 @@ def cells(what: str, results: list[dict[str, Any]]) -> list[Cell]:
         contrasted = {"bert-tiny": ["MSE", "CKD", "ConGen"]}
         wanted = {student: dict.fromkeys([*best[student], *contrasted.get(student, [])]) for student in STUDENTS}
         return [Cell(s, objective, SCAN, seed) for s in STUDENTS for objective in wanted[s] for seed in (1, 2)]
-    return [Cell(student, best[student][0], sentences, 0) for student, sentences in LONG.items()]
+    return [Cell(student, best[student][0], sentences, 0, passes) for student, sentences, passes in LONG]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, int, int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in results:
-        groups[row["student"], row["sentences"], row["objective"]].append(row)
+        groups[row["student"], row["sentences"], row.get("passes", 1), row["objective"]].append(row)
     lines = ["| student | sentences | objective | seeds | STS | spearman | top-50 | top-10 |", "|" + "---|" * 8]
-    for (student, sentences, objective), rows in sorted(groups.items()):
+    for (student, sentences, passes, objective), rows in sorted(groups.items()):
+        count = f"{sentences:,}" + (f" x {passes}" if passes > 1 else "")
 
         def mean(name: str, form: str, rows: list[dict[str, Any]] = rows) -> str:
             values = [row[name] for row in rows]
@@ -188,7 +190,7 @@ def table(results: list[dict[str, Any]]) -> str:
             return f"{statistics.mean(values):{form}}{spread}"
 
         figures = [mean("sts", ".2f"), *(mean(name, ".3f") for name in ("spearman", "spearman_top50", "top10"))]
-        lines.append(f"| {student} | {sentences:,} | {objective} | {len(rows)} | " + " | ".join(figures) + " |")
+        lines.append(f"| {student} | {count} | {objective} | {len(rows)} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
 
@@ -207,12 +209,11 @@ def main() -> None:
     results = read_results(path)
     if options.what != "table":
         torch.set_num_threads(1)
-        base = precompute(options)
-        known = {tuple(row[name] for name in Cell._fields) for row in results}
+        known = {tuple(row.get(name, 1) for name in Cell._fields) for row in results}
         wanted = [cell for cell in cells(options.what, results) if cell.student in options.students and cell not in known]
         for number, cell in enumerate(wanted):
             print(f"{number + 1} of {len(wanted)}: {cell.name}", flush=True)
-            results.append(run(cell, base, options))
+            results.append(run(cell, options))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
     print(table(results))

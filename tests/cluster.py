@@ -1,0 +1,102 @@
+"""A real Slurm of several nodes on this machine, each with a network, a name and a /dev/shm of its own (slurm/up.sh, down.sh).
+
+A test submits jobs to it and breaks it: kills a node, cuts a cable. `heal` makes it whole again.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests/slurm"
+
+
+class Cluster:
+    """Started by `heal`, ended by `down`; its state lies in `folder`."""
+
+    def __init__(self, folder: Path, nodes: int, cpus: int) -> None:
+        self.folder = folder
+        self.nodes = [f"n{number + 1}" for number in range(nodes)]
+        self._knobs = {
+            "SLURM_TEST_DIR": str(folder),
+            "SLURM_TEST_NODES": str(nodes),
+            "SLURM_TEST_CPUS": str(cpus),
+            "SLURM_TEST_NETNS": "1",
+        }
+
+    def heal(self) -> None:
+        """Every node up, every cable in, no job left; starts what does not run."""
+        up = subprocess.run(
+            ["bash", str(HERE / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=180
+        )
+        assert up.returncode == 0, up.stderr
+        self._exports = dict(
+            line.removeprefix("export ").removesuffix(";").replace("'", "").split("=", 1)
+            for line in up.stdout.splitlines()
+            if line.startswith("export ")
+        )
+        for node in self.nodes:
+            self.cable(node, in_place=True)
+
+    def down(self) -> None:
+        subprocess.run(["bash", str(HERE / "down.sh"), "--purge"], env=os.environ | self._knobs, check=True, timeout=60)
+
+    def __call__(self, *command: object, check: bool = True, timeout: float = 60, **environment: str) -> str:
+        """Runs a client command beside the controller; returns what it prints."""
+        inside = [*shlex.split(self._exports["SLURM_TEST_EXEC"]), *map(str, command)]
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        done = subprocess.run(
+            inside, env=kept | self._exports | environment, cwd=ROOT, text=True, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert done.returncode == 0 or not check, f"{command}:\n{done.stdout}"
+        return done.stdout
+
+    def submit(self, *arguments: object, **environment: str) -> int:
+        return int(self("sbatch", "--parsable", *arguments, **environment).strip())
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, Reason, Restarts, ExitCode, NodeList ..."""
+        shown = self("scontrol", "--oneliner", "show", "job", number)
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+    def wait(self, number: int, timeout: float = 180) -> dict[str, str]:
+        """The job once it has ended for good."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+        return wait_for(lambda: (job := self.job(number))["JobState"] in ends and job, timeout, lambda: str(self.job(number)))
+
+    def cable(self, node: str, *, in_place: bool) -> None:
+        """Plugs a node's cable in, or pulls it out."""
+        state = "up" if in_place else "down"
+        self("ip", "link", "set", node, state)
+
+    def kill(self, node: str) -> None:
+        """A node dies: its slurmd and every process on it, at once."""
+        names = {line.split()[0]: line.split()[1] for line in (self.folder / "pids").read_text().splitlines()}
+        daemon = names[f"slurmd-{node}"]
+        uts = _uts(Path("/proc") / daemon)
+        on_node = [path.name for path in Path("/proc").glob("[0-9]*") if _uts(path) == uts]
+        subprocess.run(["kill", "-9", *on_node], check=False)
+
+
+def _uts(process: Path) -> str:
+    try:
+        return str((process / "ns/uts").readlink())
+    except OSError:
+        return ""
+
+
+def wait_for(condition: Callable[[], T], timeout: float, describe: Callable[[], str] = lambda: "") -> T:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout:g} s {describe()}"
+        time.sleep(0.2)
+    return value

@@ -1,0 +1,72 @@
+"""What lies in slurm/: scripts that a shell can read, a container's definition whose parts fit together."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+DEFINITION = ROOT / "slurm/distill.def"
+SECTIONS = {"files", "post", "environment", "test", "runscript"}  # those of Apptainer's that we use
+
+
+def sections() -> dict[str, str]:
+    """The definition's sections, with "" for its header."""
+    parts = re.split(r"^%(\w+)$", DEFINITION.read_text(), flags=re.MULTILINE)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_definition_has_a_header_and_only_sections_that_there_are():
+    header, *names = sections()
+    keys = re.findall(r"^(\w+): \S+$", sections()[header], flags=re.MULTILINE)
+    assert keys == ["Bootstrap", "From"] and set(names) == SECTIONS
+    for line in sections()[header].splitlines()[2:]:
+        assert not line or line.startswith("#"), line
+
+
+def test_every_file_that_it_copies_is_here():
+    pairs = [line.split() for line in sections()["files"].splitlines() if line.strip()]
+    assert len(pairs) >= 5
+    for source, target in pairs:
+        assert (ROOT / source).exists() and target == f"/opt/distill/{source}"
+
+
+@pytest.mark.parametrize("name", sorted(SECTIONS - {"files"}))
+def test_every_section_that_is_run_is_a_script(name):
+    read = subprocess.run(["sh", "-n"], input=sections()[name], capture_output=True, text=True)
+    assert read.returncode == 0 and sections()[name].strip(), read.stderr
+
+
+def test_it_installs_with_the_script_and_into_the_place_that_everybody_uses():
+    installs = re.search(r"source (\S+) && install (\S+) ", sections()["post"])
+    assert installs and (ROOT / Path(installs[1]).relative_to(installs[2])).exists()
+    assert f"PATH={installs[2]}/.venv/bin:" in sections()["environment"]
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("launcher/*.sh")]), ids=lambda path: path.name)
+def test_a_shell_can_read_it(path):
+    read = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+
+
+def test_a_container_takes_the_place_of_the_virtual_environment():
+    script = 'set -euo pipefail; source launcher/environment.sh; printf \'%s|\' "${python[@]}"; echo "$DISTILL_PYTHON"'
+    variables = {
+        "PATH": "/usr/bin:/bin",
+        "DISTILL_CONTAINER": "/images/distill.sif",
+        "DISTILL_CONTAINER_OPTIONS": "--nv --cleanenv",
+    }
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
+    *words, exported = done.stdout.strip().split("|")
+    assert words[:4] == ["apptainer", "exec", "--nv", "--cleanenv"] and words[-2:] == ["/images/distill.sif", "python"]
+    assert exported.split() == words
+
+
+def test_without_either_it_says_what_to_do(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", f"source {ROOT}/launcher/environment.sh"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "run `bash launcher/quickstart.sh` once" in done.stderr
