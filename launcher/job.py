@@ -41,12 +41,8 @@ def meeting_place() -> dict[str, str]:
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, capture_output=True, text=True
     ).stdout.split()
-    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * num_restarts()
+    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return {"MASTER_ADDR": hosts[0], "MASTER_PORT": str(20000 + number % 20000)}
-
-
-def num_restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def come_back(config: RunConfig, code: int) -> int:

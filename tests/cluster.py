@@ -15,7 +15,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
-HERE = ROOT / "tests/slurm"
+SCRIPTS = ROOT / "tests/slurm"
 
 
 class Cluster:
@@ -34,7 +34,7 @@ class Cluster:
     def heal(self) -> None:
         """Every node up, every cable in, no job left; starts what does not run."""
         up = subprocess.run(
-            ["bash", str(HERE / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=180
+            ["bash", str(SCRIPTS / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=180
         )
         assert up.returncode == 0, up.stderr
         self._exports = dict(
@@ -46,7 +46,7 @@ class Cluster:
             self.cable(node, in_place=True)
 
     def down(self) -> None:
-        subprocess.run(["bash", str(HERE / "down.sh"), "--purge"], env=os.environ | self._knobs, check=True, timeout=60)
+        subprocess.run(["bash", str(SCRIPTS / "down.sh"), "--purge"], env=os.environ | self._knobs, check=True, timeout=60)
 
     def __call__(self, *command: object, check: bool = True, timeout: float = 60, **environment: str) -> str:
         """Runs a client command beside the controller; returns what it prints."""

@@ -146,15 +146,20 @@ def test_after_a_node_has_died_it_goes_on_with_those_that_are_left(cluster, embe
     assert_same_losses(run, uninterrupted, 1e-4)
 
 
+def cut_off_in_training(cluster: Cluster, config: Path) -> Job:
+    job = Job(cluster, config, *LONG)
+    job.until_step(60)
+    cluster.cable("n2", in_place=False)
+    return job
+
+
 def test_a_cable_that_is_cut_ends_all_ranks_and_the_job_comes_back_when_it_is_mended(
     full, cluster, embedded_copy, uninterrupted
 ):
     if not full:
         pytest.skip("takes minutes: with --full")
     config, run = embedded_copy
-    job = Job(cluster, config, *LONG)
-    job.until_step(60)
-    cluster.cable("n2", in_place=False)
+    job = cut_off_in_training(cluster, config)
     cut = time.monotonic()
     job.until(lambda: re.search(r"error: after step \d+: .*(cut|lost)", job.printed), TIMEOUT + 10)
     assert time.monotonic() - cut < TIMEOUT + 10
@@ -168,9 +173,7 @@ def test_a_cable_that_is_out_for_less_than_the_timeout_only_delays(full, cluster
     if not full:
         pytest.skip("takes minutes: with --full")
     config, run = embedded_copy
-    job = Job(cluster, config, *LONG)
-    job.until_step(60)
-    cluster.cable("n2", in_place=False)
+    job = cut_off_in_training(cluster, config)
     time.sleep(TIMEOUT / 2)
     cluster.cable("n2", in_place=True)
     job.finished()
