@@ -1,0 +1,118 @@
+"""DistilFACE's pooling choices: unsupervised SimCSE of one encoder under each, on STS12 to STS15 and STS-B.
+
+    python tests/bench/distilface.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --sts DATA/sts --work DIR
+
+configs/distilface.yaml with this encoder and text, --steps of it a pooling; the student that scored best on STS-B's dev set
+counts, beside the encoder untouched under the same pooling. The paper's column is of DistilBERT after 20,000 steps
+(arXiv 2401.12472). Poolings that are in DIR/results.jsonl are not trained again, and one that was killed goes on from its
+checkpoint: the same command may be typed any number of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from objectives import ROOT, launch, read_results, write_config
+
+from distill.config import Pooling, RunConfig, load_config
+from distill.evaluation.report import figure, table
+from distill.evaluation.sts import read_sets, sts_scores
+from distill.student import Student
+from distill.student.encoder import build_encoder
+
+PAPER = {
+    "cls": 69.87,
+    "mean": 70.97,
+    "first_last_mean": 70.29,
+    "last2_mean": 69.26,
+    "last4_mean": 72.17,
+    "all_mean": 67.77,
+    "concat_last4_mean": 71.38,
+}
+COLUMNS = {
+    "pooling": figure("pooling"),
+    "untouched": figure("untouched", form="{:.2f}"),
+    "trained": figure("after", form="{:.2f}"),
+    "at step": figure("best_step"),
+    "the paper's": figure("paper", form="{:.2f}"),
+}
+SETS = ("STS12", "STS13", "STS14", "STS15", "STSB")
+
+
+def config_of(pooling: str, options: argparse.Namespace) -> RunConfig:
+    every = max(1, options.steps // 4)
+    overrides = [
+        f"name=simcse-{pooling}",
+        "shards_from=text",
+        f"runs_dir={options.work}",
+        f"text.sources=[{{type: file, path: {options.text}, limit: {options.steps * 160}}}]",
+        f"text.max_sentences={options.steps * 130}",
+        f"teacher.model={options.model}",
+        "teacher.tokens_per_batch=1024",
+        "teacher.pooling=null",
+        "teacher.tasks=2",
+        f"student.init={options.model}",
+        f"student.pooling={pooling}",
+        f"simcse.max_steps={options.steps}",
+        f"simcse.dev_every={every}",
+        f"simcse.save_every={every}",
+        f"evaluate.sts={options.sts}",
+        f"engine.num_ranks={options.ranks}",
+        "stages=[precompute, simcse]",
+    ]
+    return load_config(ROOT / "configs/distilface.yaml", overrides)
+
+
+def mean_of_sets(student: Student, options: argparse.Namespace) -> float:
+    scores = sts_scores(student.eval().encode, read_sets(options.sts), bootstrap=0)["sts"]
+    return sum(scores[name] for name in SETS) / len(SETS)
+
+
+def run(pooling: str, options: argparse.Namespace) -> dict[str, Any]:
+    config = config_of(pooling, options)
+    encoder, tokenizer = build_encoder(config.student, config.teacher.model, config.seed)
+    untouched = Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
+    before = mean_of_sets(untouched, options)
+    launch(ROOT / "launcher/pipeline.py", "--config", write_config(config.model_dump(mode="json"), options.work))
+    stage = config.run_dir / "simcse"
+    after = mean_of_sets(Student.load(stage / "student"), options)
+    shutil.rmtree(stage / "checkpoints")
+    best = json.loads((stage / "DONE.json").read_text(encoding="utf-8"))["results"]["best_step"]
+    return {"pooling": pooling, "steps": options.steps, "untouched": before, "after": after, "best_step": best}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder of an encoder of four layers or more")
+    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
+    parser.add_argument("--sts", type=Path, required=True, help="a folder with sts12_test.tsv.gz ... and stsb_dev.tsv.gz")
+    parser.add_argument("--work", type=Path, required=True, help="where runs and results.jsonl go")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--poolings", nargs="*", default=list(get_args(Pooling)), choices=get_args(Pooling))
+    options = parser.parse_args()
+    for name in ("model", "text", "sts", "work"):
+        setattr(options, name, getattr(options, name).resolve())
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    path = options.work / "results.jsonl"
+    results = read_results(path)
+    for pooling in options.poolings:
+        if (pooling, options.steps) in [(row["pooling"], row["steps"]) for row in results]:
+            continue
+        print(f"{pooling}: {options.steps} steps", file=sys.stderr, flush=True)
+        results.append(run(pooling, options))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+    rows = sorted((row for row in results if row["steps"] == options.steps), key=lambda row: -row["after"])
+    print(table([row | {"paper": PAPER.get(row["pooling"])} for row in rows], COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
