@@ -117,7 +117,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """What embeds the text: an encoder, several side by side (`concat`), or vectors that are there already."""
 
-    concat: list[ModelConfig] = Field([], description="further encoders, with the keys model to prompt_name, whose vectors follow the first one's")
+    concat: list[ModelConfig] = Field(
+        [], description="further encoders (model to prompt_name); their vectors follow the first one's"
+    )
     vectors: str | None = Field(
         None, description="instead of a model: .npy or .parquet with a vector for each raw sentence of the text, in order"
     )
@@ -342,7 +344,9 @@ class HpdConfig(KeysConfig):
         description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; ckd, congen:"
         " as in the section ckd, against the teacher's compact vectors",
     )
-    init: Literal["ckd", "simcse", "finetune"] = Field("finetune", description="the stage whose student is compressed")
+    init: Literal["student", "ckd", "simcse", "finetune"] = Field(
+        "finetune", description="the stage whose student is compressed; student: the encoder that the section student describes"
+    )
     dim: int = Field(128, gt=0, description="dimensions of the compact vectors")
     nested: list[int] = Field([64, 32], description="sizes below `dim` that cosine trains, and that are evaluated and exported")
     head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
@@ -373,7 +377,7 @@ class ExportConfig(Section):
     """What is written of each student, under runs/NAME/export/STAGE."""
 
     formats: list[Literal["onnx", "onnx-int8"]] = Field(
-        [], description="written beside the sentence-transformers folder; they need `pip install distill[onnx]`"
+        [], description="written beside the sentence-transformers folder; they need `bash launcher/install.sh quickstart,onnx`"
     )
 
 

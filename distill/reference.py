@@ -15,9 +15,10 @@ from distill.config import RunConfig, Section
 
 PREFACE = """# Every key of a config
 
-Made from `distill/config.py` by `python -m distill.reference > configs/REFERENCE.md`; a test keeps it true. A config is a YAML file
-with these keys; `base: other.yaml` in it takes another file's keys as defaults. On the command line any key is `section.key=value`,
-with the value in YAML: `ckd.lr=1e-4`, `"ckd.weights={ckd: 1}"`. An unknown key is an error that names the nearest known one.
+Made from `distill/config.py` by `python -m distill.reference > configs/REFERENCE.md`; a test keeps it true. A config is a YAML
+file with these keys; `base: other.yaml` in it takes another file's keys as defaults. On the command line any key is
+`section.key=value`, with the value in YAML: `ckd.lr=1e-4`, `"ckd.weights={ckd: 1}"`. An unknown key is an error that names the
+nearest known one.
 """
 BOUNDS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"), (MinLen, "length >=", "min_length"))
 HEADER = "| key | type | default | allowed | what it is |\n|---|---|---|---|---|"
@@ -28,22 +29,25 @@ def reference() -> str:
     parts = [PREFACE, f"## The run\n\n{_docstring(RunConfig)}\n", _table(RunConfig, "")]
     for name, field in RunConfig.model_fields.items():
         if section := _section(field.annotation):
-            parts += [f"## {name}\n\n{_docstring(section)}\n", _table(section, f"{name}.", field)]
+            parts += [
+                f"## {name}\n\n{_docstring(section)}\n",
+                _table(section, f"{name}.", None if field.is_required() else field.default),
+            ]
     return "\n".join(parts)
 
 
-def _table(section: type[Section], prefix: str, field: FieldInfo | None = None) -> str:
-    default = None if field is None or field.is_required() else field.default
-    return "\n".join([HEADER, *_rows(section, prefix, default), ""])
+def _table(section: type[Section], prefix: str, defaults: Any = None) -> str:
+    return "\n".join([HEADER, *_rows(section, prefix, defaults), ""])
 
 
 def _rows(section: type[Section], prefix: str, defaults: Any) -> Iterator[str]:
+    """`defaults`: the section's value where the config does not name it; None for a section that must be named."""
     for name, field in section.model_fields.items():
         inner = _section(field.annotation)
         if inner and not prefix:
             continue  # a chapter of its own
         value = field.default if defaults is None else getattr(defaults, name)
-        if inner and field.annotation is inner:
+        if inner and typing.get_origin(field.annotation) is None:
             yield from _rows(inner, f"{prefix}{name}.", value)
             continue
         yield _row(f"{prefix}{name}", _type(field.annotation), field, value)
@@ -53,12 +57,9 @@ def _rows(section: type[Section], prefix: str, defaults: Any) -> Iterator[str]:
 
 def _row(key: str, kind: str, field: FieldInfo, value: Any) -> str:
     assert field.description, f"{key} has no description"
-    cells = [f"`{key}`", kind, _default(field, value), _allowed(field), field.description]
+    default = "**required**" if field.is_required() else f"`{_yaml(value)}`"
+    cells = [f"`{key}`", kind, default, _allowed(field), field.description]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _default(field: FieldInfo, value: Any) -> str:
-    return "**required**" if field.is_required() else f"`{_yaml(value)}`"
 
 
 def _yaml(value: Any) -> str:
@@ -87,7 +88,9 @@ def _type(annotation: Any) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    parts = [f"{sign} {getattr(bound, name)}" for bound in field.metadata for kind, sign, name in BOUNDS if isinstance(bound, kind)]
+    parts = [
+        f"{sign} {getattr(bound, name)}" for bound in field.metadata for kind, sign, name in BOUNDS if isinstance(bound, kind)
+    ]
     parts += [f"`{bound.pattern}`" for bound in field.metadata if hasattr(bound, "pattern")]
     return ", ".join([*parts, *_words(field.annotation)])
 

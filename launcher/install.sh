@@ -61,5 +61,6 @@ PY
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
+  case " $* " in *" -h "* | *" --help "*) sed -n '/^#/!q;s/^# \{0,1\}//p' "$0"; exit ;; esac
   install "$(cd "$(dirname "$0")/.." && pwd)" "${1:-quickstart}"
 fi
