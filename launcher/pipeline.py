@@ -87,7 +87,7 @@ def run_stages(config: command.RunConfig) -> int:
         print("nothing to do: every stage is done and nothing it depends on has changed")
     table = config.run_dir / "evaluate" / "table.txt"
     if table.exists():
-        print(f"\n{table.read_text()}")
+        print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}")
     return 0
 
 
