@@ -122,7 +122,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tu
     """A whole run: its config, its directory, what it printed."""
     folder = tmp_path_factory.mktemp("pipeline")
     config = write_config(folder, tiny_encoder)
-    done = launch("pipeline.py", "--config", config, "--traceback")
+    done = launch("pipeline.py", "--config", config, "--traceback", timeout=600)
     assert done.returncode == 0, done.stdout
     return config, folder / "runs/tiny", done.stdout
 
