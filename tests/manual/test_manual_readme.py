@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, environment
 from conftest import WORDS
-from readme import Block, blocks_of
+from readme import Block, Clone, blocks_of, outcome
 
 from distill.config import load_config
 
@@ -68,6 +68,23 @@ def script_and_command(script: Path) -> str:
 
 def words_after(words: list[str], script: Path) -> list[str]:
     return words[words.index(str(script.relative_to(ROOT))) :]
+
+
+def test_blocks_share_an_environment_and_one_that_fails_is_seen(tmp_path):
+    (tmp_path / ".git").mkdir()
+    clone = Clone(tmp_path)
+    texts = {
+        "export SEEN=1\ncd /": "run",
+        'test "$SEEN" = 1 && test ! "$PWD" = /': "run",
+        "false\ntrue": "FAILED",
+        "exit 3": "FAILED",
+    }
+    for text, result in texts.items():
+        assert outcome(clone, Block(1, "bash", text, "")).startswith(result), text
+    assert outcome(clone, Block(1, "bash", "false", "cannot run: it would fail")) == "cannot run: it would fail"
+    for mark in ("covered by tests/none.py", "covered by tests/readme.py::test_none", "because"):
+        with pytest.raises(ValueError, match="line 1"):
+            _ = Block(1, "bash", "true", mark).reason
 
 
 @pytest.fixture(scope="module")
