@@ -86,8 +86,9 @@ class Clone:
         if "path/to/" in block.text and not (self.folder / "path/to/text.txt").exists() and self.python.exists():
             self.supply()
         if block.language == "bash":
-            script = f"[ ! -f {self.state} ] || source {self.state}\nset -euo pipefail\n{block.text}\nexport -p > {self.state}"
-            return self.call("bash", "-c", script)
+            before = f"[ ! -f {self.state} ] || source {self.state}\nset -euo pipefail\n"
+            after = f"\nexport -p | grep -vE '^declare -x (OLD)?PWD' > {self.state}"  # every block begins in the clone
+            return self.call("bash", "-c", before + block.text + after)
         if block.language == "python":
             return self.call(str(self.python), "-c", block.text)
         assert block.language == "yaml", block
