@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Pooling = Literal[
     "mean",
@@ -45,7 +45,7 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """Where sentences come from: local files, a Hugging Face dataset, or this machine's Python docstrings."""
 
-    type: Literal["file", "huggingface", "python-docs"]
+    type: Literal["file", "huggingface", "python-docs"] = Field(description="which of the three")
     path: str | None = Field(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
     name: str | None = Field(None, description="huggingface: the dataset's name")
     subset: str | None = Field(None, description="huggingface: the dataset's configuration")
@@ -64,13 +64,25 @@ class SourceConfig(Section):
 
 
 class TextConfig(Section):
-    sources: list[SourceConfig] = Field(min_length=1)
+    """The sentences that the teacher embeds: unique, of the right length, one every 50th by hash held out."""
+
+    sources: list[SourceConfig] = Field(
+        min_length=1, description="read one after the other; a plain path or glob stands for {type: file, path: ...}"
+    )
     min_chars: int = Field(12, ge=1, description="shorter sentences are dropped, and counted")
     max_chars: int = Field(1000, ge=1, description="longer sentences are dropped, and counted")
     max_sentences: int | None = Field(None, gt=0, description="keep about so many, chosen by text hash")
     held_out: int = Field(
         10_000, ge=0, description="how many of the sentences with text hash mod 50 = 0 to embed, for fidelity"
     )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _paths_are_files(cls, sources: Any) -> Any:
+        given = [sources] if isinstance(sources, str) else sources
+        if not isinstance(given, list):
+            return given
+        return [{"type": "file", "path": source} if isinstance(source, str) else source for source in given]
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:
@@ -89,7 +101,9 @@ class ModelConfig(Section):
     pooling: Literal["cls", "pooler", "mean"] | None = Field(
         None, description="for a plain encoder, which does not say how it pools; a sentence-transformers folder does"
     )
-    max_length: int | None = Field(None, gt=2, description="tokens; longer sentences are truncated")
+    max_length: int | None = Field(
+        None, gt=2, description="tokens; longer sentences are truncated; null takes the model's own limit"
+    )
     prompt: str | None = Field(None, description="put before every sentence; null takes the model's own default, if it has one")
     prompt_name: str | None = Field(None, description="instead: the name of one of the model's own prompts")
 
@@ -103,7 +117,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """What embeds the text: an encoder, several side by side (`concat`), or vectors that are there already."""
 
-    concat: list[ModelConfig] = Field([], description="further encoders, whose vectors are appended to the first one's")
+    concat: list[ModelConfig] = Field(
+        [], description="further encoders (model to prompt_name); their vectors follow the first one's"
+    )
     vectors: str | None = Field(
         None, description="instead of a model: .npy or .parquet with a vector for each raw sentence of the text, in order"
     )
@@ -139,36 +155,60 @@ class TeacherConfig(ModelConfig):
 
 
 class ShardsConfig(Section):
+    """How sentences and their vectors are cut into WebDataset tars."""
+
     rows: int = Field(65_536, gt=0, description="sentences a shard")
     block_rows: int = Field(1024, gt=0, description="sentences a WebDataset sample")
 
 
 class StudentConfig(Section):
+    """The encoder that is trained, and how it pools."""
+
     init: str = Field("teacher", description="teacher, or a folder, hub name or package:NAME/FOLDER of an encoder")
     from_scratch: bool = Field(False, description="keep init's architecture and tokenizer, draw new weights")
-    revision: str | None = None
-    layers: list[int] | None = Field(None, min_length=1, description="keep these layers of init, in this order; null keeps all")
+    revision: str | None = Field(None, description="a hub encoder's commit, tag or branch")
+    layers: int | list[int] | None = Field(
+        None, description="keep so many layers of init, evenly spread, or these, in this order, from 0; null keeps all"
+    )
     freeze_embeddings: bool = Field(False, description="train no token embeddings: a third of the gradients of a small student")
-    pooling: Pooling = "mean"
+    pooling: Pooling = Field("mean", description="how token vectors become one; last4: the mean of the last four layers")
     max_length: int = Field(64, gt=2, description="tokens; longer sentences are truncated")
 
     @model_validator(mode="after")
     def _layers_are_layers(self) -> StudentConfig:
-        if self.layers is not None and (len(set(self.layers)) < len(self.layers) or min(self.layers) < 0):
-            raise ValueError(f"student.layers {self.layers} must be distinct and not negative")
+        if isinstance(self.layers, int):
+            if self.layers < 1:
+                raise ValueError(f"student.layers {self.layers} must be 1 or more")
+        elif self.layers is not None and (len(set(self.layers)) < max(1, len(self.layers)) or min(self.layers) < 0):
+            raise ValueError(f"student.layers {self.layers} must be distinct, not negative and at least one")
         return self
+
+    def kept(self, depth: int) -> list[int]:
+        """The layers that are kept of an encoder with `depth` of them: 3 of 6 are 0, 2, 5.
+
+        Raises ValueError if it has not that many.
+        """
+        if not isinstance(self.layers, int):
+            layers = list(range(depth)) if self.layers is None else self.layers
+            if max(layers) >= depth:
+                raise ValueError(f"student.layers {layers}: the encoder has layers 0 to {depth - 1}")
+            return layers
+        if self.layers > depth:
+            raise ValueError(f"student.layers {self.layers}: the encoder has {depth}")
+        gaps = max(1, self.layers - 1)
+        return [(2 * number * (depth - 1) + gaps - 1) // (2 * gaps) for number in range(self.layers)]
 
 
 class TrainConfig(Section):
     """What every training stage has. The global batch is the config; accumulation follows from it."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training sentences; may be a fraction")
     max_steps: int | None = Field(None, gt=0, description="stop after so many steps, whatever `epochs` says")
     global_batch: int = Field(256, gt=1, description="sentences a step, over all ranks")
     micro_batch: int = Field(64, gt=0, description="at most so many sentences in one forward pass of one rank")
-    lr: float = Field(2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(2e-4, gt=0, description="AdamW's highest learning rate; after the warm-up it falls to 0 as a cosine")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's averages of gradients and of their squares")
+    eps: float = Field(1e-8, gt=0, description="AdamW's, against division by 0")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only; not on biases, norms or the temperature")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the rate rises from 0")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
@@ -184,7 +224,7 @@ class TemperatureConfig(Section):
 
     scale: float = Field(20.0, gt=0, description="the paper starts at e = 2.718, and 150 steps later is still at 2.80")
     max_scale: float = Field(100.0, gt=0, description="logit_scale is clamped here")
-    learnable: bool = True
+    learnable: bool = Field(True, description="train logit_scale; else it stays at `scale`")
     lr: float | None = Field(None, gt=0, description="its own learning rate; null takes the stage's")
 
     @model_validator(mode="after")
@@ -197,13 +237,13 @@ class TemperatureConfig(Section):
 class KeysConfig(TrainConfig):
     """Contrast of students with teacher vectors: those of the global batch and, queued, of batches before it."""
 
-    weights: dict[str, float]
+    weights: dict[str, float] = Field(description="the loss is this weighted sum")
     queue: int = Field(16_384, ge=0, description="past teacher vectors kept as further negatives")
     queue_placement: Literal["replicated", "sharded"] = Field(
         "replicated", description="sharded: a rank holds a W-th of the queue; for queues that one device does not hold"
     )
     prefill: bool = Field(False, description="begin with a full queue, of the text's own vectors; else it fills step by step")
-    temperature: TemperatureConfig = TemperatureConfig()
+    temperature: TemperatureConfig = Field(TemperatureConfig(), description="of the ckd term")
     same_meaning: float | None = Field(
         None, gt=0, le=1, description="keys that the teacher finds this similar to the row's own are no negatives of it"
     )
@@ -253,7 +293,7 @@ class ContrastConfig(TrainConfig):
     Where micro_batch is less than a rank's share of global_batch, gradients are cached: the same step in less memory.
     """
 
-    temperature: TemperatureConfig = TemperatureConfig(learnable=False)
+    temperature: TemperatureConfig = Field(TemperatureConfig(learnable=False), description="tau is 1 / scale")
     teacher_weight: float = Field(
         0.0, ge=0, description="weight of 1 - cosine to the teacher, on as many sentences of the shards a step: forgets less"
     )
@@ -263,13 +303,13 @@ class ContrastConfig(TrainConfig):
 class FinetuneConfig(ContrastConfig):
     """Supervised contrastive fine-tuning on (anchor, positive, hard negative)."""
 
-    lr: float = Field(5e-5, gt=0)
+    lr: float = Field(5e-5, gt=0, description="as in the section ckd")
     init: Literal["ckd", "simcse", "hpd"] = Field("ckd", description="the stage whose student is fine-tuned")
     triplets: str | None = Field(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
     fields: tuple[str, str, str] = Field(("anchor", "positive", "hard_negative"), description="their columns in it")
     dataset: str | None = Field(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
     subset: str | None = Field(None, description="dataset: its configuration")
-    split: str = "train"
+    split: str = Field("train", description="dataset: its split")
     limit: int | None = Field(None, gt=0, description="read no more triplets than these first")
     num_mined: int = Field(20_000, gt=0, description="triplets to mine where there is no file")
     mining_pool: int = Field(50_000, gt=0, description="sentences that mined neighbours are looked for in")
@@ -280,8 +320,8 @@ class FinetuneConfig(ContrastConfig):
 class SimcseConfig(ContrastConfig):
     """Unsupervised SimCSE on the text of the shards: a sentence under two dropout masks is a positive pair."""
 
-    lr: float = Field(1e-5, gt=0)
-    global_batch: int = Field(128, gt=1)
+    lr: float = Field(1e-5, gt=0, description="as in the section ckd")
+    global_batch: int = Field(128, gt=1, description="sentences a step, over all ranks, each under two masks")
     init: Literal["student", "ckd", "finetune"] = Field(
         "student", description="the stage whose student goes on; student: the encoder that the section student describes"
     )
@@ -304,11 +344,13 @@ class HpdConfig(KeysConfig):
         description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; ckd, congen:"
         " as in the section ckd, against the teacher's compact vectors",
     )
-    init: Literal["ckd", "simcse", "finetune"] = Field("finetune", description="the stage whose student is compressed")
-    dim: int = Field(128, gt=0)
+    init: Literal["student", "ckd", "simcse", "finetune"] = Field(
+        "finetune", description="the stage whose student is compressed; student: the encoder that the section student describes"
+    )
+    dim: int = Field(128, gt=0, description="dimensions of the compact vectors")
     nested: list[int] = Field([64, 32], description="sizes below `dim` that cosine trains, and that are evaluated and exported")
     head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
-    freeze_encoder: bool = False
+    freeze_encoder: bool = Field(False, description="train the head alone")
 
     @model_validator(mode="after")
     def _nested_sizes_fit(self) -> HpdConfig:
@@ -318,6 +360,8 @@ class HpdConfig(KeysConfig):
 
 
 class EngineConfig(Section):
+    """How training is spread over ranks: it changes speed and memory, and the student by no more than rounding."""
+
     deepspeed: Path = Field(
         Path("configs/deepspeed/zero1.json"),
         description="the DeepSpeed configuration; zero1 sends gradients once a step, zero2 and zero3 once a micro-batch",
@@ -330,12 +374,16 @@ class EngineConfig(Section):
 
 
 class ExportConfig(Section):
+    """What is written of each student, under runs/NAME/export/STAGE."""
+
     formats: list[Literal["onnx", "onnx-int8"]] = Field(
-        [], description="written beside the sentence-transformers folder; they need `pip install distill[onnx]`"
+        [], description="written beside the sentence-transformers folder; they need `bash launcher/install.sh quickstart,onnx`"
     )
 
 
 class EvaluateConfig(Section):
+    """What the table measures; also what training measures on the way."""
+
     sts: str | None = Field(None, description="a folder with sts12_test.tsv.gz ...; hub; null evaluates fidelity alone")
     retrieval: list[str] | None = Field(None, description="folders in BEIR's layout, or hub:OWNER/NAME")
     precision: list[Literal["float32", "float16", "int8", "binary"]] | None = Field(
@@ -345,23 +393,27 @@ class EvaluateConfig(Section):
     transfer: list[str] | None = Field(None, description="folders with train.tsv and test.tsv, or hub:OWNER/NAME")
     num_held_out: int = Field(2000, gt=2, description="held-out sentences that fidelity is measured on")
     dev_sentences: int = Field(1000, gt=2, description="held-out sentences of a dev evaluation in training")
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="sentences in one forward pass of an evaluation")
 
 
 class SearchConfig(Section):
+    """The index that the evaluate stage leaves for launcher/search.py."""
+
     max_sentences: int = Field(200_000, gt=0, description="sentences of the text that launcher/search.py answers from")
 
 
 class RunConfig(Section):
+    """A run: where it lies, what it runs, and a section a stage."""
+
     name: str = Field(pattern=NAME, description="the run's directory under runs_dir")
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = Field(Path("runs"), description="the folder of all runs, on a disk that all nodes see")
     shards_from: str | None = Field(
         None,
         pattern=NAME,
         description="the run under runs_dir that holds the text and the shards, made there if need be; null: this one. For"
         " several students of one teacher and text",
     )
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of the order of sentences, new weights and dropout")
     stages: list[Literal["precompute", "ckd", "simcse", "finetune", "hpd", "export", "evaluate"]] = Field(
         default=["precompute", "ckd", "finetune", "hpd", "export", "evaluate"], description="what pipeline.py runs"
     )

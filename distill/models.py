@@ -43,6 +43,15 @@ def check_model_folder(path: Path) -> None:
         raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")
 
 
+def num_layers(name: str) -> int | None:
+    """The layers of an encoder; None for a hub name, or where config.json does not say. Raises as `resolve_model`."""
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        return None
+    config = _first_module(path)[0] / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers") if config.is_file() else None
+
+
 def _first_module(path: Path) -> tuple[Path, bool]:
     """Where a folder's weights lie (in the first module of modules.json, else in itself); whether they are a transformer's."""
     if not (path / "modules.json").is_file():

@@ -13,8 +13,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.config import RunConfig, load_config
-from distill.memory import keep_freed_memory
+try:
+    from distill.config import RunConfig, load_config
+    from distill.memory import keep_freed_memory
+except ModuleNotFoundError as absent:
+    print(
+        f"error: {sys.executable} has no {absent.name}: run `bash launcher/install.sh` once, then `source .venv/bin/activate`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 MENDABLE = (ValueError, OSError, FloatingPointError)  # by the user
 GOES_ON = "the same command goes on from here"
@@ -41,7 +48,7 @@ class Terminated(KeyboardInterrupt):
 
 def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--config", required=True, help="the run's YAML, e.g. configs/quickstart.yaml")
+    made.add_argument("--config", required=True, metavar="FILE.yaml", help="the run's YAML, e.g. configs/quickstart.yaml")
     made.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, e.g. ckd.lr=1e-4 name=trial")
     return made

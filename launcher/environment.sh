@@ -14,6 +14,6 @@ if [ -n "${DISTILL_CONTAINER:-}" ]; then
 elif [ -x .venv/bin/python ]; then
   python=(.venv/bin/python)
 else
-  echo "error: no $PWD/.venv: run \`bash launcher/quickstart.sh\` once on this machine, or submit from the clone" >&2
+  echo "error: no $PWD/.venv: run \`bash launcher/install.sh\` once on this machine, or submit from the clone" >&2
   exit 2
 fi

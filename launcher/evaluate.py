@@ -29,7 +29,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR_OR_NAME", help="a folder, package:NAME/FOLDER or a hub name")
-    what.add_argument("--config", help="a run's YAML: its teacher and exported students, into runs/NAME/evaluate")
+    what.add_argument(
+        "--config", metavar="FILE.yaml", help="a run's YAML: its teacher and exported students, into runs/NAME/evaluate"
+    )
     what.add_argument(
         "--compare",
         nargs=2,

@@ -1,6 +1,6 @@
-# Makes .venv at the clone's root and installs the project into it; sourced by quickstart.sh and tests/run.sh.
+# Makes .venv at the clone's root and installs the project into it; sourced by quickstart.sh and tests/run.sh, or run:
 #
-#   install EXTRAS      e.g. install quickstart,dev
+#   bash launcher/install.sh [EXTRAS]      e.g. quickstart,onnx,retrieval,study (default: quickstart)
 #
 #   PYTHON              the interpreter to begin from (default: python3)
 #   DISTILL_PIP_ARGS    further arguments for every pip install: another index, a local wheel folder
@@ -58,3 +58,9 @@ PY
   "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation -e "$root[$extras]"
   echo "$stamp" > "$venv/.installed"
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  case " $* " in *" -h "* | *" --help "*) sed -n '/^#/!q;s/^# \{0,1\}//p' "$0"; exit ;; esac
+  install "$(cd "$(dirname "$0")/.." && pwd)" "${1:-quickstart}"
+fi

@@ -23,9 +23,11 @@ from pathlib import Path
 import command
 import job
 
+from distill.models import num_layers
 from distill.training.stopping import StopRequest
 
 LAUNCHER = Path(__file__).resolve().parent
+MENDED_BY_USER = 2  # the exit code of an error whose message says how
 PATIENCE = 20.0  # seconds that the other processes of a stage have to end once one has failed
 
 
@@ -36,6 +38,7 @@ def main() -> int:
     config = command.config_of(arguments)
     if "export" in config.stages:
         require_packages(config.export.formats)
+    check_student(config)
     open_run(config)
     if not arguments.srun:
         return run_stages(config)
@@ -45,6 +48,16 @@ def main() -> int:
     except command.Terminated:  # before the stages listened
         code = command.STOPPED
     return job.come_back(config, code)
+
+
+def check_student(config: command.RunConfig) -> None:
+    """Before the teacher works for hours: that the student's layers are there. Raises ValueError."""
+    from distill.stages import stage_of, trained_stages
+
+    begins = "precompute" in config.stages and stage_of(config, "precompute").reason_to_run() is not None
+    encoder = config.teacher.model if config.student.init == "teacher" else config.student.init
+    if begins and trained_stages(config) and encoder and (depth := num_layers(encoder)):
+        config.student.kept(depth)
 
 
 def look_at_nodes(config: command.RunConfig) -> int:
@@ -79,7 +92,8 @@ def run_stages(config: command.RunConfig) -> int:
             return stopped(signals)
         if code:
             stop.obeyed()
-            print(f"{name} ended with exit code {code}; {command.GOES_ON}", file=sys.stderr)
+            mended = "once that is mended, " if code == MENDED_BY_USER else ""
+            print(f"{name} ended with exit code {code}; {mended}{command.GOES_ON}", file=sys.stderr)
             return code
         print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage_of(config, name).directory)}", flush=True)
     stop.obeyed()  # too late: all is done
@@ -87,7 +101,7 @@ def run_stages(config: command.RunConfig) -> int:
         print("nothing to do: every stage is done and nothing it depends on has changed")
     table = config.run_dir / "evaluate" / "table.txt"
     if table.exists():
-        print(f"\n{table.read_text()}")
+        print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}")
     return 0
 
 

@@ -5,6 +5,7 @@
 #
 # See launcher/install.sh for PYTHON and DISTILL_PIP_ARGS.
 set -euo pipefail
+case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 source launcher/install.sh

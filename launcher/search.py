@@ -84,7 +84,7 @@ def _read(prompt: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
-    parser.add_argument("--count", type=int, default=5, help="answers a question")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="answers a question (default 5)")
     parser.add_argument("--asymmetric", action="store_true", help="search the teacher's vectors with the student's questions")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     parser.add_argument("question", nargs="?", help="what you want to know")

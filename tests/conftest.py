@@ -117,6 +117,16 @@ def embedded_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
+    """A whole run: its config, its directory, what it printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = write_config(folder, tiny_encoder)
+    done = launch("pipeline.py", "--config", config, "--traceback", timeout=600)
+    assert done.returncode == 0, done.stdout
+    return config, folder / "runs/tiny", done.stdout
+
+
 @pytest.fixture
 def embedded_copy(embedded_once: Path, tmp_path: Path, tiny_encoder: Path) -> tuple[Path, Path]:
     """The config and the directory of a run of its own whose precompute is done."""

@@ -31,6 +31,8 @@ def path(tmp_path):
         (["hpd.nested=[256]"], "must lie between 0 and hpd.dim 128"),
         (["ckd.weights={ckd: 0}"], "at least one above 0"),
         (["student.layers=[1, 1]"], "distinct"),
+        (["student.layers=0"], "1 or more"),
+        (["student.layers=[]"], "at least one"),
         (["text.min_chars=2000"], "no sentence can pass"),
         (["text.sources=[{type: file}]"], "needs `path`"),
         (["nonsense"], "is not key=value"),
@@ -42,6 +44,12 @@ def test_what_cannot_be_run_is_named(path, overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     assert message in str(error.value)
+
+
+def test_a_source_may_be_a_plain_path(path):
+    config = load_config(path, ["text.sources=data/*.txt"])
+    assert config == load_config(path, ["text.sources=[{type: file, path: data/*.txt}]"])
+    assert load_config(path, ["text.sources=[a.txt, {type: python-docs}]"]).text.sources[0].path == "a.txt"
 
 
 def test_no_such_config_names_the_nearest(path):

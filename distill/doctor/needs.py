@@ -103,13 +103,15 @@ def num_parameters(config: RunConfig) -> int | None:
     folder = _folder(name)
     if folder is None:
         return None
-    kept = config.student.layers
-    return sum(
-        math.prod(tensor["shape"])
-        for path in folder.rglob("*.safetensors")
-        for name, tensor in _tensors(path).items()
-        if kept is None or not (found := LAYER.search(f".{name}")) or int(found[1]) in kept
-    )
+    sizes: dict[int | None, int] = {}  # by layer
+    for path in folder.rglob("*.safetensors"):
+        for name, tensor in _tensors(path).items():
+            found = LAYER.search(f".{name}")
+            layer = int(found[1]) if found else None
+            sizes[layer] = sizes.get(layer, 0) + math.prod(tensor["shape"])
+    depth = len(sizes.keys() - {None})
+    kept = config.student.kept(depth) if depth else []
+    return sum(size for layer, size in sizes.items() if layer is None or layer in kept)
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def import_faiss() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise ValueError(f"indices and small vectors need faiss ({error}): pip install 'distill[retrieval]'") from None
+        raise ValueError(
+            f"indices and small vectors need faiss ({error}): bash launcher/install.sh quickstart,retrieval"
+        ) from None
 
 
 class Index:

@@ -30,8 +30,8 @@ def require_packages(formats: Collection[str]) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if formats and missing:
         raise ValueError(
-            f"export.formats [{', '.join(formats)}] needs the packages {', '.join(missing)}: pip install distill[onnx],"
-            " or leave export.formats empty"
+            f"export.formats [{', '.join(formats)}] needs the packages {', '.join(missing)}:"
+            " bash launcher/install.sh quickstart,onnx, or leave export.formats empty"
         )
 
 

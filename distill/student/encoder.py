@@ -40,7 +40,7 @@ def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tupl
         needs_pooler=config.pooling == "pooler",
     )
     if config.layers is not None:
-        keep_layers(encoder, config.layers)
+        keep_layers(encoder, config.kept(encoder.config.num_hidden_layers))
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"student.init: {path} has only a slow tokenizer; name a model with a tokenizer.json")
@@ -86,11 +86,9 @@ def load_encoder(
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
     """Keeps these layers of the encoder, in this order, and says so in its config.
 
-    Raises ValueError if it has not that many, or if no list of layers can be told apart in it.
+    Raises ValueError if no list of layers can be told apart in it.
     """
     depth = encoder.config.num_hidden_layers
-    if max(layers) >= depth:
-        raise ValueError(f"student.layers {layers}: the encoder has layers 0 to {depth - 1}")
     stacks = [
         (parent, name, child)
         for parent in encoder.modules()

@@ -82,10 +82,11 @@ def name_of(config: RunConfig, stage: str) -> str:
 
 
 def _name_of_start(config: RunConfig) -> str:
-    """untrained-minilm-l6, untrained-mpnet-base-0-5-11"""
+    """untrained-minilm-l6, untrained-mpnet-base-0-5-11, untrained-mpnet-base-6 for six layers, evenly spread"""
     student = config.student
+    layers = [student.layers] if isinstance(student.layers, int) else student.layers or []
     encoder = Path(student.init if student.init != "teacher" else str(config.teacher.model)).name
-    return "-".join(["untrained", encoder, *map(str, student.layers or [])])
+    return "-".join(["untrained", encoder, *map(str, layers)])
 
 
 def _sizes(config: RunConfig) -> list[int]:

@@ -18,7 +18,7 @@ MARKERS = {"float32": "o", "int8": "s", "binary": "^"}
 def require_matplotlib() -> None:
     """Raises ValueError that says what to install where there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the plots of a study need matplotlib: pip install distill[study]")
+        raise ValueError("the plots of a study need matplotlib: bash launcher/install.sh quickstart,study")
 
 
 def draw(results: Sequence[Row], folder: Path) -> list[Path]:

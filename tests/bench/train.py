@@ -115,8 +115,7 @@ def peer_rank(
     dataset = Dataset.from_dict({"sentence": reader.texts(rows), "label": vectors}).with_format("torch")
     model = SentenceTransformer(config.teacher.model, device="cpu")
     encoder = model[0].model
-    assert config.student.layers is not None
-    keep_layers(encoder, config.student.layers)
+    keep_layers(encoder, config.student.kept(encoder.config.num_hidden_layers))
     set_dropout(encoder, 0.0)
     model.max_seq_length = config.student.max_length
     with tempfile.TemporaryDirectory() as folder:

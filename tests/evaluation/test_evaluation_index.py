@@ -49,7 +49,7 @@ def test_without_faiss_the_message_says_what_to_install(monkeypatch):
 class TestWithFaiss:
     @pytest.fixture(autouse=True)
     def faiss(self):
-        return pytest.importorskip("faiss", reason="faiss is not installed: pip install 'distill[retrieval]'")
+        return pytest.importorskip("faiss", reason="faiss is not installed: bash launcher/install.sh quickstart,retrieval")
 
     def test_exact_float32_is_the_search_in_numpy(self):
         queries, documents = clustered()

@@ -57,6 +57,13 @@ def test_a_folder_that_holds_no_model(tmp_path, tiny_encoder):
     refused(launch("precompute.py", "--config", config), "no model at", "config.json")
 
 
+def test_more_layers_than_the_teacher_has_before_it_has_worked(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    refused(launch("pipeline.py", "--config", config, "student.layers=9"), "student.layers 9: the encoder has 3")
+    refused(launch("pipeline.py", "--config", config, "student.layers=[0, 5]"), "the encoder has layers 0 to 2")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_teacher_and_shards_of_different_width(embedded_copy):
     refused(launch("train.py", "--config", embedded_copy[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
 

@@ -69,4 +69,4 @@ def test_without_either_it_says_what_to_do(tmp_path):
     done = subprocess.run(
         ["bash", "-c", f"source {ROOT}/launcher/environment.sh"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.returncode == 2 and "run `bash launcher/quickstart.sh` once" in done.stderr
+    assert done.returncode == 2 and "run `bash launcher/install.sh` once" in done.stderr

@@ -69,7 +69,17 @@ def test_t5_gives_its_relative_bias_to_the_new_first_layer():
 
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"layers \[0, 3\]: the encoder has layers 0 to 2"):
-        keep_layers(make_family("bert"), [0, 3])
+        StudentConfig(layers=[0, 3]).kept(3)
+    with pytest.raises(ValueError, match=r"layers 4: the encoder has 3"):
+        StudentConfig(layers=4).kept(3)
+
+
+def test_a_number_of_layers_is_spread_evenly_from_the_first_to_the_last():
+    assert StudentConfig(layers=3).kept(6) == [0, 2, 5] and StudentConfig(layers=6).kept(12) == [0, 2, 4, 7, 9, 11]
+    for depth in range(1, 25):
+        for count in range(1, depth + 1):
+            kept = StudentConfig(layers=count).kept(depth)
+            assert len(set(kept)) == count and kept == sorted(kept) and kept[0] == 0 and kept[-1] == (count > 1) * (depth - 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from cells import write_set
+from commands import launch
 from conftest import sentences
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from distill.config import HpdConfig, StudentConfig
 from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
+from distill.stages import read_json
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.training.batches import ShardBatches
@@ -87,3 +89,13 @@ def test_the_head_begins_where_it_is_better_than_chance(shards, tiny_encoder, he
     fit_head(student, texts, targets)
     after = np.square(student.encode(texts, normalize=False) - targets).mean()
     assert after < np.square(targets - targets.mean(axis=0)).mean() < before
+
+
+@pytest.mark.slow
+def test_it_may_begin_with_the_bare_encoder(embedded_copy):
+    config, directory = embedded_copy
+    done = launch("train.py", "--config", config, "stage=hpd", "hpd.init=student")
+    assert done.returncode == 0, done.stdout
+    made_of = read_json(directory / "hpd/DONE.json")
+    assert made_of["inputs"].keys() == {"shards"} and made_of["results"]["steps"] == 3
+    assert Student.load(directory / "hpd/student").dim == 16

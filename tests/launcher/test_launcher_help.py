@@ -1,0 +1,46 @@
+"""--help of every launcher says all that it takes, and shows a line to type."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+from commands import LAUNCHER, ROOT, environment, launch
+
+SCRIPTS = sorted(path.name for path in LAUNCHER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+APPENDED = {"--local_rank"}  # by the deepspeed launcher; nobody types it
+
+
+def test_these_are_launchers():
+    assert {"pipeline.py", "train.py", "precompute.py", "evaluate.py", "export.py", "search.py", "doctor.py", "study.py"} <= {
+        *SCRIPTS
+    }
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option_and_gives_an_example(script):
+    done = launch(script, "--help", timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert re.search(rf"^    .*launcher/{script} \S", done.stdout, re.MULTILINE), "no example"
+    source = (LAUNCHER / script).read_text()
+    if "command.parser(" in source:
+        source += (LAUNCHER / "command.py").read_text()
+    for option in set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source)) - APPENDED:
+        described = rf"^  {option}\b[^\n]*(  \S|\n {{10,}}\S)"
+        assert re.search(described, done.stdout, re.MULTILINE), f"{option} is not described"
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "install.sh"])
+def test_help_of_a_shell_script_starts_nothing(script, tmp_path):
+    done = subprocess.run(["bash", str(LAUNCHER / script), "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=20)
+    assert done.returncode == 0 and f"bash launcher/{script}" in done.stdout and "set -e" not in done.stdout
+
+
+def test_without_the_environment_it_says_how_to_get_one():
+    variables = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        ["/usr/bin/env", "python3", "-S", "-E", str(LAUNCHER / "pipeline.py"), "--help"],
+        capture_output=True, text=True, env=variables, cwd=ROOT.parent, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "run `bash launcher/install.sh` once" in done.stderr, done.stderr
