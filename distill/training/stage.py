@@ -7,28 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from distill.config import ContrastConfig, RunConfig, TrainConfig
+from distill.corpus import held_out_sources
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
-from distill.stages import Stage, stage_of
+from distill.stages import Stage, read_json, stage_of
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.student import load_extra
+from distill.teacher.dev import TEACHER_DEV
 from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
 from distill.training.ckd import CkdRecipe, CkdTask
 from distill.training.contrast import ContrastRecipe, ContrastTask
+from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
 from distill.training.hpd import HpdTask, fit_head
 from distill.training.loop import Trainer
+from distill.training.origin import texts
 from distill.training.projection import build_projection, fit_projection, fit_sample
+from distill.training.projector import write_projector
 from distill.training.recipe import Recipe
 from distill.training.rows import Sentences, load_triplets
 
@@ -59,6 +65,7 @@ def run_stage(
         num_micro=recipe.num_micro,
         temperature_lr=(temperature.lr if temperature else None) or train.lr,
     )
+    record = config.run_dir / "tensorboard" / name
     trainer = Trainer(
         name,
         recipe,
@@ -74,16 +81,28 @@ def run_stage(
         ),
         max_skipped=config.engine.max_skipped,
         asked_to_stop=asked_to_stop,
-        tensorboard=config.run_dir / "tensorboard" / name,
+        tensorboard=record,
         device=device,
     )
+    trainer.metrics.describe(texts(config, device), [layout(), compared_by(config, name)])
     results = trainer.run()
     if rank() == 0:
         student = stage.directory / "student"
+        held_out = config.shards_dir / "held_out"
+        if (held_out / "manifest.json").exists():
+            kept = Student.load(student).to(device).eval()
+            write_projector(record, kept, ShardReader(held_out), held_out_sources(config.precompute_dir / "text"))
         digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
         stage.finish(results, "-".join(digest[:32] for digest in digests))
     barrier()
     return results
+
+
+def compared_by(config: RunConfig, name: str) -> Summary:
+    """The settings of a stage as a line of TensorBoard's hparams table."""
+    of_stage = getattr(config, name).model_dump(mode="json")
+    others = {"stage": name, "ranks": world_size(), "seed": config.seed, "teacher": config.teacher.model}
+    return settings(others | of_stage | {"student": config.student.model_dump(mode="json")}, f"{config.name}/{name}")
 
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:
@@ -186,4 +205,6 @@ def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:
     if len(rows) < 3:
         return None
     sts = None if config.evaluate.sts is None else read_dev(config.evaluate.sts)
-    return Dev(held_out, rows, sts, batch_size=config.evaluate.batch_size, amp=amp)
+    teacher = read_json(config.precompute_dir / TEACHER_DEV) or {}
+    known = teacher.get("STSB-dev") if teacher.get("sts") == config.evaluate.sts else None
+    return Dev(held_out, rows, sts, batch_size=config.evaluate.batch_size, amp=amp, teacher_sts=known)
