@@ -92,19 +92,19 @@ def prepare_text(
 
 
 def held_out_sources(folder: Path) -> list[str] | None:
-    """The source of each held-out sentence of a text that `prepare_text` wrote, in words; None if it was not kept."""
+    """A name for the source of each held-out sentence of a text that `prepare_text` wrote; None if it was not kept."""
     manifest, path = folder / "manifest.json", folder / HELD_OUT_SOURCES
     if not manifest.exists() or not path.exists():
         return None
-    sources = json.loads(manifest.read_text(encoding="utf-8"))["sources"]
-    names = [_name(source) for source in sources]
+    names = [_name(source) for source in json.loads(manifest.read_text(encoding="utf-8"))["sources"]]
+    if len(set(names)) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, start=1)]
     return [names[number] for number in np.load(path, allow_pickle=False)]
 
 
 def _name(source: dict[str, Any]) -> str:
-    if source["path"]:
-        return Path(source["path"]).name
-    return " ".join(filter(None, (source["name"] or source["type"], source["subset"], source["field"])))
+    what = Path(source["path"]).name if source["path"] else source["name"] or source["type"]
+    return " ".join(filter(None, (what, source["subset"], source["field"])))
 
 
 def can_resume(out: Path) -> bool:

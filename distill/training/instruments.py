@@ -16,6 +16,7 @@ from distill.training.recipe import Task
 
 GIB = 2**30
 APART = ("evaluation", "checkpoint")  # of the time, but not of the speed of training
+PARTS = ("input wait", "gather", "forward and backward", "optimiser", "logging", *APART)
 WHOLE_STEP, KEYS = "wire/all_that_ranks_say", "wire/keys_and_ids"
 
 
@@ -63,8 +64,8 @@ class Instruments:
         }
         if self._peak:
             figures["mfu"] = (self._linear * tokens + self._square * squares) / training / self._peak
-        for name, seconds in named.items():
-            figures[f"time/{name.replace(' ', '_')}"] = seconds / whole
+        for name in PARTS:
+            figures[f"time/{name.replace(' ', '_')}"] = named.get(name, 0.0) / whole
         figures["time/rest"] = max(0.0, 1 - sum(named.values()) / whole)
         if self._device.type == "cuda":
             figures["memory/device_peak"] = torch.cuda.max_memory_allocated(self._device) / GIB

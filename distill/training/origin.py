@@ -28,7 +28,7 @@ def texts(config: RunConfig, device: torch.device) -> dict[str, str]:
     return {
         "config": _block(dump_config(config)),
         "versions": f"| what | version |\n| --- | --- |\n{table}",
-        "command": _block(shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])),
+        "command": _block(" \\\n    ".join(shlex.quote(word) for word in [Path(sys.executable).name, *sys.orig_argv[1:]])),
     }
 
 

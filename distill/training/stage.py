@@ -16,7 +16,7 @@ from distill.files import sha256_of
 from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
-from distill.stages import Stage, read_json, stage_of
+from distill.stages import Stage, plain, read_json, stage_of
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.student import load_extra
@@ -99,10 +99,13 @@ def run_stage(
 
 
 def compared_by(config: RunConfig, name: str) -> Summary:
-    """The settings of a stage as a line of TensorBoard's hparams table."""
-    of_stage = getattr(config, name).model_dump(mode="json")
-    others = {"stage": name, "ranks": world_size(), "seed": config.seed, "teacher": config.teacher.model}
-    return settings(others | of_stage | {"student": config.student.model_dump(mode="json")}, f"{config.name}/{name}")
+    """A line of TensorBoard's hparams table: the settings of a stage and of those that it goes on from, under their names in
+    the config, so that of a sweep the columns that differ are those that were swept."""
+    row: dict[str, Any] = {"stage": name, "ranks": world_size(), "teacher": config.teacher.model}
+    while name != "student":
+        row[name] = getattr(config, name)
+        name = "student" if name == "ckd" else getattr(config, name).init
+    return settings(plain(row | {"seed": config.seed, "student": config.student}), f"{config.name}/{row['stage']}")
 
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:
