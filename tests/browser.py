@@ -67,6 +67,32 @@ def tensorboard(logdir: Path) -> Iterator[str]:
         server.wait(10)
 
 
+VISIBLE_TEXT = """() => {
+  const found = [], walk = node => {
+    const parent = node.parentElement;
+    if (node.nodeType === Node.TEXT_NODE && parent && !["STYLE", "SCRIPT"].includes(parent.tagName)) {
+      const text = node.textContent.trim();
+      if (text && parent.checkVisibility()) found.push(text);
+    }
+    if (node.shadowRoot) walk(node.shadowRoot);
+    node.childNodes.forEach(walk);
+  };
+  walk(document.body);
+  return found;
+}"""
+
+
+def until_visible(frame: object, wanted: set[str], seconds: float = 60) -> list[str]:
+    """All visible pieces of text of a page or frame, in shadow roots too, once those that are wanted are among them."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = frame.evaluate(VISIBLE_TEXT)
+        if wanted <= set(found):
+            return found
+        assert time.monotonic() < deadline, f"not to be seen: {wanted - set(found)}; but {found}"
+        time.sleep(0.2)
+
+
 def keep_screenshot(page: object, name: str, folder: Path) -> None:
     """Takes one into the folder that DISTILL_SCREENSHOTS names, else into `folder`, and says where."""
     place = Path(os.environ.get("DISTILL_SCREENSHOTS", folder))

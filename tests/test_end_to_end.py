@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from browser import browser, keep_screenshot, tensorboard, until_visible
 from commands import ROOT, environment, launch
-from conftest import write_config
+from conftest import sentences, write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill.training.dashboard import CHARTS, CLOSED
+
 pytestmark = pytest.mark.slow
+
+
+def write_sts(folder):
+    """A tiny STS-B, whose scores mean nothing."""
+    folder.mkdir()
+    draw, texts = random.Random(0), sentences(120, seed=5)
+    for part in ("dev", "test"):
+        pairs = [f"{draw.uniform(0, 5):.2f}\t{a}\t{b}\n" for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        with gzip.open(folder / f"stsb_{part}.tsv.gz", "wt") as file:
+            file.write("score\tsentence1\tsentence2\n" + "".join(pairs))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_encoder):
     folder = tmp_path_factory.mktemp("pipeline")
-    config = write_config(folder, tiny_encoder)
+    config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {write_sts(folder / 'sts')}}}")
+    (folder / "more.txt").write_text("\n".join(sentences(600, seed=1)) + "\n")
+    more = f"{{type: file, path: {folder / 'more.txt'}}}"
+    config.write_text(config.read_text().replace("sources: [", f"sources: [{more}, "))
     done = launch("pipeline.py", "--config", config, "--traceback")
     assert done.returncode == 0, done.stdout
     return config, folder / "runs/tiny", done.stdout
@@ -56,6 +75,46 @@ def test_tensorboard_has_every_step_once_and_what_people_look_for(finished):
     for tag in ("temperature", "learning_rate", "gradient_norm", "sentences_a_second", "similarity/positive",
                 "similarity/hardest_negative", "dev/fidelity/spearman"):  # fmt: skip
         assert logged[tag], tag
+
+
+def test_the_teacher_is_measured_while_it_is_loaded_and_its_line_is_drawn(finished):
+    _, run, _ = finished
+    kept = json.loads((run / "precompute/teacher_dev.json").read_text())["STSB-dev"]
+    assert kept == pytest.approx(json.loads((run / "evaluate/results.json").read_text())["teacher"]["sts"]["STSB"], abs=60)
+    for stage in ("ckd", "finetune", "hpd"):
+        logged = scalars(run, stage)
+        dev_steps = [event.step for event in logged["dev/score"]]
+        for tag, value in (("teacher/fidelity", 1), ("teacher/sts/STSB-dev", kept)):
+            points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in logged[tag]]
+            assert points == [(step, value) for step in dev_steps]
+
+
+def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finished, tmp_path):
+    _, run, _ = finished
+    with tensorboard(run.parent) as address, browser() as page:
+        page.goto(f"{address}/#custom_scalars")
+        shown = {title: charts for title, charts in CHARTS.items() if title not in CLOSED}
+        found = until_visible(page, CHARTS.keys() | {chart for charts in shown.values() for chart in charts})
+        matches = [int(text[9:-1]) for text in found if text.startswith("Matches (")]
+        assert len(matches) == sum(map(len, shown.values())) and min(matches) >= 3, "a line for each stage in every chart"
+        keep_screenshot(page, "charts", tmp_path)
+        page.goto(f"{address}/#hparams")
+        until_visible(page, {"tiny/ckd", "tiny/finetune", "tiny/hpd", "stage", "ckd.lr", "best/score"})
+        keep_screenshot(page, "hparams", tmp_path)
+        page.goto(f"{address}/#text")
+        until_visible(page, {"config/text_summary", "versions/text_summary", "command/text_summary"})
+        keep_screenshot(page, "text", tmp_path)
+        page.goto(f"{address}/#projector")
+        projector = page.wait_for_selector("iframe[src*=projector]", state="attached")
+        frame = projector.content_frame().wait_for_selector("iframe", state="attached").content_frame()
+        rows = json.loads((run / "shards/held_out/manifest.json").read_text())["count"]
+        until_visible(frame, {"Points:", str(rows), "Dimension:", "2 tensors found", "Color by"})
+        keep_screenshot(page, "projector", tmp_path)
+    lines = (run / "tensorboard/ckd/projector/sentences.tsv").read_text().splitlines()
+    assert {line.split("\t")[1] for line in lines[1:]} == {"text.txt", "more.txt"}
+    vectors = [np.loadtxt(run / f"tensorboard/ckd/projector/{space}.tsv") for space in ("student", "teacher")]
+    assert [len(space) for space in vectors] == [rows, rows] == [len(lines) - 1] * 2
+    assert np.linalg.norm(vectors[1], axis=1) == pytest.approx(np.ones(rows), abs=0.01)
 
 
 def test_typed_again_it_does_nothing_and_says_so(finished):
