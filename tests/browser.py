@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,14 +82,16 @@ VISIBLE_TEXT = """() => {
 }"""
 
 
-def until_visible(frame: object, wanted: set[str], seconds: float = 60) -> list[str]:
-    """All visible pieces of text of a page or frame, in shadow roots too, once those that are wanted are among them."""
+def until_visible(
+    frame: object, wanted: set[str], ready: Callable[[list[str]], bool] = lambda found: True, seconds: float = 60
+) -> list[str]:
+    """All visible pieces of text of a page or frame, in shadow roots too, once they are `ready` and have what is wanted."""
     deadline = time.monotonic() + seconds
     while True:
         found = frame.evaluate(VISIBLE_TEXT)
-        if wanted <= set(found):
+        if wanted <= set(found) and ready(found):
             return found
-        assert time.monotonic() < deadline, f"not to be seen: {wanted - set(found)}; but {found}"
+        assert time.monotonic() < deadline, f"not to be seen or not ready: {wanted - set(found)}; but {found}"
         time.sleep(0.2)
 
 

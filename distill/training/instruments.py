@@ -21,7 +21,10 @@ WHOLE_STEP, KEYS = "wire/all_that_ranks_say", "wire/keys_and_ids"
 
 
 class Instruments:
-    """Counts on every step what costs nothing; `sums` and `figures` are for those that are logged."""
+    """Counts on every step what costs nothing; `sums` and `figures` are for those that are logged.
+
+    Made before the engine: rank 0 alone counts the student's arithmetic, and under ZeRO-3 its forward pass is a collective.
+    """
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.clock = Clock(device)

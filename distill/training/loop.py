@@ -60,6 +60,7 @@ class Trainer:
         engine: Any,
         train: TrainConfig,
         dev: Dev | None,
+        instruments: Instruments,
         *,
         student_dir: Path,
         checkpoints: Checkpoints,
@@ -88,7 +89,7 @@ class Trainer:
             if rank() == 0:
                 print(f"{name}: continuing after step {self.progress.step} of {self.num_steps}", file=sys.stderr, flush=True)
         self.metrics = Metrics(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
-        self.instruments = Instruments(recipe.task, device)
+        self.instruments = instruments
         self._observed: dict[str, torch.Tensor] = {}
 
     def _num_steps(self) -> int:

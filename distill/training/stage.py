@@ -31,6 +31,7 @@ from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
 from distill.training.hpd import HpdTask, fit_head
+from distill.training.instruments import Instruments
 from distill.training.loop import Trainer
 from distill.training.origin import texts
 from distill.training.projection import build_projection, fit_projection, fit_sample
@@ -57,6 +58,7 @@ def run_stage(
     amp = autocast_dtype(config.engine.precision, device)
     recipe = build_recipe(config, name, stage.directory, device, amp)
     recipe.task.to(device)
+    instruments = Instruments(recipe.task, device)
     temperature = getattr(train, "temperature", None)
     engine = build_engine(
         recipe.task,
@@ -72,6 +74,7 @@ def run_stage(
         engine,
         train,
         build_dev(config, amp),
+        instruments,
         student_dir=stage.directory / "student",
         checkpoints=Checkpoints(
             stage.directory / "checkpoints",

@@ -102,7 +102,9 @@ def test_the_age_of_keys_is_what_counting_finds(capacity, prefill):
 
 def test_the_arithmetic_of_a_sentence_is_that_of_its_matrices(tiny_encoder):
     student = student_of(tiny_encoder)
+    assert student.training and not student.encoder.training
     linear, square = forward_flops(student)
+    assert student.training and not student.encoder.training, "dropout is on or off as it was"
     layers, width, inner = 3, 32, 64
     assert linear == pytest.approx(layers * 2 * (4 * width**2 + 2 * width * inner), rel=1e-6)
     assert square == pytest.approx(layers * 4 * width, rel=1e-6)
