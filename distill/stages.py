@@ -113,8 +113,8 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     else:
         raise ValueError(f"no stage is called {name}")
     if name == "precompute":
-        return Stage(name, config.precompute_dir, _plain(parts), inputs, product=config.shards_dir / "manifest.json")
-    return Stage(name, run_dir / name, _plain(parts), inputs)
+        return Stage(name, config.precompute_dir, plain(parts), inputs, product=config.shards_dir / "manifest.json")
+    return Stage(name, run_dir / name, plain(parts), inputs)
 
 
 def trained_stages(config: RunConfig) -> list[str]:
@@ -176,7 +176,8 @@ def _without(keys: frozenset[str], tree: Any) -> Any:
     return tree
 
 
-def _plain(parts: dict[str, Any]) -> dict[str, Any]:
+def plain(parts: dict[str, Any]) -> dict[str, Any]:
+    """Sections of a config, and JSON, as JSON, without what changes no result."""
     dumped = {key: part.model_dump(mode="json") if hasattr(part, "model_dump") else part for key, part in parts.items()}
     return json.loads(json.dumps(_without(COSMETIC, dumped)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import shutil
@@ -117,12 +118,27 @@ def embedded_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     return folder
 
 
+def write_pairs(folder: Path, name: str = "sts12_test", count: int = 60) -> Path:
+    """An STS set of made-up pairs, in the folder that is returned."""
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(0)
+    pairs = zip(sentences(count, seed=1), sentences(count, seed=2), strict=True)
+    rows = "".join(f"{draw.uniform(0, 5):.2f}\t{first}\t{second}\n" for first, second in pairs)
+    (folder / f"{name}.tsv.gz").write_bytes(gzip.compress(f"score\tsentence1\tsentence2\n{rows}".encode()))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
     """A whole run: its config, its directory, what it printed."""
     folder = tmp_path_factory.mktemp("pipeline")
-    config = write_config(folder, tiny_encoder)
-    done = launch("pipeline.py", "--config", config, "--traceback", timeout=600)
+    for name in ("sts12_test", "stsb_test", "stsb_dev"):
+        write_pairs(folder / "sts", name)
+    config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {folder / 'sts'}}}")
+    (folder / "more.txt").write_text("\n".join(sentences(600, seed=1)) + "\n")
+    more = f"{{type: file, path: {folder / 'more.txt'}}}"
+    config.write_text(config.read_text().replace("sources: [", f"sources: [{more}, "))
+    done = launch("pipeline.py", "--config", config, "--traceback", timeout=900)  # six stages, each in processes of its own
     assert done.returncode == 0, done.stdout
     return config, folder / "runs/tiny", done.stdout
 

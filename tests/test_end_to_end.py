@@ -9,9 +9,12 @@ import time
 
 import numpy as np
 import pytest
+from browser import browser, keep_screenshot, tensorboard, until_visible
 from commands import ROOT, environment, launch
 from conftest import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill.training.dashboard import CHARTS, CLOSED
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +50,50 @@ def test_tensorboard_has_every_step_once_and_what_people_look_for(finished):
     for tag in ("temperature", "learning_rate", "gradient_norm", "sentences_a_second", "similarity/positive",
                 "similarity/hardest_negative", "dev/fidelity/spearman"):  # fmt: skip
         assert logged[tag], tag
+
+
+def test_the_teacher_is_measured_while_it_is_loaded_and_its_line_is_drawn(finished):
+    _, run, _ = finished
+    kept = json.loads((run / "precompute/teacher_dev.json").read_text())["STSB-dev"]
+    assert kept == pytest.approx(json.loads((run / "evaluate/results.json").read_text())["teacher"]["sts"]["STSB"], abs=60)
+    for stage in ("ckd", "finetune", "hpd"):
+        logged = scalars(run, stage)
+        dev_steps = [event.step for event in logged["dev/score"]]
+        for tag, value in (("teacher/fidelity", 1), ("teacher/sts/STSB-dev", kept)):
+            points = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in logged[tag]]
+            assert points == [(step, value) for step in dev_steps]
+
+
+def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finished, tmp_path):
+    _, run, _ = finished
+    with tensorboard(run.parent) as address, browser() as page:
+        page.goto(f"{address}/#custom_scalars")
+        shown = {title: charts for title, charts in CHARTS.items() if title not in CLOSED}
+        titles = CHARTS.keys() | {chart for charts in shown.values() for chart in charts}
+
+        def matches(found):
+            return [int(text[9:-1]) for text in found if text.startswith("Matches (")]
+
+        found = until_visible(page, titles, lambda found: min(matches(found), default=0) >= 2)
+        assert len(matches(found)) == sum(map(len, shown.values())), "every chart has lines of several stages"
+        keep_screenshot(page, "charts", tmp_path)
+        page.goto(f"{address}/#hparams")
+        until_visible(page, {"tiny/ckd", "tiny/finetune", "tiny/hpd", "stage", "ckd.lr", "best/score"})
+        keep_screenshot(page, "hparams", tmp_path)
+        page.goto(f"{address}/#text")
+        until_visible(page, {"config/text_summary", "versions/text_summary", "command/text_summary"})
+        keep_screenshot(page, "text", tmp_path)
+        page.goto(f"{address}/#projector")
+        projector = page.wait_for_selector("iframe[src*=projector]", state="attached")
+        frame = projector.content_frame().wait_for_selector("iframe", state="attached").content_frame()
+        rows = json.loads((run / "shards/held_out/manifest.json").read_text())["count"]
+        until_visible(frame, {"Points:", str(rows), "Dimension:", "2 tensors found", "Color by"})
+        keep_screenshot(page, "projector", tmp_path)
+    lines = (run / "tensorboard/ckd/projector/sentences.tsv").read_text().splitlines()
+    assert {line.split("\t")[1] for line in lines[1:]} == {"text.txt", "more.txt"}
+    vectors = [np.loadtxt(run / f"tensorboard/ckd/projector/{space}.tsv") for space in ("student", "teacher")]
+    assert [len(space) for space in vectors] == [rows, rows] == [len(lines) - 1] * 2
+    assert np.linalg.norm(vectors[1], axis=1) == pytest.approx(np.ones(rows), abs=0.01)
 
 
 def test_typed_again_it_does_nothing_and_says_so(finished):

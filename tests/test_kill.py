@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from commands import command, kill_group_when, launch
 from conftest import write_config
 from engines import CPU, start_deepspeed
 from ranks import on_ranks, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config import load_config
 from distill.objectives.queue import KeyQueue
@@ -23,6 +25,12 @@ from distill.training.distributed import rank
 from distill.training.stage import run_stage
 
 pytestmark = pytest.mark.slow
+WRITTEN_ONCE = {
+    "custom_scalars__config__",
+    "_hparams_/session_start_info",
+    "_hparams_/session_end_info",
+    *(f"{name}/text_summary" for name in ("config", "versions", "command")),
+}
 OVERRIDES = ["stages=[precompute, ckd]", "ckd.max_steps=40", "ckd.epochs=10", "ckd.dev_every=8", "ckd.save_every=8"]
 
 
@@ -34,6 +42,37 @@ def student_digest(run: Path) -> dict[str, str]:
 
 def shard_digests(run: Path) -> dict[str, str]:
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.glob("shards/**/*.tar"))}
+
+
+def record_of(run: Path) -> EventAccumulator:
+    """All that TensorBoard's own reader finds of the stage."""
+    everything = {"scalars": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(run / "tensorboard/ckd"), size_guidance=everything).Reload()
+
+
+def points_of(record: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
+    """Those that are no measurement of this machine at that time."""
+    ours = {tag for tag in record.Tags()["scalars"] if not re.match("time/|memory/|mfu|.*_a_second|wire/", tag)}
+    return {tag: [(event.step, event.value) for event in record.Scalars(tag)] for tag in sorted(ours)}
+
+
+def assert_every_step_is_there_once(run: Path, whole: Path, num_steps: int, dev_every: int) -> None:
+    """Scalars, histograms and what is written once, after kills, are those of the run that nobody killed."""
+    record, other = record_of(run), record_of(whole)
+    steps, dev_steps = list(range(1, num_steps + 1)), [*range(dev_every, num_steps, dev_every), num_steps]
+    assert record.Tags()["scalars"] and set(record.Tags()["scalars"]) == set(other.Tags()["scalars"])
+    for tag in record.Tags()["scalars"]:
+        expected = {"dev": dev_steps, "teacher": dev_steps, "best": [num_steps], "queue": None}.get(tag.split("/")[0], steps)
+        if expected is not None:
+            assert [event.step for event in record.Scalars(tag)] == expected, tag
+    assert points_of(record) == points_of(other)
+    assert set(record.Tags()["histograms"]) == {"cosines/positive", "cosines/hardest_negative"}
+    for tag in record.Tags()["histograms"]:
+        assert [event.step for event in record.Histograms(tag)] == steps, tag
+        kept, others = ([event.histogram_value for event in each.Histograms(tag)] for each in (record, other))
+        assert kept == others
+    assert set(record.Tags()["tensors"]) == WRITTEN_ONCE
+    assert [len(record.Tensors(tag)) for tag in WRITTEN_ONCE] == [1] * len(WRITTEN_ONCE)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +96,7 @@ def test_killed_in_precompute_and_twice_in_ckd_ends_bit_for_bit_the_same(tmp_pat
     assert "continuing after step" in finished.stdout
     assert shard_digests(run) == shard_digests(uninterrupted)
     assert student_digest(run) == student_digest(uninterrupted) and student_digest(run)
+    assert_every_step_is_there_once(run, uninterrupted, 40, 8)
 
 
 MOMENTS = {
@@ -91,11 +131,11 @@ def train(config, overrides, moment="at any time", victim=0, calls=1):
 def kill_once(config, overrides, run, moment, draw):
     """Starts two ranks and kills them: both at once, or one and then the other. Returns whether they lived to be killed."""
     victim = 0 if moment == "in the commit" else draw.randrange(2)
-    logs = len(list((run / "tensorboard/ckd").glob("*")))
+    logs = set((run / "tensorboard/ckd").glob("events.*"))
     processes, pipes = start_ranks(2, train, config, overrides, moment, victim, draw.randint(1, 2))
     deadline = time.monotonic() + 60
     if moment == "at any time":
-        while len(list((run / "tensorboard/ckd").glob("*"))) == logs and time.monotonic() < deadline:
+        while set((run / "tensorboard/ckd").glob("events.*")) <= logs and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.3))
         processes[victim].kill()
@@ -129,3 +169,4 @@ def test_killed_in_a_step_a_push_or_a_checkpoint_it_ends_bit_for_bit_the_same(tm
     on_ranks(2, train, config, [*overrides, "name=killed"])
     assert student_digest(killed) == student_digest(straight) and student_digest(killed)
     assert not list(killed.rglob("*.part"))
+    assert_every_step_is_there_once(killed, straight, 24 + 10 * kills, 16)

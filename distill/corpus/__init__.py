@@ -10,7 +10,7 @@ pieces.py      lines                  -> files that are complete or absent; and 
 """
 
 from distill.corpus.pieces import read_piece
-from distill.corpus.prepare import can_resume, prepare_text
+from distill.corpus.prepare import can_resume, held_out_sources, prepare_text
 from distill.corpus.rows import read_rows
 from distill.corpus.sources import read_dataset, read_source, read_sources
 from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normalise, text_hash
@@ -18,6 +18,7 @@ from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normalise, text_h
 __all__ = [
     "HELD_OUT_MODULUS",
     "can_resume",
+    "held_out_sources",
     "is_held_out",
     "normalise",
     "prepare_text",

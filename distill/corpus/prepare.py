@@ -11,6 +11,7 @@ Two sentences are the same if their 64-bit hashes are; among a billion, the chan
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from itertools import compress, islice
@@ -25,7 +26,9 @@ from distill.corpus.fates import HELD_OUT, KEPT, decide_fates
 from distill.corpus.pieces import PieceWriter
 from distill.corpus.sources import check_source
 from distill.corpus.spool import BLOCK_ROWS, Spool, fill
-from distill.files import sweep, write_json
+from distill.files import publish, sweep, write_json
+
+HELD_OUT_SOURCES = "held_out.sources.npy"
 
 
 def prepare_text(
@@ -43,8 +46,9 @@ def prepare_text(
 
     000000.txt ...: `rows_per_piece` sentences each but the last, in the order of the sources. held_out.txt: of the
     sentences with hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; none of them is in a
-    piece. With keep_row_numbers, NAME.rows.npy (int64) beside each NAME.txt: the number of each sentence among the raw ones
-    of all sources, from 0. `num_buckets` (1..256) changes memory, not results: 64 bytes x sentences / num_buckets.
+    piece. held_out.sources.npy (int64) beside it: the number of each one's source. With keep_row_numbers, NAME.rows.npy (int64)
+    beside each NAME.txt: the number of each sentence among the raw ones of all sources, from 0. `num_buckets` (1..256) changes
+    memory, not results: 64 bytes x sentences / num_buckets.
 
     Memory beyond that: a block of sentences, and `config.held_out` sentences. Disk: the text once more, and 25 bytes a
     sentence. Raises ValueError for a source that cannot be read (before any work, where that can be seen), or no sentence left.
@@ -68,6 +72,8 @@ def prepare_text(
         shutil.rmtree(spool.folder)
         raise ValueError(_nothing_left(config, counts))
     pieces, held_out, lengths = _write_pieces(spool, progress.num_spooled, held_out_places, out, rows_per_piece, disable)
+    with publish(out / HELD_OUT_SOURCES) as file:
+        np.save(file, np.searchsorted(np.cumsum(progress.spooled_of), held_out_places, side="right"))
     manifest = {
         "version": 1,
         "pieces": pieces,
@@ -83,6 +89,22 @@ def prepare_text(
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(spool.folder, ignore_errors=True)
     return manifest
+
+
+def held_out_sources(folder: Path) -> list[str] | None:
+    """A name for the source of each held-out sentence of a text that `prepare_text` wrote; None if it was not kept."""
+    manifest, path = folder / "manifest.json", folder / HELD_OUT_SOURCES
+    if not manifest.exists() or not path.exists():
+        return None
+    names = [_name(source) for source in json.loads(manifest.read_text(encoding="utf-8"))["sources"]]
+    if len(set(names)) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, start=1)]
+    return [names[number] for number in np.load(path, allow_pickle=False)]
+
+
+def _name(source: dict[str, Any]) -> str:
+    what = Path(source["path"]).name if source["path"] else source["name"] or source["type"]
+    return " ".join(filter(None, (what, source["subset"], source["field"])))
 
 
 def can_resume(out: Path) -> bool:

@@ -83,9 +83,11 @@ class Spool:
 
 @dataclass
 class Progress:
-    """What has been read: how many raw strings of each source, and what became of all of them together."""
+    """What has been read: how many raw strings of each source, how many of them were long and short enough, and what became of
+    all of them together."""
 
     read_of: list[int]
+    spooled_of: list[int]
     counts: Counter[str]
     complete: bool = False
 
@@ -125,6 +127,7 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
                 progress.counts["too_long"] += int(np.count_nonzero(lengths > config.max_chars))
                 progress.counts["read"] += len(block)
                 progress.read_of[number] += len(block)
+                progress.spooled_of[number] += len(texts)
                 bar.update(len(block))
                 num_blocks += 1
                 if num_blocks % JOURNAL_EVERY == 0:
@@ -144,10 +147,10 @@ def _resume(config: TextConfig, spool: Spool) -> Progress:
     if journal.get("of") == _of(config, spool):
         for path in _files(spool):
             os.truncate(path, journal["sizes"][path.name])
-        return Progress(journal["read_of"], Counter(journal["counts"]), journal["complete"])
+        return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
     shutil.rmtree(spool.folder, ignore_errors=True)
     spool.folder.mkdir(parents=True)
-    return Progress([0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))
+    return Progress([0] * len(config.sources), [0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))
 
 
 def _write_journal(config: TextConfig, spool: Spool, progress: Progress, files: Mapping[Path, BinaryIO]) -> None:
@@ -155,12 +158,13 @@ def _write_journal(config: TextConfig, spool: Spool, progress: Progress, files: 
         file.flush()
         os.fsync(file.fileno())
     sizes = {path.name: file.tell() for path, file in files.items()}
-    state: dict[str, Any] = {"read_of": progress.read_of, "counts": dict(progress.counts), "complete": progress.complete}
+    state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete")}
     write_json(spool.journal, {"of": _of(config, spool), "sizes": sizes, **state})
 
 
 def _of(config: TextConfig, spool: Spool) -> dict[str, Any]:
-    return {"text": config.model_dump(mode="json"), "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
+    made_by = {"journal": 2, "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
+    return {"text": config.model_dump(mode="json"), **made_by}
 
 
 def _files(spool: Spool) -> list[Path]:

@@ -113,21 +113,42 @@ def joined(lse: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def hardest_negatives(
-    queries: Tensor, keys: Tensor, positives: Tensor, query_ids: Tensor, key_ids: Tensor, *, tile: int | None = None
-) -> Tensor:
-    """The largest q_i.k_j over keys that are no row's own and not its text, [B] float32; -inf where there is none."""
+def survey_negatives(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    *,
+    tile: int | None = None,
+    teacher: Tensor | None = None,
+    same_meaning: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The largest q_i.k_j over keys that are no row's own and not its text, [B] float32, -inf where there is none; and how
+    many keys `attend` masks of a row, [B] float32. positives: -1 where a row's own key is not among these."""
     tile = min(tile or DEFAULT_TILE, len(keys))
     hardest = torch.full((len(queries),), -torch.inf, device=queries.device)
+    masked = torch.zeros(len(queries), device=queries.device)
     rows = torch.arange(len(queries), device=queries.device)
     for start in range(0, len(keys), tile):
         stop = min(start + tile, len(keys))
-        cosines_bt = queries.float() @ keys[start:stop].float().T
-        cosines_bt[masked_pairs(query_ids, key_ids, None, start, stop)] = -torch.inf
+        keys_td = keys[start:stop].float()
+        cosines_bt = queries.float() @ keys_td.T
+        pairs = masked_pairs(query_ids, key_ids, positives, start, stop)
+        assert pairs is not None
+        cosines_bt[pairs] = -torch.inf
         own = (positives >= start) & (positives < stop)
-        cosines_bt[rows[own], positives[own] - start] = -torch.inf
+        own_pairs = rows[own], positives[own] - start
+        cosines_bt[own_pairs] = -torch.inf
         hardest = torch.maximum(hardest, cosines_bt.amax(dim=1))
-    return hardest
+        if teacher is not None and same_meaning is not None:
+            alike_bt = teacher.float() @ keys_td.T >= same_meaning
+            alike_bt[pairs] = True
+            alike_bt[own_pairs] = False
+            masked += alike_bt.sum(dim=1)
+        else:
+            masked += torch.bincount(pairs[0], minlength=len(queries))
+    return hardest, masked
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -33,6 +33,7 @@ from distill.files import sha256_of, write_json
 from distill.shards import Manifest, fingerprint, finish, missing, write_shard
 from distill.stages import Stage, read_json, stage_of
 from distill.teacher.claims import Claims, dealt
+from distill.teacher.dev import keep_dev_score
 from distill.teacher.identity import teacher_identity
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.timing import Timing, matmul_peak
@@ -318,6 +319,8 @@ def run_precompute(
     if from_rank_0(bool(all_missing(shard_sets(config, text))), device):
         source = open_source(config, device, amp, text)
         timing = encode_missing(config, text, source, identity, matmul_peak(device, amp))
+        if config.teacher.vectors is None:
+            keep_dev_score(config, lambda texts: source.encode(source.read(texts, None), lambda rows: None), device)
         if timing.sentences and rank() == 0:
             log_task(config, timing)
             report(str(timing))

@@ -13,4 +13,7 @@ checkpoint.py    complete or absent, written in the background, verified before 
 fragments.py     what a rank holds of parameters and optimizer, to files and back, for any world size and ZeRO stage
 dev.py           fidelity and STS of the student as it is, on all ranks together
 metrics.py       TensorBoard, every step once
+dashboard.py     what its pages are told: the layout of the charts, the settings that runs are compared by
+instruments.py   what a logged step shows beside its losses; clock.py, floors.py  what that takes
+origin.py, projector.py     text about the run, and sentences in both spaces
 """

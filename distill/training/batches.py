@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -115,7 +115,7 @@ class ShardBatches:
         return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
 
 
-def prefetch(load: Callable[[int], list[MicroBatch]], steps: range, depth: int = 2) -> Iterator[list[MicroBatch]]:
+def prefetch(load: Callable[[int], list[MicroBatch]], steps: range, depth: int = 2) -> Generator[list[MicroBatch]]:
     """load(step) for each step, `depth` ahead in a thread; an error in it is raised here."""
     ready: queue.Queue[list[MicroBatch] | Exception] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

@@ -15,6 +15,7 @@ from distill.objectives.queue import KeyQueue
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.distributed import gather_dealt_rows, rank, world_size
+from distill.training.floors import measured_floors
 from distill.training.keys import Keys, Masking
 from distill.training.recipe import Task
 
@@ -78,10 +79,22 @@ class CkdTask(Task):
         measured = {f"loss/{name}": loss_b.detach().sum() for name, loss_b in losses.items()}
         positive = (queries_bd.detach() * own_keys_bd.to(queries_bd.dtype)).sum()
         measured |= {"similarity/positive": positive, "temperature": scale.detach().sum() * len(queries_bd)}
-        if self.measuring and keys is not None:
-            hardest_b = keys.hardest_negatives(queries_bd.detach(), micro, self.config.tile)
-            measured["similarity/hardest_negative"] = hardest_b.sum()
+        if self.measuring:
+            self._measure(queries_bd.detach(), scale, replace(micro, teacher=own_keys_bd), keys)
         return total, measured
+
+    @torch.no_grad()
+    def _measure(self, queries_bd: Tensor, scale: Tensor, micro: MicroBatch, keys: Keys | None) -> None:
+        """micro.teacher: as keys are."""
+        self.observe({"similarity/positive": (queries_bd * micro.teacher).sum(dim=1)})
+        if keys is None:
+            return
+        masking = Masking(self.config.same_meaning) if "ckd" in self.weights else None
+        hardest_b, masked_b = keys.negatives(queries_bd, micro, masking, self.config.tile)
+        self.observe({"similarity/hardest_negative": hardest_b})
+        if masking is not None:
+            self.observe({"negatives/masked": masked_b})
+        self.observe(measured_floors(self.weights.keys() & {"ckd", "congen"}, self.config, scale, micro, keys))
 
     def own_losses(self, vectors_bd: Tensor, queries_bd: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
         """The terms that see nothing but the row itself: [b] each."""
@@ -155,3 +168,19 @@ class CkdRecipe:
     def taken(self) -> None:
         if self.task.config.needs_keys:
             self.queue.push(*self._newest)
+
+    def floor(self, means: dict[str, float]) -> dict[str, float]:
+        return {"floor": sum(weight * means.get(f"floor/{name}", 0.0) for name, weight in self.task.weights.items())}
+
+    def state(self, step: int) -> dict[str, float]:
+        """How full the queue is, and how many steps ago its keys were pushed."""
+        if not self.queue.capacity:
+            return {}
+        per_step = self.load.order.global_batch
+        filled = min((step - self._first_step) * per_step, self.queue.capacity)
+        if not filled:
+            return {"queue/filled": 0.0}
+        whole, rest = divmod(filled, per_step)
+        ages = per_step * whole * (whole + 1) / 2 + rest * (whole + 1)
+        oldest = whole + (rest > 0)
+        return {"queue/filled": filled / self.queue.capacity, "queue/age_mean": ages / filled, "queue/age_max": float(oldest)}

@@ -34,6 +34,7 @@ from distill.student.student import Tokens
 from distill.training.batches import PLACEHOLDER, MicroBatch
 from distill.training.ckd import Temperature
 from distill.training.distributed import add_over_ranks, gather_dealt_rows, gather_with_gradient, rank, world_size
+from distill.training.floors import contrast_floor
 from distill.training.recipe import Task
 from distill.training.rows import Rows
 
@@ -111,7 +112,23 @@ class ContrastTask(Task):
     def contrast(self, anchors: Tensor, candidates: Tensor, micro: MicroBatch, hashes_gv: Tensor, scale: Tensor) -> Tensor:
         """The summed loss of a micro-batch's anchors [b, d] against candidates [(V-1) G, d]."""
         mask = same_text(micro.hashes, hashes_gv, micro.positions)
+        if self.measuring:
+            self._measure(anchors.detach(), candidates.detach(), micro.positions, mask)
         return simcse_losses(anchors, candidates, micro.positions, scale=scale, mask=mask).sum()
+
+    @torch.no_grad()
+    def _measure(self, anchors: Tensor, candidates: Tensor, positions: Tensor, mask: Tensor) -> None:
+        cosines_bn = anchors @ candidates.T
+        rows = torch.arange(len(anchors), device=anchors.device)
+        positive_b = cosines_bn[rows, positions]
+        cosines_bn.masked_fill_(mask, -torch.inf)[rows, positions] = -torch.inf
+        self.observe(
+            {
+                "similarity/positive": positive_b,
+                "similarity/hardest_negative": cosines_bn.amax(dim=1),
+                "negatives/masked": mask.sum(dim=1) / (len(candidates) - 1),
+            }
+        )
 
     def _contrast_of_all_ranks(self, views: Tensor, micro: MicroBatch, scale: Tensor) -> Tensor:
         total_rows = self.config.global_batch
@@ -188,6 +205,13 @@ class ContrastRecipe:
 
     def taken(self) -> None:
         pass
+
+    def floor(self, means: dict[str, float]) -> dict[str, float]:
+        num_candidates = (self.task.num_views - 1) * self.task.config.global_batch
+        return {"floor": contrast_floor(means["temperature"], num_candidates)}
+
+    def state(self, step: int) -> dict[str, float]:
+        return {}
 
 
 def cache_gradients(task: ContrastTask, micro: list[MicroBatch], seeds: list[int]) -> deque[Cached]:

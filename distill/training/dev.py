@@ -31,16 +31,29 @@ def split_held_out(num_held_out: int, wanted_test: int, wanted_dev: int) -> tupl
 
 
 class Dev:
-    """The dev evaluation of one stage. held_out: the shard set of held-out sentences; sts: STS-B's dev set, or None."""
+    """The dev evaluation of one stage. held_out: the shard set of held-out sentences; sts: STS-B's dev set, or None.
+
+    teacher_line: what the teacher itself reaches, by tag, where it is known.
+    """
 
     def __init__(
-        self, held_out: ShardReader, rows: np.ndarray, sts: Pairs | None, *, batch_size: int, amp: torch.dtype | None
+        self,
+        held_out: ShardReader,
+        rows: np.ndarray,
+        sts: Pairs | None,
+        *,
+        batch_size: int,
+        amp: torch.dtype | None,
+        teacher_sts: float | None = None,
     ) -> None:
         self.sentences = held_out.texts(rows)
         self.teacher = held_out.vectors(rows).astype(np.float32)
         self.sts = sts
         self.batch_size = batch_size
         self.amp = amp
+        self.teacher_line = {"teacher/fidelity": 1.0}
+        if sts is not None and teacher_sts is not None:
+            self.teacher_line["teacher/sts/STSB-dev"] = teacher_sts
 
     def __call__(self, student: Student) -> dict[str, float]:
         """Figures by name, the same on every rank; a collective."""

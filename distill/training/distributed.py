@@ -1,4 +1,8 @@
-"""What ranks say to each other. Without a process group there is one rank and nothing is sent."""
+"""What ranks say to each other. Without a process group there is one rank and nothing is sent.
+
+What this rank receives is counted: (W-1)/W of what all ranks hold afterwards where rows are gathered or exchanged, twice that
+where they are summed. What DeepSpeed sends of gradients and parameters is not in it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_received = 0
 
 
 class FailedElsewhere(OSError):
@@ -26,6 +32,17 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def bytes_received() -> int:
+    """What this rank has received so far through the functions of this file, without what the transport adds."""
+    return _received
+
+
+def _count(tensor: Tensor, times: int = 1) -> None:
+    """tensor: what this rank holds of a collective once it is done."""
+    global _received
+    _received += times * tensor.nbytes * (world_size() - 1) // world_size()
+
+
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
@@ -33,9 +50,7 @@ def barrier() -> None:
 
 def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:
     """Each scalar summed over ranks; every rank passes the same names."""
-    values = torch.stack([sums[name].reshape(()) for name in sorted(sums)])
-    if is_distributed():
-        dist.all_reduce(values)
+    values = add_over_ranks(torch.stack([sums[name].reshape(()) for name in sorted(sums)]))
     return dict(zip(sorted(sums), values.tolist(), strict=True))
 
 
@@ -59,6 +74,7 @@ def gather(rows: Tensor) -> Tensor:
         return rows[None]
     gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, rows.contiguous())
+    _count(gathered)
     return gathered.view(world_size(), *rows.shape)
 
 
@@ -74,10 +90,19 @@ def gather_dealt_rows(rows: Tensor, total: int) -> Tensor:
     return gather(padded).transpose(0, 1).flatten(0, 1)[:total]
 
 
+def exchange(parts: Tensor) -> Tensor:
+    """parts [W, ...], one for each rank, to those that all ranks have for this one, [W, ...]; no gradient."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts)
+    _count(received)
+    return received
+
+
 def add_over_ranks(rows: Tensor) -> Tensor:
-    """The sum over ranks, on every rank."""
+    """The sum over ranks, on every rank; in place."""
     if is_distributed():
         dist.all_reduce(rows)
+        _count(rows, times=2)
     return rows
 
 
@@ -92,8 +117,7 @@ class _GatherWithGradient(torch.autograd.Function):
         (grad,) = grad_outputs
         if not is_distributed():
             return grad, None
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
+        grad = add_over_ranks(grad.contiguous())
         return grad[rank() :: world_size()][: ctx.num_rows].contiguous(), None
 
 

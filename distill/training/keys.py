@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.objectives.contrast import attend, hardest_negatives, joined
+from distill.objectives.contrast import attend, joined, survey_negatives
 from distill.objectives.queue import KeyQueue
 from distill.training.batches import MicroBatch
-from distill.training.distributed import gather, world_size
+from distill.training.distributed import exchange, gather, world_size
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,23 @@ class Keys:
         scale = scales.repeat_interleave(size * most)
         lse, attended = attend(everyone, self.queue.keys, scale, tile=tile, **masked)
         answers = torch.cat([lse[:, None], attended], dim=1).view(kinds, size, most, width + 1).transpose(0, 1).contiguous()
-        received = torch.empty_like(answers)
-        dist.all_to_all_single(received, answers)
-        mine = received[:, :, :rows].reshape(size, kinds * rows, width + 1)
+        mine = exchange(answers)[:, :, :rows].reshape(size, kinds * rows, width + 1)
         return [(part[:, 0], part[:, 1:]) for part in mine]
 
-    def hardest_negatives(self, queries: Tensor, micro: MicroBatch, tile: int) -> Tensor:
-        """The largest cosine to a key of another text, [b] float32, among the keys that this rank holds."""
+    def negatives(self, queries: Tensor, micro: MicroBatch, masking: Masking | None, tile: int) -> tuple[Tensor, Tensor]:
+        """Of each row's keys among those that this rank holds: the largest cosine to one of another text, [b] float32, and the
+        share that is masked, [b] float32."""
         none = torch.full_like(micro.positions, -1)
-        parts = [hardest_negatives(queries, self.vectors, micro.positions, micro.hashes, self.hashes, tile=tile)]
+        meaning: dict[str, Any] = {}
+        if masking is not None and masking.same_meaning is not None:
+            meaning = {"teacher": micro.teacher, "same_meaning": masking.same_meaning}
+        own = micro.positions, micro.hashes, self.hashes
+        parts = [survey_negatives(queries, self.vectors, *own, tile=tile, **meaning)]
         if len(self.queue):
-            parts.append(hardest_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, tile=tile))
-        return torch.stack(parts).amax(dim=0)
+            parts.append(survey_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, tile=tile, **meaning))
+        hardest, masked = (torch.stack([part[number] for part in parts]) for number in range(2))
+        num_keys = len(self.vectors) + len(self.queue) - 1  # without the row's own
+        return hardest.amax(dim=0), masked.sum(dim=0) / max(num_keys, 1)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

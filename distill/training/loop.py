@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from distill.config import TrainConfig
 from distill.files import flush
 from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
+from distill.training.dashboard import ended_well
 from distill.training.dev import Dev, score
-from distill.training.distributed import barrier, from_rank_0, rank, reduce_sums, world_size
+from distill.training.distributed import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
 from distill.training.engine import gradient_norm, learning_rate, set_learning_rate, whole_state
+from distill.training.instruments import KEYS, WHOLE_STEP, Instruments
 from distill.training.metrics import Metrics
 from distill.training.recipe import Recipe
 from distill.training.stopping import Stopped
@@ -37,6 +39,7 @@ class Progress:
     step: int = 0
     best_score: float = -math.inf
     best_step: int = 0
+    best_figures: dict[str, float] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
@@ -57,6 +60,7 @@ class Trainer:
         engine: Any,
         train: TrainConfig,
         dev: Dev | None,
+        instruments: Instruments,
         *,
         student_dir: Path,
         checkpoints: Checkpoints,
@@ -85,6 +89,8 @@ class Trainer:
             if rank() == 0:
                 print(f"{name}: continuing after step {self.progress.step} of {self.num_steps}", file=sys.stderr, flush=True)
         self.metrics = Metrics(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
+        self.instruments = instruments
+        self._observed: dict[str, torch.Tensor] = {}
 
     def _num_steps(self) -> int:
         steps = math.ceil(self.train.epochs * self.recipe.steps_per_epoch)
@@ -92,40 +98,44 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once it is stopped as asked."""
-        progress = self.progress
+        progress, clock = self.progress, self.instruments.clock
         if progress.step > progress.evaluated and progress.step % self.train.dev_every == 0:
-            self._evaluate()  # a stop did not wait for it
-        resumed_from, started, logged_at = progress.step, time.monotonic(), time.monotonic()
-        seconds_before, asked = progress.seconds, False
+            self._evaluate(owed=True)  # a stop did not wait for it
+        started, seconds_before, asked = time.monotonic(), progress.seconds, False
         steps = range(progress.step, progress.step if self._has_stopped_early() else self.num_steps)
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
         )
-        for step, micro in zip(steps, prefetch(self.recipe.load, steps), strict=True):
+        batches = prefetch(self.recipe.load, steps)
+        clock.take()
+        for step in steps:
+            with clock.of("input wait"):
+                micro = next(batches)
             last = step + 1 == self.num_steps
             self.recipe.task.measuring = (step + 1) % self.train.log_every == 0 or last
+            self.instruments.count(micro)
             measured = self._step(step, [part.to(self.device) for part in micro])
             asked = measured.pop("asked_to_stop") > 0 and not last
             progress.step = step + 1
             bar.update()
             if self.recipe.task.measuring:
-                now = time.monotonic()
-                steps_since = min(self.train.log_every, progress.step - resumed_from)
-                measured["sentences_a_second"] = steps_since * self.train.global_batch / (now - logged_at)
-                logged_at = now
-                self.metrics.log(progress.step, {name: value for name, value in measured.items() if math.isfinite(value)})
+                with clock.of("logging"):
+                    self._log(measured)
                 bar.set_postfix(loss=f"{measured['loss']:.4f}")
             if (progress.step % self.train.dev_every == 0 or last) and not asked:
-                self._evaluate(measured["loss"])
-                logged_at = time.monotonic()
+                with clock.of("evaluation"):
+                    self._evaluate(measured["loss"])
             stop = self._has_stopped_early()
             progress.seconds = seconds_before + time.monotonic() - started
+            if last or stop:
+                self._log_best()
             if progress.step % self.train.save_every == 0 or last or stop or asked:
-                self.checkpoints.save(self.engine, progress.step, asdict(progress))
-                self.metrics.flush()
-                logged_at = time.monotonic()
+                with clock.of("checkpoint"):
+                    self.metrics.flush()  # first: what is of a step before a checkpoint is never written again
+                    self.checkpoints.save(self.engine, progress.step, asdict(progress))
             if stop or asked:
                 break
+        batches.close()
         bar.close()
         self.checkpoints.wait()
         self.metrics.close()
@@ -145,28 +155,56 @@ class Trainer:
 
     def _step(self, step: int, micro: list[MicroBatch]) -> dict[str, float]:
         self.checkpoints.check()
-        shared = self.recipe.share(step, micro)
+        clock, received, task = self.instruments.clock, bytes_received(), self.recipe.task
+        with clock.of("gather", on_device=True):
+            shared = self.recipe.share(step, micro)
+        self.instruments.received(KEYS, received)
         rate = learning_rate(step, self.num_steps, self.train)
         set_learning_rate(self.engine, rate)
         factor = world_size() * len(micro) / self.train.global_batch
         sums: dict[str, torch.Tensor] = {}
         for index, part in enumerate(micro):
-            loss, measured = self.engine(part, shared)
-            self.engine.backward(loss * factor)
+            with clock.of("forward and backward", on_device=True):
+                loss, measured = self.engine(part, shared)
+                self.engine.backward(loss * factor)
             for name, value in {"loss": loss.detach(), **measured}.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
             if index < len(micro) - 1:
                 self.engine.step()
-        self.engine.step()
+        with clock.of("optimiser", on_device=True):
+            self.engine.step()
         self.recipe.taken()
         sums["asked_to_stop"] = torch.tensor(self.asked_to_stop(step + 1), dtype=torch.double, device=self.device)
+        if task.measuring:
+            self._observed = task.take_observed()
+            sums = {name: rows.double().sum() for name, rows in self._observed.items()} | sums | self.instruments.sums()
         means = {name: value / self.train.global_batch for name, value in reduce_sums(sums).items()}
+        self.instruments.received(WHOLE_STEP, received)
         self._count_skipped(step, means["loss"])
         means["learning_rate"] = rate
         norm = gradient_norm(self.engine)
         if norm is not None:
             means["gradient_norm"] = norm
         return means
+
+    def _log(self, means: dict[str, float]) -> None:
+        """The figures of the step that was just taken, a measured one. All ranks call it; rank 0 writes."""
+        total, step = self.train.global_batch, self.progress.step
+        speed = self.instruments.figures(means.pop("tokens") * total, means.pop("squares") * total, total)
+        figures = means | self.recipe.floor(means) | self.recipe.state(step - 1) | speed
+        if rank() == 0:
+            self.metrics.log(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+            for name, rows in self._observed.items():
+                if name.startswith("similarity/"):  # of rank 0's rows; a tag is a number's or a histogram's
+                    cosines = rows[rows.isfinite()].float().cpu().numpy()
+                    self.metrics.log_cosines(step, name.replace("similarity/", "cosines/"), cosines)
+
+    def _log_best(self) -> None:
+        """The figures of the student that was kept, by which runs compare."""
+        progress = self.progress
+        figures = progress.best_figures | {"score": progress.best_score, "step": float(progress.best_step)}
+        self.metrics.log(progress.step, {f"best/{name}": figure for name, figure in figures.items()})
+        self.metrics.add(progress.step, ended_well())
 
     def _count_skipped(self, step: int, loss: float) -> None:
         """Every rank finds the same. Raises FloatingPointError after `max_skipped` skipped steps in a row."""
@@ -187,8 +225,11 @@ class Trainer:
                 " or raise engine.max_skipped"
             )
 
-    def _evaluate(self, loss: float | None = None) -> None:
-        """Scores the student on all ranks and keeps it if it is the best so far. `loss` is shown beside."""
+    def _evaluate(self, loss: float | None = None, *, owed: bool = False) -> None:
+        """Scores the student on all ranks and keeps it if it is the best so far. `loss` is shown beside.
+
+        owed: of a step before the checkpoint, so that a run that was killed since then may have logged it already.
+        """
         progress = self.progress
         progress.evaluated = progress.step
         figures = self.dev(self.recipe.student) if self.dev else {}
@@ -196,10 +237,16 @@ class Trainer:
         better = from_rank_0(value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+            progress.best_figures = figures
             self._keep_student()
         else:
             progress.evaluations_without_gain += 1
-        self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | {"dev/score": value})
+        if not (owed and self.metrics.has("dev/score", progress.step)):
+            line = self.dev.teacher_line if self.dev else {}
+            self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | line)
+            self.metrics.log(progress.step, {"dev/score": value})
+        if owed and self._has_stopped_early() and not self.metrics.has("best/score", progress.step):
+            self._log_best()
         if rank() == 0:
             shown = "".join(f"  {name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
             of = f"{self.name}: step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"

@@ -7,28 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from distill.config import ContrastConfig, RunConfig, TrainConfig
+from distill.corpus import held_out_sources
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
-from distill.stages import Stage, stage_of
+from distill.stages import Stage, plain, read_json, stage_of
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.student import load_extra
+from distill.teacher.dev import TEACHER_DEV
 from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
 from distill.training.ckd import CkdRecipe, CkdTask
 from distill.training.contrast import ContrastRecipe, ContrastTask
+from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
 from distill.training.hpd import HpdTask, fit_head
+from distill.training.instruments import Instruments
 from distill.training.loop import Trainer
+from distill.training.origin import texts
 from distill.training.projection import build_projection, fit_projection, fit_sample
+from distill.training.projector import write_projector
 from distill.training.recipe import Recipe
 from distill.training.rows import Sentences, load_triplets
 
@@ -51,6 +58,7 @@ def run_stage(
     amp = autocast_dtype(config.engine.precision, device)
     recipe = build_recipe(config, name, stage.directory, device, amp)
     recipe.task.to(device)
+    instruments = Instruments(recipe.task, device)
     temperature = getattr(train, "temperature", None)
     engine = build_engine(
         recipe.task,
@@ -59,12 +67,14 @@ def run_stage(
         num_micro=recipe.num_micro,
         temperature_lr=(temperature.lr if temperature else None) or train.lr,
     )
+    record = config.run_dir / "tensorboard" / name
     trainer = Trainer(
         name,
         recipe,
         engine,
         train,
         build_dev(config, amp),
+        instruments,
         student_dir=stage.directory / "student",
         checkpoints=Checkpoints(
             stage.directory / "checkpoints",
@@ -74,16 +84,31 @@ def run_stage(
         ),
         max_skipped=config.engine.max_skipped,
         asked_to_stop=asked_to_stop,
-        tensorboard=config.run_dir / "tensorboard" / name,
+        tensorboard=record,
         device=device,
     )
+    trainer.metrics.describe(texts(config, device), [layout(), compared_by(config, name)])
     results = trainer.run()
     if rank() == 0:
         student = stage.directory / "student"
+        held_out = config.shards_dir / "held_out"
+        if (held_out / "manifest.json").exists():
+            kept = Student.load(student).to(device).eval()
+            write_projector(record, kept, ShardReader(held_out), held_out_sources(config.precompute_dir / "text"))
         digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
         stage.finish(results, "-".join(digest[:32] for digest in digests))
     barrier()
     return results
+
+
+def compared_by(config: RunConfig, name: str) -> Summary:
+    """A line of TensorBoard's hparams table: the settings of a stage and of those that it goes on from, under their names in
+    the config, so that of a sweep the columns that differ are those that were swept."""
+    row: dict[str, Any] = {"stage": name, "ranks": world_size(), "teacher": config.teacher.model}
+    while name != "student":
+        row[name] = getattr(config, name)
+        name = "student" if name == "ckd" else getattr(config, name).init
+    return settings(plain(row | {"seed": config.seed, "student": config.student}), f"{config.name}/{row['stage']}")
 
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:
@@ -186,4 +211,6 @@ def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:
     if len(rows) < 3:
         return None
     sts = None if config.evaluate.sts is None else read_dev(config.evaluate.sts)
-    return Dev(held_out, rows, sts, batch_size=config.evaluate.batch_size, amp=amp)
+    teacher = read_json(config.precompute_dir / TEACHER_DEV) or {}
+    known = teacher.get("STSB-dev") if teacher.get("sts") == config.evaluate.sts else None
+    return Dev(held_out, rows, sts, batch_size=config.evaluate.batch_size, amp=amp, teacher_sts=known)

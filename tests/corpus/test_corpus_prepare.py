@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.config import SourceConfig, TextConfig
-from distill.corpus import can_resume, normalise, prepare_text, read_piece, read_source, spool, text_hash
+from distill.corpus import can_resume, held_out_sources, normalise, prepare_text, read_piece, read_source, spool, text_hash
 
 
 def reference(texts, *, min_chars, max_chars, max_held_out):
@@ -116,7 +116,10 @@ def test_the_manifest_describes_every_file_and_no_other_is_left(tmp_path):
     manifest = prepare(config_of(tmp_path / "in", some_texts(1000), **LIMITS), out)
     assert json.loads((out / "manifest.json").read_text()) == manifest
     described = [*manifest["pieces"], manifest["held_out"]]
-    assert {path.name for path in out.iterdir()} == {"manifest.json", *(f"{file['name']}.txt" for file in described)}
+    assert {path.name for path in out.iterdir()} - {"held_out.sources.npy"} == {
+        "manifest.json",
+        *(f"{file['name']}.txt" for file in described),
+    }
     for file in described:
         data = (out / f"{file['name']}.txt").read_bytes()
         assert (file["bytes"], file["sha256"], file["rows"]) == (len(data), hashlib.sha256(data).hexdigest(), data.count(b"\n"))
@@ -248,4 +251,9 @@ def test_a_killed_reader_goes_on_from_its_journal_and_makes_the_same_pieces(tmp_
     monkeypatch.setattr(spool, "normalise", lambda text: normalised.append(text) or normalise(text))
     prepare(config, tmp_path / "cut", keep_row_numbers=True)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    of_a = set(map(normalise, texts[:2500]))  # the first of equal sentences stays
+    expected = [
+        "1 raw.jsonl text" if text in of_a else "2 raw.jsonl text" for text in read_piece(tmp_path / "cut/held_out.txt")
+    ]
+    assert held_out_sources(tmp_path / "cut") == expected and len(set(expected)) == 2
     assert len(normalised) == len(texts) - cut_after // 7 * 7 * 50, "what the journal covers is read again"

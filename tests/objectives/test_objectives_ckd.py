@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from distill.objectives.ckd import ckd_loss, cosine_losses, mse_losses, shuffled_targets
-from distill.objectives.contrast import attend, joined
+from distill.objectives.contrast import attend, joined, survey_negatives
 
 BATCH, QUEUE, WIDTH = 37, 101, 24
 
@@ -165,3 +165,20 @@ def test_shuffling_keeps_the_probability_of_every_group_and_depends_on_the_seed_
     again = shuffled_targets(teacher[2:3], keys, [3], teacher_temperature=0.05)
     assert torch.allclose(again[0], shuffled[2])
     assert not torch.equal(shuffled_targets(teacher[2:3], keys, [5], teacher_temperature=0.05), again)
+
+
+@pytest.mark.parametrize("same_meaning", [None, 0.3])
+@pytest.mark.parametrize("tile", [None, 7])
+def test_the_hardest_negatives_and_the_count_of_masked_ones_are_those_of_all_pairs(tile, same_meaning):
+    queries, keys, positives, _, query_ids, key_ids, _ = problem(torch.float32, queue=True, ids=True, masked=False)
+    teacher = keys[positives]
+    meaning = {} if same_meaning is None else {"teacher": teacher, "same_meaning": same_meaning}
+    hardest, masked = survey_negatives(queries, keys, positives, query_ids, key_ids, tile=tile, **meaning)
+    own = torch.zeros(BATCH, len(keys), dtype=torch.bool)
+    own[torch.arange(BATCH), positives] = True
+    same_text = (query_ids[:, None] == key_ids[None]) & ~own
+    expected = (queries @ keys.T).masked_fill(same_text | own, -torch.inf).amax(dim=1)
+    assert torch.allclose(hardest, expected, atol=1e-6)
+    alike = (teacher @ keys.T >= same_meaning) & ~own if same_meaning is not None else torch.zeros_like(own)
+    assert masked.tolist() == (same_text | alike).sum(dim=1).tolist()
+    assert masked.sum() > 0

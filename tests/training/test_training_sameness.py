@@ -15,6 +15,7 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.teacher.precompute import run_precompute
+from distill.training import floors
 from distill.training.batches import ShardBatches
 from distill.training.ckd import CkdRecipe, CkdTask
 from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank, reduce_sums, world_size
@@ -29,7 +30,7 @@ def run(tmp_path_factory, tiny_encoder):
 
 
 def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, changes: dict):
-    """The losses of three steps and the gradient of the third, as the engine would average it."""
+    """The losses of three steps and the gradient of the third, as the engine would average it; what is measured of the rows."""
     reader = ShardReader(config.run_dir / "shards")
     encoder, tokenizer = build_encoder(config.student, config.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
@@ -40,6 +41,7 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
     batches = ShardBatches(reader, order, student, micro_batch=micro_batch, rank=rank(), world_size=world_size())
     recipe = CkdRecipe(task, batches, torch.device("cpu"))
+    task.measuring = True
     losses = []
     for step in range(3):
         task.zero_grad()
@@ -56,7 +58,8 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     if dist.is_initialized():
         dist.all_reduce(gradient)
         gradient /= world_size()
-    return losses, gradient.numpy()
+    measured = {name: rows.double().sum() for name, rows in task.take_observed().items()}
+    return losses, gradient.numpy(), reduce_sums(measured)
 
 
 @pytest.mark.parametrize("global_batch, micro_batch, tile", [(32, 32, 4096), (32, 5, 7), (33, 8, 64), (5, 1, 4096)])
@@ -71,11 +74,21 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     ],
     ids=["replicated", "sharded", "sharded, soft labels", "shuffled"],
 )
-def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, size, global_batch, micro_batch, tile, changes):
-    losses, gradient = losses_and_gradient(run, global_batch, global_batch, 4096, changes)
-    for found_losses, found_gradient in on_ranks(size, losses_and_gradient, run, global_batch, micro_batch, tile, changes):
+def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, monkeypatch, size, global_batch, micro_batch, tile, changes):
+    """And so are their floors, of the same sample of rows."""
+    monkeypatch.setattr(floors, "SAMPLE", 10)
+    losses, gradient, measured = losses_and_gradient(run, global_batch, global_batch, 4096, changes)
+    assert {f"floor/{name}" for name in changes.get("weights", {"ckd": 1}) if name != "mse"} < measured.keys()
+    of_the_ranks_own_keys = () if changes.get("queue_placement") != "sharded" else ("similarity/hardest", "negatives/")
+    for found_losses, found_gradient, found in on_ranks(
+        size, losses_and_gradient, run, global_batch, micro_batch, tile, changes
+    ):
         assert np.allclose(found_losses, losses, atol=1e-5, rtol=0)
         assert np.abs(found_gradient - gradient).max() <= 1e-5
+        assert found.keys() == measured.keys()
+        for name, value in measured.items():
+            if not name.startswith(of_the_ranks_own_keys):
+                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 def gathered(total: int):
