@@ -13,6 +13,7 @@ from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
+from distill.sessions import session
 from distill.shards import ShardReader
 from distill.stages import Stage, stage_of
 from distill.student import Student
@@ -47,6 +48,18 @@ def run_stage(
     if rank() == 0:
         stage.begin()
     barrier()
+    with session(stage.directory, "train", device):
+        results = _train(config, stage, device, asked_to_stop)
+    if rank() == 0:
+        student = stage.directory / "student"
+        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
+        stage.finish(results, "-".join(digest[:32] for digest in digests))
+    barrier()
+    return results
+
+
+def _train(config: RunConfig, stage: Stage, device: torch.device, asked_to_stop: Callable[[int], bool]) -> dict[str, Any]:
+    name = stage.name
     train: TrainConfig = getattr(config, name)
     amp = autocast_dtype(config.engine.precision, device)
     recipe = build_recipe(config, name, stage.directory, device, amp)
@@ -77,13 +90,7 @@ def run_stage(
         tensorboard=config.run_dir / "tensorboard" / name,
         device=device,
     )
-    results = trainer.run()
-    if rank() == 0:
-        student = stage.directory / "student"
-        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
-        stage.finish(results, "-".join(digest[:32] for digest in digests))
-    barrier()
-    return results
+    return trainer.run()
 
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:
