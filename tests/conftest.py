@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import shutil
@@ -115,6 +116,26 @@ def embedded_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
     assert done.returncode == 0, done.stdout
     return folder
+
+
+def write_pairs(folder: Path, name: str = "sts12_test", count: int = 60) -> Path:
+    """An STS set of made-up pairs, in the folder that is returned."""
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(0)
+    pairs = zip(sentences(count, seed=1), sentences(count, seed=2), strict=True)
+    rows = "".join(f"{draw.uniform(0, 5):.2f}\t{first}\t{second}\n" for first, second in pairs)
+    (folder / f"{name}.tsv.gz").write_bytes(gzip.compress(f"score\tsentence1\tsentence2\n{rows}".encode()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
+    """The config and the directory of a run whose every stage is done, and what the pipeline printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {write_pairs(folder / 'sts')}}}")
+    done = launch("pipeline.py", "--config", config, "--traceback")
+    assert done.returncode == 0, done.stdout
+    return config, folder / "runs/tiny", done.stdout
 
 
 @pytest.fixture

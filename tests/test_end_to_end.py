@@ -16,13 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_encoder):
-    folder = tmp_path_factory.mktemp("pipeline")
-    config = write_config(folder, tiny_encoder)
-    done = launch("pipeline.py", "--config", config, "--traceback")
-    assert done.returncode == 0, done.stdout
-    return config, folder / "runs/tiny", done.stdout
+@pytest.fixture
+def finished(pipeline_once):
+    return pipeline_once
 
 
 def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):

@@ -69,7 +69,7 @@ class Chart:
     @property
     def id(self) -> str:
         """A name for the page's own links; titles are unique on it."""
-        return "chart-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower())
+        return "chart-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
     def svg(self) -> Markup:
         return Markup(tostring(_draw(self), encoding="unicode"))  # safe: elements escape their text
