@@ -133,7 +133,7 @@ def pipeline_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) 
     """The config and the directory of a run whose every stage is done, and what the pipeline printed."""
     folder = tmp_path_factory.mktemp("pipeline")
     config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {write_pairs(folder / 'sts')}}}")
-    done = launch("pipeline.py", "--config", config, "--traceback")
+    done = launch("pipeline.py", "--config", config, "--traceback", timeout=900)  # six stages, each in processes of its own
     assert done.returncode == 0, done.stdout
     return config, folder / "runs/tiny", done.stdout
 

@@ -14,7 +14,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 46
+NARROWEST = 0.01  # an axis spans at least this share of its values
 MARKERS: list[list[tuple[float, float]]] = [  # corners around the middle
     [],  # a circle
     [(-3.6, -3.6), (3.6, -3.6), (3.6, 3.6), (-3.6, 3.6)],
@@ -83,19 +84,22 @@ class Chart:
 
 
 class Scale:
-    """From values low .. high to places start .. end."""
+    """From values low .. high to places start .. end; `rounded`: it spans whole ticks, else just the values."""
 
-    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
+    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float, *, rounded: bool = False) -> None:
         low, high = min(values), max(values)
         self._of: Callable[[float], float] = math.log2 if axis.doubling else float
         if axis.doubling:
             low, high = low / 1.2, high * 1.2
             self.ticks = _powers(low, high)
         else:
-            if low == high:
-                low, high = low - abs(low or 1) * 0.1, high + abs(high or 1) * 0.1
-            self.ticks, step = nice_ticks(0.0 if axis.zero else low, high)
-            low, high = (0.0 if axis.zero else min(low, self.ticks[0])), max(high, self.ticks[-1])
+            low = 0.0 if axis.zero else low
+            widened = max(0.0, NARROWEST * max(abs(low), abs(high), 1e-9) - (high - low)) / 2  # noise is not to fill a chart
+            self.ticks, step = nice_ticks(low - (0.0 if axis.zero else widened), high + widened)
+            if rounded:
+                low, high = self.ticks[0], self.ticks[-1]
+            elif widened:
+                low, high = low - widened, high + widened
             self.ticks = [tick for tick in self.ticks if low - step / 1e6 <= tick <= high + step / 1e6]
         self._low, self._high, self._start, self._end = self._of(low), self._of(high), start, end
 
@@ -120,7 +124,10 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def number_text(value: float) -> str:
-    """A tick: 0.25, 1,000, 20k, 3M."""
+    """A tick: 5e-4, 0.25, 1,000, 20k, 3M."""
+    if 0 < abs(value) < 1e-3:
+        digits, _, exponent = f"{value:.6e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
@@ -136,8 +143,8 @@ def _draw(chart: Chart) -> Element:
     points = [point for series in chart.series for point in series.points]
     xs = [point.x for point in points] + [edge for bar in chart.bars for edge in bar[:2]]
     ys = [y for point in points for y in (point.y, *(point.interval or ()))] + [bar[2] for bar in chart.bars]
-    x = Scale(chart.x, xs, LEFT + 8, WIDTH - RIGHT)
-    y = Scale(chart.y, ys + ([chart.level[1]] if chart.level else []), HEIGHT - BOTTOM, TOP + 8)
+    x = Scale(chart.x, xs, LEFT + 8, WIDTH - RIGHT - 8)
+    y = Scale(chart.y, ys + ([chart.level[1]] if chart.level else []), HEIGHT - BOTTOM, TOP + 8, rounded=True)
     _axes(svg, chart, x, y)
     for low, high, value in chart.bars:
         left, right, top = x(low), x(high), y(value)
@@ -147,11 +154,11 @@ def _draw(chart: Chart) -> Element:
         SubElement(bar, "title").text = f"{low:g} to {high:g}: {value:,g}" if high - low != 1 else f"{high:g}: {value:,g}"
     if chart.level:
         _line(svg, "level", LEFT, y(chart.level[1]), WIDTH - RIGHT, y(chart.level[1]))
-        _text(svg, WIDTH - RIGHT, y(chart.level[1]) - 5, chart.level[0], "end", "small")
+        _text(svg, LEFT + 6, y(chart.level[1]) - 5, chart.level[0], "start", "small")
     if chart.at:
         _line(svg, "level", x(chart.at[1]), TOP, x(chart.at[1]), HEIGHT - BOTTOM)
         aside, anchor = (-4, "end") if x(chart.at[1]) > WIDTH * 0.7 else (4, "start")
-        _text(svg, x(chart.at[1]) + aside, TOP + 8, chart.at[0], anchor, "small")
+        _text(svg, x(chart.at[1]) + aside, TOP + 3, chart.at[0], anchor, "small")
     for series in chart.series:
         _series(svg, series, x, y)
     return svg
@@ -183,7 +190,7 @@ def _series(svg: Element, series: Series, x: Scale, y: Scale) -> None:
             marker = _marker(group, series.number, a, b)
             SubElement(marker, "title").text = point.title
         if point.label:
-            _text(svg, a + 8, b - 7, point.label, "start", "small")
+            _text(svg, a - 6, b - 6, point.label, "end", "small")
 
 
 def _key(series: Series) -> Element:

@@ -160,11 +160,13 @@ def quality_charts(results: Results) -> list[Chart]:
 
 
 def _families(results: Results, quality: Figure, key: str, form: str) -> list[Series]:
-    """A series for each model; its nested sizes are joined to it."""
+    """A series for each model. Its nested sizes are joined to it against bytes; they have its speed."""
     families: dict[str, list[str]] = {}
     for name in results:
         stem, _, size = name.rpartition("-")
-        families.setdefault(stem if size.isdigit() and stem in results else name, []).append(name)
+        nested = size.isdigit() and stem in results
+        if not nested or key == "bytes_per_vector":
+            families.setdefault(stem if nested else name, []).append(name)
     series = []
     numbers = iter(range(len(families)))
     for family, members in families.items():
@@ -173,7 +175,7 @@ def _families(results: Results, quality: Figure, key: str, form: str) -> list[Se
             row, value = results[name], float(quality.value(results[name]) or 0)
             interval = quality.interval(row)
             title = f"{name}: {quality.form.format(value)} at {form.format(row[key])}"
-            label = str(row["dim"]) if len(members) > 1 and key == "bytes_per_vector" else ""
+            label = str(row["dim"]) if len(members) > 1 else ""
             points.append(Point(row[key], value, title, label, (interval[0], interval[1]) if interval else None))
         number = None if family == TEACHER else next(numbers)
         series.append(Series(family, sorted(points, key=lambda point: point.x), number, line=len(members) > 1))
@@ -182,24 +184,26 @@ def _families(results: Results, quality: Figure, key: str, form: str) -> list[Se
 
 def headline(results: Results, student: str) -> list[tuple[str, str]]:
     """A few figures of one student, each with what it is: beside the teacher's where these were measured."""
-    row, teacher = results[student], results.get(TEACHER)
+    row, teacher = results[student], results.get(TEACHER, {})
     tiles = []
-    for figure in (STS, NEAR):
-        value, against = figure.value(row), figure.value(teacher) if teacher else None
-        if value is not None:
-            shown = figure.form.format(value)
-            tiles.append((shown, f"{figure.name}; the teacher {figure.form.format(against)}" if against else figure.name))
-            break
+    quality = STS if STS.value(row) is not None else NEAR
+    value, against = quality.value(row), quality.value(teacher)
+    if value is not None:
+        share = f", {value / against:.1%} of the teacher's {quality.form.format(against)}" if against else ""
+        tiles.append((quality.form.format(value), quality.name + share))
     for key, unit, nicer, form in (
         ("bytes_per_vector", "bytes a vector", "smaller vectors", "{:,}"),
         ("params", "parameters", "fewer parameters", "{:,}"),
-        ("sentences_per_second", "sentences a second", "faster", "{:,.0f}"),
+        ("sentences_per_second", "sentences a second", "as fast", "{:,.0f}"),
     ):
-        value, against = row.get(key), (teacher or {}).get(key)
-        if value and against:
-            times = value / against if key == "sentences_per_second" else against / value
-            beside = f"{form.format(value)} of {form.format(against)} {unit}"
-            tiles.append((f"{times:.1f}\N{MULTIPLICATION SIGN} {nicer}", beside))
+        value, against = row.get(key), teacher.get(key)
+        times = 1.0 if not (value and against) else value / against if key == "sentences_per_second" else against / value
+        beside = f", the teacher's {form.format(against)}" if against else ""
+        if times >= NOTABLE and value:
+            tiles.append((f"{times:.1f}\N{MULTIPLICATION SIGN} {nicer}", f"{form.format(value)} {unit}{beside}"))
         elif value:
-            tiles.append((form.format(value), unit))
+            tiles.append((form.format(value), unit + beside))
     return tiles
+
+
+NOTABLE = 1.05  # what is less than this times the teacher's is no gain to speak of

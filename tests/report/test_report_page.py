@@ -17,9 +17,6 @@ from distill.stages import read_json
 
 pytestmark = pytest.mark.slow
 SECTIONS = ["results", "training", "neighbours", "data", "cost", "recipe", "reproduce"]
-HOSTILE = (
-    "</q></script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'\"&<svg onload=alert(3)>\u202e"
-)
 
 
 class Page(HTMLParser):
@@ -45,18 +42,14 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture(scope="module")
-def run(pipeline_once, tmp_path_factory):
-    """A copy, so that these tests may write; the files it names by their paths are those of the run itself."""
-    config, directory, _ = pipeline_once
-    copy = tmp_path_factory.mktemp("reported") / "tiny"
-    shutil.copytree(directory, copy)
-    return load_config(config).model_copy(update={"runs_dir": copy.parent})
+@pytest.fixture
+def run(reported):
+    return reported
 
 
 @pytest.fixture(scope="module")
-def page(run):
-    return Page(write_report(run).read_text())
+def page(reported):
+    return Page((reported.run_dir / "report.html").read_text())
 
 
 def test_the_evaluate_stage_leaves_the_page(pipeline_once):
@@ -136,34 +129,6 @@ def test_the_same_run_gives_the_same_page(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def hostile(run, tmp_path_factory):
-    """The same run with hostile text in every file that holds text from outside."""
-    copy = tmp_path_factory.mktemp("hostile") / "tiny"
-    shutil.copytree(run.run_dir, copy)
-    config = run.model_copy(update={"runs_dir": copy.parent})
-    for path, change in (
-        (copy / "evaluate/neighbours.json", lambda found: [spoil(example) for example in found["agree"] + found["differ"]]),
-        (copy / "precompute/text/manifest.json", lambda found: found["sources"][0].update(path=HOSTILE, name=HOSTILE)),
-        (copy / "evaluate/results.json", lambda found: found.update({HOSTILE: found["hpd"], f"{HOSTILE}-8": found["hpd-8"]})),
-        (copy / "evaluate/results.json", lambda found: found["ckd"]["sts"].update({HOSTILE: 1.0})),
-    ):
-        content = read_json(path)
-        change(content)
-        path.write_text(json.dumps(content))
-    for path in copy.rglob("sessions.jsonl"):
-        line = json.loads(path.read_text().splitlines()[0])
-        path.write_text(json.dumps({**line, "device": HOSTILE, "versions": {HOSTILE: HOSTILE}}) + "\n")
-    return write_report(config)
-
-
-def spoil(example):
-    example["query"] = HOSTILE
-    for side in ("teacher", "student"):
-        for near in example[side]:
-            near["sentence"] = HOSTILE
-
-
 def test_hostile_text_is_only_text(hostile, page):
     found = Page(hostile.read_text())
     assert {tag for tag, _ in found.tags} == {tag for tag, _ in page.tags}
@@ -171,7 +136,7 @@ def test_hostile_text_is_only_text(hostile, page):
         name for _, attributes in page.tags for name in attributes
     }
     for section in ("results", "neighbours", "data", "cost", "reproduce"):
-        assert HOSTILE in found.text[section], section
+        assert "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>" in found.text[section], section
 
 
 def test_long_sentences_are_cut_and_the_page_stays_small(run, tmp_path):
