@@ -129,7 +129,7 @@ def write_pairs(folder: Path, name: str = "sts12_test", count: int = 60) -> Path
 
 
 @pytest.fixture(scope="session")
-def pipeline_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
     """The config and the directory of a run whose every stage is done, and what the pipeline printed."""
     folder = tmp_path_factory.mktemp("pipeline")
     config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {write_pairs(folder / 'sts')}}}")

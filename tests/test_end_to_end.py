@@ -16,11 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def finished(pipeline_once):
-    return pipeline_once
-
-
 def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
     _, run, printed = finished
     for stage in ("precompute", "ckd", "finetune", "hpd", "export", "evaluate"):

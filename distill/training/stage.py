@@ -48,18 +48,6 @@ def run_stage(
     if rank() == 0:
         stage.begin()
     barrier()
-    with session(stage.directory, "train", device):
-        results = _train(config, stage, device, asked_to_stop)
-    if rank() == 0:
-        student = stage.directory / "student"
-        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
-        stage.finish(results, "-".join(digest[:32] for digest in digests))
-    barrier()
-    return results
-
-
-def _train(config: RunConfig, stage: Stage, device: torch.device, asked_to_stop: Callable[[int], bool]) -> dict[str, Any]:
-    name = stage.name
     train: TrainConfig = getattr(config, name)
     amp = autocast_dtype(config.engine.precision, device)
     recipe = build_recipe(config, name, stage.directory, device, amp)
@@ -90,7 +78,14 @@ def _train(config: RunConfig, stage: Stage, device: torch.device, asked_to_stop:
         tensorboard=config.run_dir / "tensorboard" / name,
         device=device,
     )
-    return trainer.run()
+    with session(stage.directory, "train", device):
+        results = trainer.run()
+    if rank() == 0:
+        student = stage.directory / "student"
+        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
+        stage.finish(results, "-".join(digest[:32] for digest in digests))
+    barrier()
+    return results
 
 
 def check_inputs(config: RunConfig, stage: Stage) -> None:

@@ -18,9 +18,9 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="session")
-def reported(pipeline_once: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def reported(finished: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A copy, so that these tests may write; the files it names by their paths are those of the run itself."""
-    config, directory, _ = pipeline_once
+    config, directory, _ = finished
     copy = tmp_path_factory.mktemp("reported") / "tiny"
     shutil.copytree(directory, copy)
     run = load_config(config).model_copy(update={"runs_dir": copy.parent})
