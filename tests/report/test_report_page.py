@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from pages import HOSTILE, change, copy_of, spoil
 
 from distill.config import load_config
 from distill.report import write_report
@@ -42,14 +43,16 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture
-def run(reported):
-    return reported
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    config = copy_of(finished, tmp_path_factory.mktemp("reported"))
+    write_report(config)
+    return config
 
 
 @pytest.fixture(scope="module")
-def page(reported):
-    return Page((reported.run_dir / "report.html").read_text())
+def page(run):
+    return Page((run.run_dir / "report.html").read_text())
 
 
 def test_the_evaluate_stage_leaves_the_page(finished):
@@ -129,33 +132,31 @@ def test_the_same_run_gives_the_same_page(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-def test_hostile_text_is_only_text(hostile, page):
-    found = Page(hostile.read_text())
+def test_hostile_text_is_only_text(finished, page, tmp_path):
+    config = copy_of(finished, tmp_path)
+    spoil(config.run_dir)
+    found = Page(write_report(config).read_text())
     assert {tag for tag, _ in found.tags} == {tag for tag, _ in page.tags}
     assert {name for _, attributes in found.tags for name in attributes} == {
         name for _, attributes in page.tags for name in attributes
     }
     for section in ("results", "neighbours", "data", "cost", "reproduce"):
-        assert "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>" in found.text[section], section
+        assert HOSTILE[:60] in found.text[section] and HOSTILE[-20:] in found.text[section], section
 
 
-def test_long_sentences_are_cut_and_the_page_stays_small(run, tmp_path):
-    shutil.copytree(run.run_dir, tmp_path / "tiny")
-    path = tmp_path / "tiny/evaluate/neighbours.json"
-    content = read_json(path)
-    for example in content["agree"]:
-        example["query"] = "long " * 100_000
-    path.write_text(json.dumps(content))
-    assert write_report(run.model_copy(update={"runs_dir": tmp_path})).stat().st_size < 1_000_000
+def test_long_sentences_are_cut_and_the_page_stays_small(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    change(config.run_dir / "evaluate/neighbours.json", lambda found: found["agree"][0].update(query="long " * 1_000_000))
+    assert write_report(config).stat().st_size < 1_000_000
 
 
-def test_a_run_of_an_earlier_version_has_a_page_that_says_what_is_missing(run, tmp_path):
-    copy = tmp_path / "tiny"
-    shutil.copytree(run.run_dir, copy)
+def test_a_run_of_an_earlier_version_has_a_page_that_says_what_is_missing(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    copy = config.run_dir
     for path in [*copy.rglob("sessions.jsonl"), copy / "evaluate/neighbours.json", copy / "precompute/text/manifest.json"]:
         path.unlink()
     shutil.rmtree(copy / "tensorboard")
-    found = Page(write_report(run.model_copy(update={"runs_dir": tmp_path})).read_text())
+    found = Page(write_report(config).read_text())
     assert [section["id"] for section in found.all("section")] == SECTIONS
     assert "Not recorded" in found.text["neighbours"] and "not recorded" in found.text["cost"]
 
