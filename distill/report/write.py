@@ -27,6 +27,7 @@ def write_report(config: RunConfig) -> Path:
     results = read_json(config.run_dir / "evaluate" / "results.json")
     if results is None:
         raise ValueError(f"{config.run_dir} has no evaluate/results.json to report: run its evaluate stage first")
+    results = dict(sorted(results.items(), key=lambda row: _place(config, *row)))  # the file has them by their names
     path = config.run_dir / "report.html"
     page = _environment().get_template("page.html").render(_facts(config, results))
     with publish(path) as file:
@@ -60,7 +61,7 @@ def _facts(config: RunConfig, results: dict[str, Any]) -> dict[str, Any]:
         "results": quality.result_table(results),
         "averaged": next((row["sts"]["AVG_OF"] for row in results.values() if row.get("sts")), []),
         "fidelity_on": max((row.get("fidelity", {}).get("sentences", 0) for row in results.values()), default=0),
-        "warnings": list(dict.fromkeys(each for row in results.values() for each in row.get("sts_warnings", []))),
+        "warnings": _warnings(results),
         "sets": quality.sets_table(results),
         "details": quality.detail_tables(results),
         "quality_charts": quality.quality_charts(results),
@@ -83,6 +84,13 @@ def _facts(config: RunConfig, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _place(config: RunConfig, name: str, row: dict[str, Any]) -> tuple[int, int]:
+    """Where a model stands: the teacher, then the stages in their order, each with its nested sizes from large to small."""
+    stages = [quality.TEACHER, *trained_stages(config)]
+    stage = name if name in stages else name.rpartition("-")[0]
+    return stages.index(stage) if stage in stages else len(stages), -row["dim"]
+
+
 def _stages(config: RunConfig) -> list[dict[str, Any]]:
     """Name, method, results of DONE.json and charts of each training stage that left something to show."""
     found = []
@@ -92,6 +100,12 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
         if results or charts:
             found.append({"name": name, "method": NAMES[name], "results": results, "charts": charts})
     return found
+
+
+def _warnings(results: dict[str, Any]) -> list[str]:
+    """Of the sets that were measured; which were not can be seen from what the average is of."""
+    found = [(row["sts"], warning) for row in results.values() for warning in row.get("sts_warnings", [])]
+    return list(dict.fromkeys(warning for sets, warning in found if warning.split()[0] in sets))
 
 
 def _shared_chart(neighbours: dict[str, Any]) -> Chart:

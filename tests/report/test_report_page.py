@@ -76,7 +76,9 @@ def test_the_tables_say_what_results_json_says(run, page):
         for figure in ("spearman", "spearman_top50", "top10"):
             assert f"{row['fidelity'][figure]:.3f}" in shown
         assert f"{row['params']:,}" in shown and f"{row['sentences_per_second']:,.0f}" in shown
-    assert "STS to teacher" in shown and "STS12" in shown
+    assert "STS to teacher" in shown and "STS12" in shown and "STS13" not in shown
+    rows = re.findall(r'<th scope="row">([^<]*)</th>', (run.run_dir / "report.html").read_text())
+    assert rows[:5] == ["teacher", "ckd", "finetune", "hpd", "hpd-8"]
     (teacher,) = [attributes for attributes in page.all("tr") if attributes.get("class") == "teacher"][:1]
     assert teacher and any(attributes.get("class") == "best" for attributes in page.all("td"))
 
