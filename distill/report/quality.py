@@ -8,9 +8,11 @@ from typing import Any
 
 from distill.evaluation.compare import compare
 from distill.evaluation.report import measured
+from distill.evaluation.retrieval import COMPARED
 from distill.report.chart import Axis, Chart, Point, Series
 
 TEACHER = "teacher"
+PRECISIONS = ("float16", "int8", "binary")
 Row = Mapping[str, Any]
 Results = Mapping[str, Row]
 
@@ -157,6 +159,38 @@ def quality_charts(results: Results) -> list[Chart]:
         if all(key in row for row in rows.values()):
             charts.append(Chart(title, x, Axis(label), _families(rows, quality, key, form), level=level))
     return charts
+
+
+def small_vector_charts(results: Results) -> list[Chart]:
+    """For each retrieval set that was searched with small vectors too: what each precision keeps, for its bytes."""
+    charts = []
+    for name in dict.fromkeys(name for row in results.values() for name in row.get("retrieval", {})):
+        series = []
+        for number, (model, row) in enumerate((model, row) for model, row in results.items() if model != TEACHER):
+            if points := _precisions(model, row, name):
+                series.append(Series(model, points, number))
+        if any(len(each.points) > 1 for each in series):
+            x, y = Axis("bytes a vector that is searched", doubling=True), Axis(f"{COMPARED} of exact search")
+            reached = inner("retrieval", name, COMPARED)(results.get(TEACHER, {}))
+            level = ("teacher, float32", reached) if reached is not None else None
+            charts.append(Chart(f"{name}: quality against bytes a vector", x, y, series, level=level))
+    return charts
+
+
+def _precisions(model: str, row: Row, name: str) -> list[Point]:
+    """A point for float32 and for each precision that was searched as it is, neither through a graph nor rescored."""
+    scores, intervals = row.get("retrieval", {}).get(name), row.get("retrieval_ci", {}).get(name, {})
+    if scores is None:
+        return []
+    forms = {"float32": (scores, intervals, row["bytes_per_vector"])}
+    for form, of_form in scores.items():
+        if form in PRECISIONS:
+            forms[form] = (of_form, intervals[form], of_form["bytes_per_vector"])
+    points = []
+    for form, (found, between, size) in forms.items():
+        title = f"{model}, {form}: {found[COMPARED]:.4f} at {size:,} bytes"
+        points.append(Point(size, found[COMPARED], title, form, tuple(between[COMPARED]) if COMPARED in between else None))
+    return sorted(points, key=lambda point: point.x)
 
 
 def _families(results: Results, quality: Figure, key: str, form: str) -> list[Series]:

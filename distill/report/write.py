@@ -64,7 +64,7 @@ def _facts(config: RunConfig, results: dict[str, Any]) -> dict[str, Any]:
         "warnings": _warnings(results),
         "sets": quality.sets_table(results),
         "details": quality.detail_tables(results),
-        "quality_charts": quality.quality_charts(results),
+        "quality_charts": quality.quality_charts(results) + quality.small_vector_charts(results),
         "stages": _stages(config),
         "neighbours": neighbours,
         "shared_chart": _shared_chart(neighbours) if neighbours else None,

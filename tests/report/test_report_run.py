@@ -2,14 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import write_config
 from torch.utils.tensorboard import SummaryWriter
 
 from distill.config import load_config
+from distill.evaluation.beir import RetrievalSet
+from distill.evaluation.index import forms_of
+from distill.evaluation.retrieval import retrieval_scores
 from distill.files import write_json
 from distill.report.curves import MOST_POINTS, read_curves, stage_charts
-from distill.report.quality import headline, quality_charts, result_table
+from distill.report.quality import (
+    detail_tables,
+    headline,
+    quality_charts,
+    result_table,
+    sets_table,
+    small_vector_charts,
+)
 from distill.report.run import costs, duration, fates, short_config, strays, versions, watt_hours
 
 
@@ -122,6 +133,29 @@ def test_nested_sizes_are_joined_to_their_model_and_the_teacher_is_the_level():
         ("hpd", [16, 32]),
     ]
     assert chart.level == ("teacher", 0.0)
+
+
+def test_small_vectors_of_a_retrieval_set_are_charted_and_tabulated_as_they_were_measured():
+    pytest.importorskip("faiss")
+    documents = {str(number): f"document {number}" for number in range(40)}
+    queries = {name: f"query {name}" for name in "abc"}
+    given = RetrievalSet(documents, queries, {"a": {"1": 1}, "b": {"2": 2}, "c": {"3": 1}})
+    forms = forms_of([], ["int8", "binary"], 2)
+    results = {}
+    for seed, name in enumerate(["teacher", "ckd"]):
+        draw = np.random.default_rng(seed)
+        scores = retrieval_scores(lambda texts, draw=draw: draw.normal(size=(len(texts), 16)), {"found": given}, forms=forms)
+        results[name] = row(dim=16, bytes_per_vector=64, **scores)
+    (chart,) = small_vector_charts(results)
+    (series,) = chart.series
+    scores = results["ckd"]["retrieval"]["found"]
+    assert [(point.x, point.label) for point in series.points] == [(2, "binary"), (16, "int8"), (64, "float32")]
+    assert [point.y for point in series.points] == [scores["binary"]["ndcg@10"], scores["int8"]["ndcg@10"], scores["ndcg@10"]]
+    assert chart.level == ("teacher, float32", results["teacher"]["retrieval"]["found"]["ndcg@10"])
+    quality, cost = detail_tables(results)
+    assert [name for name, _ in quality.rows] == ["teacher"] * 6 + ["ckd"] * 6 and "index MB" in cost.columns
+    assert sets_table(results).columns == ["found ndcg@10"]
+    assert small_vector_charts({"ckd": row()}) == []
 
 
 def test_a_run_without_a_teacher_or_held_out_sentences_has_its_figures_too():
