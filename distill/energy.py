@@ -35,7 +35,8 @@ class Energy:
         """{"gpu": .., "cpu": ..} since the start; what the machine does not tell is not in it."""
         found = {}
         if self._gpu is not None:
-            found["gpu"] = self._gpu() - self._gpu_start
+            with suppress(Exception):  # a GPU that is lost by now; as below
+                found["gpu"] = self._gpu() - self._gpu_start
         if self._packages:
             self._add_packages()
             busy = _busy_seconds(self._stat) - self._busy_start
@@ -55,16 +56,24 @@ class Energy:
 
 
 def _packages(rapl: Path) -> list[Path]:
-    """The zones that are whole packages; their parts lie below them under names with another colon."""
-    return sorted(zone for zone in rapl.glob("intel-rapl:*") if zone.name.count(":") == 1)
+    """The zones that are whole packages, of any maker; others are parts of one, or of more than processors."""
+    return sorted(zone for zone in rapl.glob("intel-rapl:*") if _read(zone / "name").startswith("package"))
 
 
 def _number(path: Path) -> int | None:
     """The number in a file; None where it may not be read (of old, RAPL is root's alone), or is none."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
+        return int(_read(path))
+    except ValueError:
         return None
+
+
+def _read(path: Path) -> str:
+    """The text of a file; '' where it may not be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _busy_seconds(stat: Path) -> float:

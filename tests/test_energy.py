@@ -21,9 +21,13 @@ def machine(tmp_path, monkeypatch):
         for zone, microjoules in (("intel-rapl:0", first), ("intel-rapl:1", second), ("intel-rapl:0:0", 7 * first)):
             (tmp_path / zone).mkdir(exist_ok=True)
             (tmp_path / zone / "energy_uj").write_text(f"{microjoules}\n")
+            (tmp_path / zone / "name").write_text("core\n" if zone.count(":") == 2 else f"package-{zone[-1]}\n")
             (tmp_path / zone / "max_energy_range_uj").write_text("1000000000\n")
         (tmp_path / "stat").write_text(f"cpu  {busy_ticks} 0 0 900 50 0 0 0 0 0\ncpu0 1 1 1 1\n")
 
+    (tmp_path / "intel-rapl:2").mkdir()  # the whole platform, packages and all
+    (tmp_path / "intel-rapl:2/name").write_text("psys\n")
+    (tmp_path / "intel-rapl:2/energy_uj").write_text("5\n")
     write(0, 990_000_000, 1000)
     return SimpleNamespace(clock=clock, write=write, energy=Energy(CPU, rapl=tmp_path, stat=tmp_path / "stat"))
 
@@ -46,6 +50,7 @@ def test_shares_of_processes_side_by_side_are_no_more_than_the_whole(machine):
 def test_what_a_machine_does_not_tell_is_not_made_up(tmp_path):
     assert Energy(CPU, rapl=tmp_path / "none", stat=tmp_path / "none").joules() == {}
     (tmp_path / "intel-rapl:0").mkdir()
+    (tmp_path / "intel-rapl:0/name").write_text("package-0")
     (tmp_path / "intel-rapl:0/energy_uj").write_text("not a number")
     assert Energy(CPU, rapl=tmp_path).joules() == {}
 
@@ -63,6 +68,8 @@ def test_a_gpu_is_asked_by_its_own_name(monkeypatch, tmp_path):
     energy = Energy(torch.device("cuda", 0), rapl=tmp_path, stat=tmp_path)
     counters[b"GPU-def"] += 2_500
     assert energy.joules() == {"gpu": 2.5}
+    counters.clear()  # the GPU has fallen off the bus
+    assert energy.joules() == {}
 
 
 def test_without_nvml_a_gpu_tells_nothing(monkeypatch, tmp_path):

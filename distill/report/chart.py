@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
@@ -67,6 +67,13 @@ class Chart:
     at: tuple[str, float] | None = None
     note: str = ""
 
+    def __post_init__(self) -> None:
+        """Leaves out what is not finite, such as the score of a student that has collapsed."""
+        finite = [replace(series, points=list(filter(None, map(_finite, series.points)))) for series in self.series]
+        object.__setattr__(self, "series", finite)
+        if self.level and not math.isfinite(self.level[1]):
+            object.__setattr__(self, "level", None)
+
     @property
     def id(self) -> str:
         """A name for the page's own links; titles are unique on it."""
@@ -81,6 +88,12 @@ class Chart:
         if len(self.series) < 2:
             return []
         return [(Markup(tostring(_key(series), encoding="unicode")), series.name) for series in self.series]
+
+
+def _finite(point: Point) -> Point | None:
+    if not (math.isfinite(point.x) and math.isfinite(point.y)):
+        return None
+    return point if all(map(math.isfinite, point.interval or ())) else replace(point, interval=None)
 
 
 class Scale:
@@ -143,8 +156,8 @@ def _draw(chart: Chart) -> Element:
     points = [point for series in chart.series for point in series.points]
     xs = [point.x for point in points] + [edge for bar in chart.bars for edge in bar[:2]]
     ys = [y for point in points for y in (point.y, *(point.interval or ()))] + [bar[2] for bar in chart.bars]
-    x = Scale(chart.x, xs, LEFT + 8, WIDTH - RIGHT - 8)
-    y = Scale(chart.y, ys + ([chart.level[1]] if chart.level else []), HEIGHT - BOTTOM, TOP + 8, rounded=True)
+    x = Scale(chart.x, xs or [1.0], LEFT + 8, WIDTH - RIGHT - 8)
+    y = Scale(chart.y, ys + ([chart.level[1]] if chart.level else []) or [1.0], HEIGHT - BOTTOM, TOP + 8, rounded=True)
     _axes(svg, chart, x, y)
     for low, high, value in chart.bars:
         left, right, top = x(low), x(high), y(value)

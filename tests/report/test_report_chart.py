@@ -29,6 +29,17 @@ def test_one_value_is_drawn_too(axis):
     assert drawn(chart).find(".//circle") is not None
 
 
+def test_what_is_not_finite_is_left_out():
+    nan = float("nan")
+    points = [Point(1, nan), Point(2, 5, interval=(nan, 6)), Point(float("inf"), 1)]
+    svg = drawn(
+        Chart("t", Axis("x"), Axis("y"), [Series("it", points), Series("none", [Point(nan, nan)], 1)], level=("so far", nan))
+    )
+    assert len(svg.findall(".//circle")) == 1 and svg.find(".//line[@class='interval']") is None
+    assert "nan" not in ElementTree.tostring(svg, encoding="unicode")
+    assert drawn(Chart("t", Axis("x"), Axis("y"), [Series("it", [Point(nan, nan)])])).find(".//circle") is None
+
+
 def test_everything_lies_inside_the_frame_and_is_named():
     points = [
         Point(10.0 * number, number**2 - 40, f"point {number}", interval=(number**2 - 60, number**2)) for number in range(1, 9)

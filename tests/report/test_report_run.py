@@ -158,6 +158,16 @@ def test_small_vectors_of_a_retrieval_set_are_charted_and_tabulated_as_they_were
     assert small_vector_charts({"ckd": row()}) == []
 
 
+def test_a_student_that_has_collapsed_is_shown_as_such():
+    nan = float("nan")
+    collapsed = row(sts={"STSB": nan, "AVG": nan, "AVG_OF": ["STSB"]}, sts_ci={"AVG": [nan, nan]})
+    results = {"teacher": row(sts={"STSB": 80.0, "AVG": 80.0, "AVG_OF": ["STSB"]}), "ckd": collapsed}
+    assert all("circle" in chart.svg() for chart in quality_charts(results))
+    assert headline(results, "ckd")[0][0] == "nan"
+    cells = dict(result_table(results).rows)["ckd"]
+    assert "nan" in [cell.text for cell in cells] and not any(cell.best for cell in cells)
+
+
 def test_a_run_without_a_teacher_or_held_out_sentences_has_its_figures_too():
     results = {"ckd": row()}
     assert quality_charts(results) == [] and len(result_table(results).rows) == 1
