@@ -8,6 +8,7 @@ The data's way, one package or module an arrow:
     training/    shards + student/       -> a trained student, by objectives/        runs/NAME/{ckd,finetune,hpd}
     export/      a trained student       -> a sentence-transformers folder           runs/NAME/export/STAGE
     evaluation/  exports                 -> results.json and the table               runs/NAME/evaluate
+    report/      all of the run          -> one page that needs no network           runs/NAME/report.html
 
 `config.py` says what a run is; `stages.py` says when a stage is done, and what makes it run again.
 Nothing here parses a command line, reads the environment or starts a process group: launcher/ does.

@@ -102,6 +102,9 @@ def run_stages(config: command.RunConfig) -> int:
     table = config.run_dir / "evaluate" / "table.txt"
     if table.exists():
         print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}")
+    report = config.run_dir / "report.html"
+    if report.exists():
+        print(f"the run on one page: {report}")
     return 0
 
 

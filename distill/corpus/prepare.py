@@ -30,6 +30,8 @@ from distill.files import publish, sweep, write_json
 
 HELD_OUT_SOURCES = "held_out.sources.npy"
 
+HISTOGRAM_BINS = 40
+
 
 def prepare_text(
     config: TextConfig,
@@ -139,13 +141,17 @@ def _write_pieces(
     return pieces.entries, writer.entries[0], lengths
 
 
-def _describe_lengths(lengths: Counter[int]) -> dict[str, float | int]:
+def _describe_lengths(lengths: Counter[int]) -> dict[str, Any]:
+    """In characters; histogram: how many sentences are of each length up to `upto`, and above the one before it."""
     chars = np.array(sorted(lengths))
     counts = np.array([lengths[size] for size in chars.tolist()])
     cumulative = np.cumsum(counts)
     p50, p95 = (int(chars[np.searchsorted(cumulative, share * cumulative[-1])]) for share in (0.5, 0.95))
     mean = round(float((chars * counts).sum() / cumulative[-1]), 2)
-    return {"mean_chars": mean, "p50": p50, "p95": p95, "max": int(chars[-1])}
+    edges = np.unique(np.linspace(chars[0] - 1, chars[-1], HISTOGRAM_BINS + 1).round().astype(int))
+    binned = np.histogram(chars, bins=edges + 1, weights=counts)[0]
+    histogram = {"from": int(edges[0]) + 1, "upto": edges[1:].tolist(), "counts": binned.astype(int).tolist()}
+    return {"mean_chars": mean, "p50": p50, "p95": p95, "max": int(chars[-1]), "histogram": histogram}
 
 
 def _nothing_left(config: TextConfig, counts: Counter[str]) -> str:

@@ -6,6 +6,7 @@
     retrieval.py   Encode + BEIR sets     -> {"retrieval", "retrieval_ci", "retrieval_resamples"}, small vectors among them
     transfer.py    Encode + labelled sets -> {"transfer", "transfer_ci", "transfer_resamples"}
     fidelity.py    student and teacher vectors of the same sentences -> {"spearman", "spearman_top50", "top10"}
+    neighbours.py  the same               -> where they agree and where they differ most, with examples
     compare.py     two results            -> differences with intervals
     report.py      results                -> aligned tables
 

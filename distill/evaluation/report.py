@@ -100,13 +100,18 @@ def tables(models: Sequence[Row]) -> str:
     parts = [table(models)]
     if len(models) == 1 and "sts" in models[0]:
         parts.append(table(_sts_sets(models[0]), STS_COLUMNS))
+    parts += [table(rows, columns) for rows, columns in measured(models)]
+    return "\n\n".join(parts)
+
+
+def measured(models: Sequence[Row]) -> Iterator[tuple[list[Row], Columns]]:
+    """The rows and columns of retrieval, of its indices and of transfer, each where there is something of it."""
     named: Columns = {"model": figure("model")} if len(models) > 1 else {}
     for rows_of, columns in ((_forms, QUALITY_COLUMNS), (_indices, COST_COLUMNS), (_transfer_sets, TRANSFER_COLUMNS)):
-        rows = [{"model": model["model"], **row} for model in models for row in rows_of(model)]
+        rows: list[Row] = [{"model": model["model"], **row} for model in models for row in rows_of(model)]
         filled = {name: cell for name, cell in {**named, **columns}.items() if any(cell(row) is not None for row in rows)}
         if rows:
-            parts.append(table(rows, filled))
-    return "\n\n".join(parts)
+            yield rows, filled
 
 
 def comparison(first: str, second: str, rows: Sequence[Row]) -> str:

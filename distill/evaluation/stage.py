@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from distill.config import RunConfig
 from distill.evaluation.encode import Encoder, encoder_of, throughput
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.index import forms_of
+from distill.evaluation.neighbours import neighbours
 from distill.evaluation.report import tables
 from distill.evaluation.tasks import Encoded, Tasks, read_tasks
 from distill.export.card import model_card
 from distill.files import publish, write_json
+from distill.report import write_report
 from distill.search import build_index
+from distill.sessions import session
 from distill.shards import ShardReader, fingerprint
 from distill.stages import read_json, stage_of, trained_stages
 from distill.teacher.encoder import Teacher
@@ -34,22 +38,9 @@ def evaluate_run(config: RunConfig) -> str:
     forms = forms_of([], section.precision or [], section.rescore)
     tasks = read_tasks(section.sts, section.retrieval or [], section.transfer or [], forms)
     stage.begin()
-    held_out = _held_out(config)
-    reader = ShardReader(config.shards_dir)
-    speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
-    results: dict[str, dict[str, Any]] = {}
-    models: list[tuple[str, Encoder | Teacher]] = []
-    if config.teacher.model is not None and config.teacher.placement != "zero3":  # that one fits no single process
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        offload = config.precompute_dir / "offload"
-        models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))
-    for name in trained_stages(config):
-        models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
-    for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
-        results |= _measure(config, name, encoder, held_out, tasks, speed_sentences)
-    if trained_stages(config):
-        build_index(config, reader, models[-1][1], stage.directory)
-    write_json(stage.directory / "results.json", results)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with session(stage.directory, "evaluate", device):
+        results, encoder = _evaluate(config, stage.directory, tasks, device)
     text = read_json(config.precompute_dir / "text" / "manifest.json")
     for name in trained_stages(config):
         with publish(config.run_dir / "export" / name / "README.md") as file:
@@ -57,8 +48,33 @@ def evaluate_run(config: RunConfig) -> str:
     printed = tables([{"model": name, **row} for name, row in results.items()])
     with publish(stage.directory / "table.txt") as file:
         file.write(printed.encode() + b"\n")
-    stage.finish({"models": list(results), "index": models[-1][0]}, fingerprint(results))
+    write_report(config)
+    stage.finish({"models": list(results), "index": encoder}, fingerprint(results))
     return printed
+
+
+def _evaluate(config: RunConfig, directory: Path, tasks: Tasks, device: torch.device) -> tuple[dict[str, dict[str, Any]], str]:
+    """Writes results.json, neighbours.json and the search index; returns the results, and which model the index is of."""
+    held_out = _held_out(config)
+    reader = ShardReader(config.shards_dir)
+    speed_sentences = reader.texts(np.arange(min(THROUGHPUT_SENTENCES, len(reader))))
+    results: dict[str, dict[str, Any]] = {}
+    models: list[tuple[str, Encoder | Teacher]] = []
+    if config.teacher.model is not None and config.teacher.placement != "zero3":  # that one fits no single process
+        offload = config.precompute_dir / "offload"
+        models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))
+    for name in trained_stages(config):
+        models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
+    for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
+        results |= _measure(config, name, encoder, held_out, tasks, speed_sentences)
+    name, encoder = models[-1]
+    if trained_stages(config):
+        build_index(config, reader, encoder, directory)
+        if held_out is not None:
+            sentences, vectors = held_out
+            write_json(directory / "neighbours.json", {"model": name, **neighbours(sentences, encoder(sentences), vectors)})
+    write_json(directory / "results.json", results)
+    return results, name
 
 
 def _held_out(config: RunConfig) -> tuple[list[str], np.ndarray] | None:

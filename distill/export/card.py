@@ -86,7 +86,7 @@ def _front(config: RunConfig, formats: list[str]) -> str:
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "knowledge-distillation", *onnx],
-        "base_model": _public(base or ""),
+        "base_model": public(base or ""),
         "license": "other",
     }
     return f"---\n{_dump(front)}---"
@@ -95,8 +95,8 @@ def _front(config: RunConfig, formats: list[str]) -> str:
 def _summary(
     config: RunConfig, stage: str, text: dict[str, Any] | None, about: dict[str, Any], results: dict[str, Any] | None
 ) -> str:
-    teachers = " and ".join(f"`{_public(each.model or config.teacher.vectors or '')}`" for each in config.teacher.models)
-    sources = ", ".join(_public(source.name or source.path or source.type) for source in config.text.sources)
+    teachers = " and ".join(f"`{public(each.model or config.teacher.vectors or '')}`" for each in config.teacher.models)
+    sources = ", ".join(public(source.name or source.path or source.type) for source in config.text.sources)
     kept = (text or {}).get("counts", {}).get("kept", 0)
     size = about or {"dim": (results or {}).get("dim"), "parameters": (results or {}).get("params")}
     figures = []
@@ -194,7 +194,7 @@ def _data(text: dict[str, Any] | None) -> str:
     return "\n".join(["## Data", "", *(f"- {name.replace('_', ' ')}: {number:,}" for name, number in counts.items())])
 
 
-def _public(name: str) -> str:
+def public(name: str) -> str:
     """A name as it may be published: of an absolute path its last part, of package:NAME/FOLDER the package."""
     if name.startswith("package:"):
         return name.removeprefix("package:").partition("/")[0]

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from distill.config import RunConfig
 from distill.corpus import can_resume, prepare_text, read_piece, text_hash
 from distill.files import sha256_of, write_json
+from distill.sessions import session
 from distill.shards import Manifest, fingerprint, finish, missing, write_shard
 from distill.stages import Stage, read_json, stage_of
 from distill.teacher.claims import Claims, dealt
@@ -103,7 +104,8 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
         part = stage.directory / "text.part"
         keep_row_numbers = config.teacher.vectors is not None
         try:
-            prepare_text(config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=keep_row_numbers)
+            with session(stage.directory, "text", torch.device("cpu"), alone=True):
+                prepare_text(config.text, part, rows_per_piece=config.shards.rows, keep_row_numbers=keep_row_numbers)
         except BaseException:
             if not can_resume(part):
                 shutil.rmtree(part, ignore_errors=True)
@@ -317,10 +319,11 @@ def run_precompute(
         barrier()
     timing = Timing()
     if from_rank_0(bool(all_missing(shard_sets(config, text))), device):
-        source = open_source(config, device, amp, text)
-        timing = encode_missing(config, text, source, identity, matmul_peak(device, amp))
-        if config.teacher.vectors is None:
-            keep_dev_score(config, lambda texts: source.encode(source.read(texts, None), lambda rows: None), device)
+        with session(config.precompute_dir, "embed", device):
+            source = open_source(config, device, amp, text)
+            timing = encode_missing(config, text, source, identity, matmul_peak(device, amp))
+            if config.teacher.vectors is None:
+                keep_dev_score(config, lambda texts: source.encode(source.read(texts, None), lambda rows: None), device)
         if timing.sentences and rank() == 0:
             log_task(config, timing)
             report(str(timing))

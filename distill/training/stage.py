@@ -15,6 +15,7 @@ from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
+from distill.sessions import session
 from distill.shards import ShardReader
 from distill.stages import Stage, plain, read_json, stage_of
 from distill.student import Student
@@ -88,7 +89,8 @@ def run_stage(
         device=device,
     )
     trainer.metrics.describe(texts(config, device), [layout(), compared_by(config, name)])
-    results = trainer.run()
+    with session(stage.directory, "train", device):
+        results = trainer.run()
     if rank() == 0:
         student = stage.directory / "student"
         held_out = config.shards_dir / "held_out"

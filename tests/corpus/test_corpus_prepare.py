@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -103,6 +104,10 @@ def test_counts_and_lengths_add_up(tmp_path):
     assert counts["held_out"] == 5 == manifest["held_out"]["rows"] and counts["held_out_unused"] > 0
     assert [source["count"] for source in manifest["sources"]] == [len(texts)]
     lengths = [len(text) for piece in pieces_of(tmp_path / "out", manifest) for text in piece]
+    histogram = manifest["lengths"].pop("histogram")
+    edges = [histogram["from"] - 1, *histogram["upto"]]
+    assert histogram["counts"] == [sum(low < size <= high for size in lengths) for low, high in pairwise(edges)]
+    assert sum(histogram["counts"]) == 300 and histogram["from"] == min(lengths)
     assert manifest["lengths"] == {
         "mean_chars": round(float(np.mean(lengths)), 2),
         "p50": int(np.percentile(lengths, 50, method="inverted_cdf")),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from commands import launch
-from conftest import sentences
+from conftest import sentences, write_pairs
 
 from distill.config import ConfigError
 from distill.evaluation.quantise import stored
@@ -36,12 +34,8 @@ def folder(tmp_path_factory, tiny_encoder):
     """A study of three students, of which two begin alike, and what it reads."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "text.txt").write_text("\n".join(sentences(600)) + "\n")
-    (folder / "sts").mkdir()
-    draw = random.Random(0)
-    pairs = list(zip(sentences(80, seed=1), sentences(80, seed=2), strict=True))
-    rows = "".join(f"{draw.uniform(0, 5):.2f}\t{first}\t{second}\n" for first, second in pairs)
-    (folder / "sts/sts12_test.tsv.gz").write_bytes(gzip.compress(f"score\tsentence1\tsentence2\n{rows}".encode()))
-    of = {"runs": folder / "runs", "text": folder / "text.txt", "encoder": tiny_encoder, "sts": folder / "sts"}
+    sts = write_pairs(folder / "sts", count=80)
+    of = {"runs": folder / "runs", "text": folder / "text.txt", "encoder": tiny_encoder, "sts": sts}
     (folder / "configs").mkdir()
     (folder / "configs/base.yaml").write_text(BASE.format(**of))
     write(folder, "cosine", "stages: [precompute, ckd, hpd, export]")

@@ -1,0 +1,91 @@
+"""The page in a real browser, from disk and without a network: on a telephone, in the dark, on paper."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from pages import copy_of, spoil
+
+from distill.report import write_report
+
+pytestmark = pytest.mark.slow
+PROGRAM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--allow-file-access-from-files", "--enable-logging=stderr"),  # so that the frame may look, and we hear the console
+]
+FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><iframe src="file://{page}" width="{width}"></iframe>
+<script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  console.log("looked at");
+  document.title = JSON.stringify({{
+    width: root.clientWidth,
+    overflow: root.scrollWidth - root.clientWidth,
+    headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
+    scripts: page.querySelectorAll("script, img, [onload], [onerror]").length,
+    charts: [...page.querySelectorAll("figure > svg")].map(svg => svg.getBoundingClientRect().width),
+    ground: getComputedStyle(root).backgroundColor,
+    ink: getComputedStyle(page.querySelector("svg text")).fill,
+  }});
+}});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    return copy_of(finished, tmp_path_factory.mktemp("looked-at"))
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Runs the browser on a page; returns what it printed and what its console heard."""
+    if PROGRAM is None:
+        pytest.skip("no Chromium here")
+
+    def run(*arguments):
+        command = [PROGRAM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return run
+
+
+@pytest.fixture
+def look(chromium, tmp_path):
+    def through_a_frame(page, width, *options):
+        (tmp_path / "frame.html").write_text(FRAME.format(page=page, width=width))
+        printed, console = chromium(*options, "--dump-dom", f"file://{tmp_path / 'frame.html'}")
+        assert len(console) == 1 and "looked at" in console[0], console
+        title = re.search(r"<title>(.*?)</title>", printed)[1]
+        return json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+    return through_a_frame
+
+
+@pytest.mark.parametrize("width, scheme, is_dark", [(320, 0, True), (400, 1, False)])
+def test_it_opens_from_disk_on_a_narrow_screen_in_light_and_dark(look, run, width, scheme, is_dark):
+    found = look(write_report(run), width, f"--blink-settings=preferredColorScheme={scheme}")
+    assert found["headings"] == ["Results", "Training", "Nearest neighbours", "Data", "Cost", "Recipe", "Reproduce"]
+    assert found["width"] <= width and found["overflow"] == 0
+    assert all(0.8 * width < each < width for each in found["charts"]) and len(found["charts"]) >= 9
+    ground, ink = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("ground", "ink"))
+    assert (ground < 200 and ink > 600) if is_dark else (ground > 700 and ink < 150)
+
+
+def test_hostile_text_is_inert(look, finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    spoil(config.run_dir)
+    found = look(write_report(config), 400)
+    assert found["scripts"] == 0 and found["overflow"] == 0 and len(found["headings"]) == 7
+
+
+def test_it_prints_on_a_few_light_pages(chromium, run, tmp_path):
+    chromium("--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}", f"file://{write_report(run)}")
+    pdf = (tmp_path / "page.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and 5 <= len(re.findall(rb"/Type /Page\b(?!s)", pdf)) <= 20
