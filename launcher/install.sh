@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes .venv at the clone's root and installs the project into it; sourced by quickstart.sh and tests/run.sh.
 #
 #   install EXTRAS      e.g. install quickstart,dev
@@ -55,6 +56,6 @@ PY
   # DeepSpeed's build imports torch, so it must see the environment's own
   "${pip[@]}" -c "$venv/constraints.txt" setuptools wheel ninja numpy py-cpuinfo packaging psutil
   DS_BUILD_OPS=0 "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation deepspeed
-  "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation -e "$root[$extras]"
+  "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation -e "${root}[$extras]"
   echo "$stamp" > "$venv/.installed"
 }
