@@ -1,112 +1,20 @@
-"""One sbatch and a finished student: on several nodes, preempted, out of time, after lost nodes, cut cables and failures."""
+"""One sbatch and a finished student: on several nodes, preempted, out of time, after lost nodes and cut cables."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, wait_for
-from commands import launch
+from cluster import wait_for
 from conftest import write_config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from jobs import LONG, STEPS, TIMEOUT, Job, assert_same_losses, digests, losses, make_folder, newest
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 15  # engine.timeout
-STEPS = 600
-LONG = ["stages=[ckd]", f"ckd.max_steps={STEPS}", "ckd.epochs=1000", "ckd.save_every=20", "ckd.dev_every=200",
-        f"engine.timeout={TIMEOUT}"]  # fmt: skip
-ASLEEP = """
-import os, sys, time
-def fall_asleep(*_):
-    open(os.path.join(os.environ["ASLEEP"], os.environ.get("SLURM_RESTART_COUNT", "0")), "w").close()
-    time.sleep(600)
-"""
-DEAF_AT_FIRST = """
-if sys.argv[0].endswith("precompute.py") and "--text-only" not in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
-    fall_asleep()
-"""
-SLOW = "run_precompute = fall_asleep"
-RANK_3_FAILS = """
-import os
-_step = Trainer._step
-def _fails(self, step, micro):
-    if rank() == 3 and step == 30 and os.environ.get("SLURM_RESTART_COUNT") == "2":
-        raise RuntimeError("planted")
-    return _step(self, step, micro)
-Trainer._step = _fails
-"""
-
-
-class Job:
-    """slurm/distill.sh on two nodes with two ranks each, submitted once."""
-
-    def __init__(
-        self, cluster: Cluster, config: Path, *overrides: str, options: tuple[str, ...] = (), **environment: str
-    ) -> None:
-        self.cluster = cluster
-        self.log = config.with_name("job.log")
-        self.run = config.parent / "runs/tiny"
-        asked = ("--nodes=2", f"--output={self.log}", *options)
-        self.number = cluster.submit(*asked, "slurm/distill.sh", config, *overrides, **environment)
-
-    @property
-    def printed(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    @property
-    def state(self) -> dict[str, str]:
-        return self.cluster.job(self.number)
-
-    def until(self, condition: Callable[[], object], timeout: float = 200) -> None:
-        wait_for(condition, timeout, lambda: f"{self.state}\n{self.printed}")
-
-    def until_step(self, step: int) -> None:
-        self.until(lambda: newest(self.run) >= step)
-
-    def until_it_came_back(self, times: int) -> None:
-        self.until(lambda: int(self.state["Restarts"]) >= times)
-
-    def until_printed(self, words: str, times: int = 1) -> None:
-        self.until(lambda: self.printed.count(words) >= times)
-
-    def finished(self, timeout: float = 300) -> str:
-        """What it has printed once it has ended well."""
-        ended = self.cluster.wait(self.number, timeout)
-        assert ended["JobState"] == "COMPLETED", f"{ended}\n{self.printed}"
-        return self.printed
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint; -1 before the first."""
-    return max((int(path.parent.name[5:]) for path in run.glob("ckd/checkpoints/step-????????/COMPLETE.json")), default=-1)
-
-
-def losses(run: Path, stage: str = "ckd") -> tuple[list[int], list[float]]:
-    """Every step and its loss, as TensorBoard's own reader finds them, in the order of writing."""
-    events = EventAccumulator(str(run / "tensorboard" / stage), size_guidance={"scalars": 0}).Reload().Scalars("loss")
-    return [event.step for event in events], [event.value for event in events]
-
-
-def assert_same_losses(run: Path, other: Path, relative: float, stage: str = "ckd") -> None:
-    (steps, values), (other_steps, other_values) = losses(run, stage), losses(other, stage)
-    assert steps == other_steps
-    assert values == pytest.approx(other_values, rel=relative)
-
-
-def digests(folder: Path, pattern: str) -> dict[str, str]:
-    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))}
-    assert found
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +46,6 @@ def test_two_nodes_make_the_student_that_one_makes(cluster, tmp_path, tiny_encod
     assert (two / "evaluate/results.json").exists() and (two / "export/hpd/modules.json").exists()
 
 
-def make_folder(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def preempt(job: Job) -> None:
-    """A job in a higher partition takes all nodes, for a moment."""
-    before = int(job.state["Restarts"])
-    urgent = job.cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    job.until_it_came_back(before + 1)
-    job.cluster.wait(urgent)
-
-
 def test_preempted_and_out_of_time_it_comes_back_until_it_is_done(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
     job = Job(cluster, config, *LONG, options=("--time=1", "--signal=B:USR1@55"))
@@ -158,47 +53,11 @@ def test_preempted_and_out_of_time_it_comes_back_until_it_is_done(cluster, embed
     cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     for _ in range(2):
         job.until_step(max(newest(run), 0) + random.randint(20, 120))
-        preempt(job)
+        job.preempt()
     job.finished()
     assert digests(run, "ckd/student/*.safetensors") == digests(uninterrupted, "ckd/student/*.safetensors")
     assert losses(run) == losses(uninterrupted) and losses(run)[0] == list(range(1, STEPS + 1))
     assert not (run / "STOP").exists()
-
-
-def changed_code(folder: Path, more: dict[str, str]) -> dict[str, str]:
-    """The environment in which `distill` is a copy of ours, with more at the end of some of its files."""
-    shutil.copytree(ROOT / "distill", folder / "changed/distill", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, text in more.items():
-        with (folder / "changed/distill" / name).open("a") as file:
-            file.write(text)
-    return {"PYTHONPATH": str(folder / "changed")}
-
-
-def test_a_start_that_takes_longer_than_its_time_is_not_repeated_for_ever_but_preemptions_are(cluster, tmp_path, tiny_encoder):
-    """The tasks of the precompute stage get nowhere. They hear a stop, except at the first start, where it kills them."""
-    code = changed_code(tmp_path, {"__init__.py": ASLEEP + DEAF_AT_FIRST, "teacher/precompute.py": ASLEEP + SLOW})
-    config, asleep = write_config(tmp_path, tiny_encoder), make_folder(tmp_path / "asleep")
-    assert launch("precompute.py", "--config", config, "--text-only").returncode == 0  # or the first start would get further
-    job = Job(cluster, config, "stages=[precompute]", **code, ASLEEP=str(asleep))
-    for number, how in enumerate(("warned", "preempted", "warned", "warned")):
-        job.until((asleep / str(number)).exists)
-        if how == "preempted":
-            preempt(job)
-        else:
-            cluster("scancel", "--batch", "--signal=USR1", job.number)
-    ended = cluster.wait(job.number)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "3"), f"{ended}\n{job.printed}"
-    assert "3 starts got no further" in job.printed and "more --time" in job.printed, job.printed
-    assert "failed" not in job.printed and "exit code" not in job.printed.replace("exit code 75", ""), job.printed
-
-
-def test_what_is_cancelled_stays_cancelled(cluster, embedded_copy):
-    job = Job(cluster, embedded_copy[0], *LONG)
-    job.until_step(20)
-    cluster("scancel", job.number)
-    job.until_printed(f"job {job.number}: cancelled; not started again")
-    ended = cluster.wait(job.number)
-    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), ended
 
 
 def test_after_a_node_has_died_it_goes_on_with_those_that_are_left(cluster, embedded_copy, uninterrupted):
@@ -253,46 +112,6 @@ def test_an_array_of_tasks_of_which_a_third_is_killed_embeds_all_the_text(cluste
     wait_for(lambda: not cluster("squeue", "--noheader", "--array", f"--jobs={number}", check=False).strip(), 120)
     assert digests(run / "shards", "**/*.tar") == digests(embedded_once / "runs/tiny/shards", "**/*.tar")
     assert (run / "precompute/DONE.json").exists()
-
-
-def test_what_is_wrong_in_the_config_is_said_once_and_ends_the_job(cluster, embedded_copy):
-    config, _ = embedded_copy
-    started = time.monotonic()
-    job = Job(cluster, config, "ckd.learning_rate=1")
-    ended = cluster.wait(job.number, 60)
-    assert time.monotonic() - started < 60
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), ended
-    assert job.printed.count("error:") == 1 and "ckd.learning_rate" in job.printed, job.printed
-
-
-def test_what_fails_again_and_again_is_not_started_for_ever_and_each_time_it_is_said_why(cluster, embedded_copy, tmp_path):
-    """Rank 3 is killed before the first checkpoint, then again, and then raises what nobody expects."""
-    config, run = embedded_copy
-    code = changed_code(tmp_path, {"training/loop.py": RANK_3_FAILS})
-    job = Job(cluster, config, *LONG, "ckd.save_every=100000", "ckd.max_steps=100000", **code)
-    killed = {-1}
-    for _ in range(2):
-        job.until(lambda: record_of_rank_3(run)["step"] > 0 and record_of_rank_3(run)["pid"] not in killed)
-        pid = record_of_rank_3(run)["pid"]
-        killed.add(pid)
-        os.kill(pid, signal.SIGKILL)
-        job.until_printed(f"lost rank 3 (pid {pid} on n2)")
-    ended = cluster.wait(job.number)
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), f"{ended}\n{job.printed}"
-    assert "3 starts got no further" in job.printed, job.printed
-    last = job.printed[job.printed.rindex("doctor:") :]
-    assert last.count("Traceback") == 1, job.printed
-    after = last[last.rindex("\nrank 3: error: RuntimeError: planted\n") :].splitlines()[2:]
-    assert all(re.match(r"srun: |slurmstepd-n\d: |ckd ended with exit code 1;|job \d+: ", line) for line in after), job.printed
-
-
-def record_of_rank_3(run: Path) -> dict[str, int]:
-    """What it has last said of itself in this start, or in the one before."""
-    try:
-        newest = max(run.glob(".ckd.ranks/*/3.json"), key=lambda path: path.stat().st_mtime)
-        return json.loads(newest.read_text())
-    except (OSError, ValueError):
-        return {"pid": -1, "step": 0}
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "srun"])
