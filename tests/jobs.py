@@ -36,7 +36,7 @@ class Job:
     def state(self) -> dict[str, str]:
         return self.cluster.job(self.number)
 
-    def until(self, condition: Callable[[], object], timeout: float = 200) -> None:
+    def until(self, condition: Callable[[], object], timeout: float = 300) -> None:
         wait_for(condition, timeout, lambda: f"{self.state}\n{self.printed}")
 
     def until_step(self, step: int) -> None:
@@ -56,7 +56,7 @@ class Job:
         self.until_it_came_back(before + 1)
         self.cluster.wait(urgent)
 
-    def finished(self, timeout: float = 300) -> str:
+    def finished(self, timeout: float = 600) -> str:
         """What it has printed once it has ended well."""
         ended = self.cluster.wait(self.number, timeout)
         assert ended["JobState"] == "COMPLETED", f"{ended}\n{self.printed}"
