@@ -62,7 +62,7 @@ def start_here(config: command.RunConfig) -> Start:
     in_slurm = "SLURM_JOB_NODELIST" in os.environ
     world_size = int(os.environ["WORLD_SIZE"])
     if in_slurm and world_size > 1 and "MASTER_ADDR" not in os.environ:
-        os.environ |= meeting_place()
+        os.environ |= job.meeting_place()
     here = processes_here()
     ranks = arguments.ranks_per_node or (here if world_size > 1 else ranks_alone(config))
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -82,7 +82,6 @@ def start_here(config: command.RunConfig) -> Start:
         is_store_served=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         threads=int(threads) if threads.isdigit() else None,
         interfaces={name: os.environ[name] for name in INTERFACES if os.environ.get(name)},
-        extensions=os.environ.get("TORCH_EXTENSIONS_DIR"),
     )
 
 
@@ -94,13 +93,6 @@ def name_of_start() -> str:
     if "SLURM_STEP_ID" in os.environ:
         variables = ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
     return re.sub(r"[^\w.]+", "-", ".".join(os.environ.get(name, "") for name in variables))
-
-
-def meeting_place() -> dict[str, str]:
-    try:
-        return job.meeting_place()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"Slurm does not say where ranks meet ({error}): export MASTER_ADDR and MASTER_PORT") from None
 
 
 def processes_here() -> int:
@@ -128,9 +120,8 @@ def slurm_counts() -> list[int]:
 
 def slurm_hosts() -> tuple[str, ...]:
     """The node of each rank of this step; () where that cannot be found out."""
-    asked = ["scontrol", "show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", os.environ["SLURM_JOB_NODELIST"])]
     try:
-        nodes = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=2).stdout.split()
+        nodes = job.hostnames(os.environ.get("SLURM_STEP_NODELIST", os.environ["SLURM_JOB_NODELIST"]))
         hosts = tuple(node for node, count in zip(nodes, slurm_counts(), strict=True) for _ in range(count))
         return hosts if len(hosts) == int(os.environ["WORLD_SIZE"]) else ()  # tasks that start ranks are no ranks
     except (OSError, subprocess.SubprocessError, LookupError, ValueError):

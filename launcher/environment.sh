@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What a job needs before anything of it runs; sourced by slurm/*.sh at the clone's root: the site's modules, a Python.
 #
 # slurm/site.sh, if there is one, is read first (see slurm/site.example.sh). Leaves `python`, an array: "${python[@]}" SCRIPT.

@@ -8,6 +8,7 @@
 # A torch that this interpreter can already import and that is new enough (a cluster's module, a CUDA build) is used as it is.
 # What was installed is remembered, so that the same call again takes a second.
 
+# shellcheck shell=bash
 oldest_torch=2.6
 
 say() { echo "install: $*" >&2; }
@@ -55,7 +56,7 @@ PY
   # DeepSpeed's build imports torch, so it must see the environment's own
   "${pip[@]}" -c "$venv/constraints.txt" setuptools wheel ninja numpy py-cpuinfo packaging psutil
   DS_BUILD_OPS=0 "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation deepspeed
-  "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation -e "$root[$extras]"
+  "${pip[@]}" -c "$venv/constraints.txt" --no-build-isolation -e "${root}[$extras]"
   echo "$stamp" > "$venv/.installed"
 }
 

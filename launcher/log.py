@@ -51,6 +51,12 @@ def speak() -> None:
             stream.log.aloud = True
 
 
+def note(line: str) -> None:
+    """For this rank's file alone."""
+    if isinstance(sys.stderr, _Stream):
+        sys.stderr.log.add(line)
+
+
 class _Stream(io.TextIOBase):
     """A standard stream: to the terminal as it comes, to the log by whole lines. A progress bar's line is its last state."""
 

@@ -22,32 +22,42 @@ from pathlib import Path
 
 import command
 import job
+from ranks import check_batch
 
 from distill.models import num_layers
 from distill.training.stopping import StopRequest
 
 LAUNCHER = Path(__file__).resolve().parent
 MENDED_BY_USER = 2  # the exit code of an error whose message says how
+END_OF_RANKS = 60  # seconds from the end of a training stage's first rank to that of its last
+ASKS_TO_STOP = signal.SIGUSR1  # srun passes it on to its tasks; of SIGTERM it kills them
+ENDS_OF_A_STOP = (command.INTERRUPTED, *(128 + each for each in (ASKS_TO_STOP, signal.SIGTERM, signal.SIGKILL)))
 PATIENCE = 20.0  # seconds that the other processes of a stage have to end once one has failed
 
 
 def main() -> int:
+    config = command.config_of(arguments)
+    if not arguments.srun:
+        begin(config)
+        return run_stages(config)
+    begun = job.progress(config)
+    try:
+        begin(config)
+        os.environ |= job.meeting_place()
+        code = look_at_nodes(config) or run_stages(config)
+    except command.Terminated:  # before the stages listened
+        code = command.STOPPED
+    return job.come_back(config, code, begun)
+
+
+def begin(config: command.RunConfig) -> None:
     from distill.export.formats import require_packages
     from distill.stages import open_run
 
-    config = command.config_of(arguments)
     if "export" in config.stages:
         require_packages(config.export.formats)
     check_student(config)
     open_run(config)
-    if not arguments.srun:
-        return run_stages(config)
-    os.environ |= job.meeting_place()
-    try:
-        code = look_at_nodes(config) or run_stages(config)
-    except command.Terminated:  # before the stages listened
-        code = command.STOPPED
-    return job.come_back(config, code)
 
 
 def check_student(config: command.RunConfig) -> None:
@@ -137,8 +147,9 @@ def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
         return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
     script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
     ranks = ranks_a_node(config)
+    check_batch(config, name, ranks * int(os.environ["SLURM_JOB_NUM_NODES"] if arguments.srun else 1))
     if arguments.srun:
-        srun, threads = job.srun_python(ranks)
+        srun, threads = job.srun_python(ranks, wait=END_OF_RANKS)
         return run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
@@ -168,7 +179,7 @@ def run_all(
 ) -> int:
     """Runs commands side by side, each with its own environment on top of this one; when one fails, the others are ended.
 
-    A stop is passed on: by the file STOP to ranks, which stop together, by SIGTERM to others. Returns the first code that is
+    A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the first code that is
     not 0, and STOPPED for processes that were ended because of a stop.
     """
     shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
@@ -183,16 +194,15 @@ def run_all(
             if stops_by_file:
                 signals.stop.file.touch()
             else:
-                send(processes, signal.SIGTERM)
+                send(processes, ASKS_TO_STOP)
         if deadline == math.inf and any(process.returncode for process in processes):
             deadline = time.monotonic() + PATIENCE
             send(processes, signal.SIGTERM)
         if signals.num_interrupts > 1 or time.monotonic() > deadline:
             send(processes, at_once)
     code = next((process.returncode for process in processes if process.returncode), 0)
-    if passed_on and code in (command.INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL):
-        return command.STOPPED
-    return code if code >= 0 else 128 - code
+    code = code if code >= 0 else 128 - code
+    return command.STOPPED if passed_on and code in ENDS_OF_A_STOP else code
 
 
 def send(processes: list[subprocess.Popen[bytes]], signum: int) -> None:

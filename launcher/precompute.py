@@ -26,15 +26,17 @@ from ranks import ending_together, rank_from_environment, start_process_group
 
 
 def main() -> int:
+    config = command.config_of(arguments)
+    begun = job.progress(config) if arguments.requeue else {}
     try:
-        return precompute()
+        return precompute(config)
     except command.Terminated:
         if arguments.requeue:
-            job.requeue()
+            job.come_back(config, command.STOPPED, begun)
         raise
 
 
-def precompute() -> int:
+def precompute(config: command.RunConfig) -> int:
     """Makes what falls to this task; returns its exit code."""
     import torch
 
@@ -42,7 +44,6 @@ def precompute() -> int:
     from distill.stages import open_run, stage_of
     from distill.teacher.precompute import prepare, run_precompute
 
-    config = command.config_of(arguments)
     open_run(config)
     reason = stage_of(config, "precompute").reason_to_run()
     if reason is None:

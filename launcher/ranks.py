@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import command
-from log import speak
+import job
+from log import note, speak
 
+from distill.config import RunConfig
 from distill.training.watch import Watch
 
 A_MOMENT = 1.0  # seconds in which rank 0 may say what all ranks have found
@@ -29,6 +31,13 @@ def rank_from_environment() -> int:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     return int(os.environ["RANK"])
+
+
+def check_batch(config: RunConfig, stage: str, world_size: int) -> None:
+    """Raises ValueError if a stage's global batch does not have a row for each rank."""
+    rows = getattr(config, stage).global_batch
+    if rows < world_size:
+        raise ValueError(f"{stage}.global_batch {rows} is smaller than the world size {world_size}")
 
 
 def start_process_group(timeout: float) -> Any:
@@ -47,6 +56,8 @@ def start_process_group(timeout: float) -> Any:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        os.environ |= job.meeting_place()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     limit = timedelta(seconds=timeout)
@@ -94,13 +105,20 @@ def ending_together(folder: Path, device: Any, timeout: float, goes_on: Callable
                 speak()
                 print(f"error: {message}; logs: {folder.with_name('logs')}; {goes_on()}", file=sys.stderr, flush=True)
                 raise command.Ended(1) from None
-            raise command.Ended(watch.said or 1) from None
+            raise _quiet_end(watch, error) from None
         if rank() > 0:
             time.sleep(A_MOMENT)
         if not watch.say(command.exit_code(error)):
-            raise command.Ended(watch.said or 1) from None
+            raise _quiet_end(watch, error) from None
         speak()
         raise
+
+
+def _quiet_end(watch: Watch, error: Exception) -> command.Ended:
+    """The end of a rank for which another speaks; its own file has what it saw."""
+    code, seen = watch.said or 1, command.describe(error).splitlines()[0]
+    note(f"ended after step {watch.step} with exit code {code}; another rank says why; seen here: {seen}")
+    return command.Ended(code)
 
 
 def comes_from_a_collective(error: Exception) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 
 import command
 from log import RankLog, speak
-from ranks import ending_together, rank_from_environment, start_process_group
+from ranks import check_batch, ending_together, rank_from_environment, start_process_group
 
 from distill.training.stopping import Stopped, StopRequest
 
@@ -87,10 +87,7 @@ def main() -> int:
 def join(signals: Signals) -> tuple[command.RunConfig, RankLog, Any]:
     """Finds the other ranks. Returns the config, this rank's log and its device."""
     config = command.config_of(arguments)
-    world_size = int(os.environ["WORLD_SIZE"])
-    section = getattr(config, config.stage)
-    if section.global_batch < world_size:
-        raise ValueError(f"{config.stage}.global_batch {section.global_batch} is smaller than the world size {world_size}")
+    check_batch(config, config.stage, int(os.environ["WORLD_SIZE"]))
     from distill.stages import open_run
 
     if rank == 0:

@@ -17,6 +17,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
+trap '' USR1 TERM # until Python listens: a warning must not end the job, or it would never come back
 cd "${DISTILL_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 source launcher/environment.sh
 config=configs/quickstart.yaml

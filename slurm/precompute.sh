@@ -14,6 +14,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
 set -euo pipefail
+trap '' USR1 TERM # until Python listens, as in distill.sh
 cd "${DISTILL_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 source launcher/environment.sh
 config=configs/quickstart.yaml

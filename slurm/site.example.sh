@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What is particular to your cluster. Copy it to slurm/site.sh, which git does not see, and change it there, never in distill.sh.
 #
 # It is read twice: by you, before sbatch, for what sbatch is to ask for,

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,7 +47,30 @@ class Cluster:
             self.cable(node, in_place=True)
 
     def down(self) -> None:
-        subprocess.run(["bash", str(SCRIPTS / "down.sh"), "--purge"], env=os.environ | self._knobs, check=True, timeout=60)
+        """Ends it. Nothing may be left of what ran on it: no file in a node's /dev/shm, no process, no network."""
+        in_shm = [str(path) for node in self.nodes for path in Path(f"/proc/{self._daemon(node)}/root/dev/shm").iterdir()]
+        networks = [Path("/run/netns", name) for name in (self.folder / "netns").read_text().split()]
+        command = ["bash", str(SCRIPTS / "down.sh"), "--purge"]
+        down = subprocess.run(command, env=os.environ | self._knobs, capture_output=True, text=True, timeout=120)
+        assert down.returncode == 0 and "left over" not in down.stderr, down.stderr
+        wait_for(lambda: not self._processes(), 10, lambda: f"ended: {self._processes()}")
+        assert not [path for path in networks if path.exists()]
+        assert not in_shm
+
+    def _daemon(self, node: str) -> str:
+        """The process number of a node's slurmd."""
+        names = {line.split()[0]: line.split()[1] for line in (self.folder / "pids").read_text().splitlines()}
+        return names[f"slurmd-{node}"]
+
+    def _processes(self) -> list[str]:
+        """The command lines of all processes that have this cluster in their environment: daemons, jobs and their ranks."""
+        mark = f"SLURM_TEST_DIR={self.folder}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
 
     def __call__(self, *command: object, check: bool = True, timeout: float = 60, **environment: str) -> str:
         """Runs a client command beside the controller; returns what it prints."""
@@ -79,9 +103,7 @@ class Cluster:
 
     def kill(self, node: str) -> None:
         """A node dies: its slurmd and every process on it, at once."""
-        names = {line.split()[0]: line.split()[1] for line in (self.folder / "pids").read_text().splitlines()}
-        daemon = names[f"slurmd-{node}"]
-        uts = _uts(Path("/proc") / daemon)
+        uts = _uts(Path("/proc") / self._daemon(node))
         on_node = [path.name for path in Path("/proc").glob("[0-9]*") if _uts(path) == uts]
         subprocess.run(["kill", "-9", *on_node], check=False)
 

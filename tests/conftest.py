@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers.utils import logging
 from distill.models import resolve_model
 
 logging.disable_progress_bar()
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 WORDS = (  # noqa: SIM905
     "the a of and to in is that for on with as by from at this are be it an was has model teacher student vector sentence "
     "learns reads gathers writes sends keeps small large deep shallow fast slow queue shard rank batch loss tensor key query"
@@ -28,6 +31,30 @@ WORDS = (  # noqa: SIM905
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also the long soaks and the whole product of cells")
+    parser.addoption("--may-skip", metavar="REGEX", help="a test that skips for any other reason fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return judged((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return judged((yield), collector.config)
+
+
+def judged(report: Report, config: pytest.Config) -> Report:
+    """A report whose skip is a failure where --may-skip does not allow its reason."""
+    allowed = config.getoption("--may-skip")
+    if allowed is not None and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not re.search(allowed, reason):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}\nOnly what matches {allowed!r} may be skipped here (--may-skip)."
+    return report
 
 
 @pytest.fixture(scope="session")

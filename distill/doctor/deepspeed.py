@@ -1,10 +1,11 @@
-"""DeepSpeed: it imports, what its configuration needs can be had, and its states fit."""
+"""DeepSpeed: it imports, its configuration can be used, and its states fit.
+
+No compiler is looked for, and no cache of extensions: training uses torch's AdamW under every ZeRO stage, offloaded too.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ def look(start: Start) -> Facts:
     facts: Facts = {"error": "", "settings_error": "", "offloads": False, "forces": False, "needed": None}
     try:
         import deepspeed
-        from deepspeed.git_version_info import installed_ops
     except Exception as error:  # whatever its own imports raise
         return facts | {"error": f"{type(error).__name__}: {error}"}
     facts["version"] = deepspeed.__version__
@@ -30,8 +30,6 @@ def look(start: Start) -> Facts:
     facts["stage"] = zero.get("stage", 0)
     facts["offloads"] = zero.get("offload_optimizer", {}).get("device") == "cpu"
     facts["forces"] = facts["offloads"] and settings.get("zero_force_ds_cpu_optimizer", True)
-    if facts["offloads"] and not installed_ops.get("cpu_adam"):
-        facts |= _compiling(start.extensions)
     parameters = num_parameters(start.config)
     if parameters is not None:
         facts |= _memory(start, parameters, facts["stage"], facts["offloads"])
@@ -42,28 +40,6 @@ def _settings(config: EngineConfig) -> dict[str, Any]:
     from distill.training.engine import find_deepspeed_config
 
     return json.loads(find_deepspeed_config(config.deepspeed).read_text(encoding="utf-8"))
-
-
-def _compiling(extensions: str | None) -> Facts:
-    """What compiling CPU Adam takes, as far as it is here."""
-    from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root, is_ninja_available
-
-    compiler = get_cxx_compiler()
-    cache = Path(extensions or get_default_build_root())
-    error = ""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache):
-            pass
-    except OSError as problem:
-        error = problem.strerror or str(problem)
-    return {
-        "compiler": compiler,
-        "has_compiler": shutil.which(compiler) is not None,
-        "has_ninja": is_ninja_available(),
-        "cache": str(cache),
-        "cache_error": error,
-    }
 
 
 def _memory(start: Start, parameters: int, stage: int, offloads: bool) -> Facts:
@@ -90,24 +66,9 @@ def judge(start: Start, nodes: Nodes) -> Findings:
         if facts["forces"]:
             what = "engine.deepspeed offloads the optimiser, and DeepSpeed would refuse any but its own CPU Adam"
             yield Finding(node, what, f'put "zero_force_ds_cpu_optimizer": false into {start.config.engine.deepspeed}')
-        if "compiler" in facts:
-            yield from _judge_compiling(node, facts)
         if facts["needed"] is not None and facts["needed"] > facts["memory"]:
             what = f"the model's states need {size(facts['needed'])}, and {facts['holder']} has {size(facts['memory'])}"
             yield warning(node, what, "engine.deepspeed=configs/deepspeed/zero3.json (or more nodes) splits them further")
-
-
-def _judge_compiling(node: str, facts: Facts) -> Findings:
-    """Warnings: training offloads torch's AdamW, and gets by without DeepSpeed's."""
-    purpose = "to compile DeepSpeed's CPU Adam for the offloaded optimiser"
-    if not facts["has_compiler"]:
-        fix = f"ssh {node} apt-get install g++ (or module load gcc; export CXX=g++)"
-        yield warning(node, f"no {facts['compiler']} on PATH, {purpose}", fix)
-    if not facts["has_ninja"]:
-        yield warning(node, f"no ninja on PATH, {purpose}", f"ssh {node} pip install ninja, into a folder on PATH")
-    if facts["cache_error"]:
-        what = f"{facts['cache']} cannot be written: {facts['cache_error']}, {purpose}"
-        yield warning(node, what, "export TORCH_EXTENSIONS_DIR=DIR, a folder that this node can write to")
 
 
 def note(facts: Facts) -> str:

@@ -37,7 +37,7 @@ class Diagnosis:
 
     findings: tuple[Finding, ...]
     notes: dict[str, dict[str, str]]
-    num_ranks: int
+    num_processes: int
     bandwidth: float | None
 
     @property

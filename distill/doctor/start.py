@@ -15,8 +15,7 @@ class Start:
     name: of this very start, the same on all ranks. began: time.monotonic() when this process began. launcher: the folder of
     the launchers' code. hosts: where each rank was sent, () if the launcher does not know. ranks_per_node, num_training_ranks:
     those that training will have on this node, and on all. is_store_served: another process serves the store at address:port
-    (torchrun's agent). threads: OMP_NUM_THREADS. interfaces: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, where set. extensions:
-    TORCH_EXTENSIONS_DIR.
+    (torchrun's agent). threads: OMP_NUM_THREADS. interfaces: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, where set.
     """
 
     config: RunConfig
@@ -34,7 +33,6 @@ class Start:
     is_store_served: bool = False
     threads: int | None = None
     interfaces: dict[str, str] = field(default_factory=dict)
-    extensions: str | None = None
 
     @property
     def folder(self) -> Path:

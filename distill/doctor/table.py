@@ -22,17 +22,17 @@ def printed(diagnosis: Diagnosis, *, always_table: bool) -> str:
 
 
 def summary(diagnosis: Diagnosis) -> str:
-    num_nodes, num_ranks = len(diagnosis.notes), diagnosis.num_ranks
+    nodes, processes = _number(len(diagnosis.notes), "node", "nodes"), _number(diagnosis.num_processes, "process", "processes")
     faults = sum(finding.is_fault for finding in diagnosis.findings)
     warnings = len(diagnosis.findings) - faults
-    found = [_number(count, noun) for count, noun in ((faults, "fault"), (warnings, "warning")) if count]
+    found = [_number(count, noun, f"{noun}s") for count, noun in ((faults, "fault"), (warnings, "warning")) if count]
     speed = f" (all-reduce {rate(diagnosis.bandwidth)})" if diagnosis.bandwidth is not None else ""
     how = ", ".join(found) if found else "all is well"
-    return f"doctor: {_number(num_nodes, 'node')}, {_number(num_ranks, 'rank')}: {how}{speed}"
+    return f"doctor: {nodes}, {processes}: {how}{speed}"
 
 
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def _number(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _table(diagnosis: Diagnosis) -> list[str]:

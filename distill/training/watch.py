@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -126,6 +127,7 @@ class Watch:
             self._beat()
             code = self.said
             if code is not None and not self._closed.wait(PATIENCE):
+                print(f"ended after step {self.step}: another rank has failed, and this one hangs", file=sys.stderr, flush=True)
                 os._exit(code)
 
 

@@ -1,11 +1,13 @@
 """Bytes that a CKD step sends between two ranks, against the design's formula, and the gather's share of a step's time.
 
     python tests/bench/wire.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench     (as root)
+    ... --rate 100mbit --steps 6      over a slow link: each direction has that rate (tc's token bucket)
 
 Two network namespaces joined by a veth pair, one rank in each, gloo over the veth. Counted are the bytes that the kernel says a
 rank's interface received:
 
 gather   recipe.share alone, many times over: what a rank receives of keys and ids, by the formula (W-1)/W x G x (2 d_t + 8)
+reduce   the sum over ranks of a float32 vector as long as the student's gradient, as ZeRO 0 sends it: for scale
 step     whole steps of the training loop; the rest is gradients, parameters and sums of what is logged
 
 The kernel's count has more in it than the keys and ids: 14 bytes of Ethernet, 20 of IPv4 and 32 of TCP a packet, the same for
@@ -22,12 +24,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks
 
@@ -40,6 +42,9 @@ CLONE_NEWNET = 0x40000000
 WORLD_SIZE = 2
 INTERFACE = "veth"
 FIRST_STEPS = 2  # in which connections are made; not counted
+REDUCES = 3
+QUIET = 0.5  # seconds for acknowledgements that are under way
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}  # bits a second
 GOAL_BYTES, GOAL_TIME = 0.05, 0.03
 
 
@@ -51,12 +56,15 @@ class Counters(NamedTuple):
 
 
 @contextmanager
-def joined_namespaces(first_address: str, second_address: str) -> Iterator[list[str]]:
-    """Two network namespaces with an interface `veth` in each, joined; removed at the end."""
+def joined_namespaces(first_address: str, second_address: str, rate: str | None = None) -> Iterator[list[str]]:
+    """Two network namespaces with an interface `veth` in each, joined; removed at the end. `rate`: as tc writes it, 100mbit."""
     names = [f"distill-{os.getpid()}-{number}" for number in range(2)]
 
+    def run(*command: str) -> None:
+        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+
     def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, stderr=subprocess.PIPE, text=True)
+        run("ip", *arguments)
 
     try:
         for name in names:
@@ -67,6 +75,9 @@ def joined_namespaces(first_address: str, second_address: str) -> Iterator[list[
             ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
             ip("-n", name, "link", "set", INTERFACE, "up")
             ip("-n", name, "link", "set", "lo", "up")
+            if rate is not None:
+                bucket = ["rate", rate, "burst", "64kb", "latency", "200ms"]
+                run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket)
         yield names
     finally:
         for name in names:
@@ -94,33 +105,43 @@ def counted(before: Counters, after: Counters, times: int) -> dict[str, Any]:
     }
 
 
+def measured(act: Callable[[int], object], times: int) -> dict[str, Any]:
+    """What a rank receives when all ranks call act(0), act(1) ... and nothing else happens, and how long one takes."""
+    dist.barrier()
+    time.sleep(QUIET)
+    before, started = received(), time.perf_counter()
+    for number in range(times):
+        act(number)
+    dist.barrier()
+    seconds = time.perf_counter() - started
+    time.sleep(QUIET)
+    return counted(before, received(), times) | {"milliseconds": round(1000 * seconds / times, 2)}
+
+
 def join(rank: int, world_size: int, port: int, addresses: tuple[str, str], namespaces: list[str]) -> None:
     enter(namespaces[rank])
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     join_ranks(rank, world_size, port, 1, addresses[0])
 
 
-def gather_rank(
+def alone_rank(
     rank: int, world_size: int, port: int, addresses: tuple[str, str], namespaces: list[str], config: RunConfig, times: int
-) -> dict[str, Any]:
-    """What a rank receives when the keys of a step are gathered, and nothing else happens."""
+) -> dict[str, dict[str, Any]]:
+    """The gather of a step's keys alone, and the sum of a step's gradients alone."""
     join(rank, world_size, port, addresses, namespaces)
     recipe = build_recipe(config, "ckd", config.run_dir / "ckd", CPU, autocast_dtype("auto", CPU))
     steps = [recipe.load(step) for step in range(min(4, recipe.steps_per_epoch))]
     for step, micro in enumerate(steps):
         recipe.share(step, micro)
-    dist.barrier()
-    time.sleep(0.5)  # for acknowledgements that are under way
-    before = received()
-    for step, micro in enumerate(islice(cycle(steps), times)):
-        recipe.share(step, micro)
-    dist.barrier()
-    time.sleep(0.5)
-    figures = counted(before, received(), times)
+    gather = measured(lambda number: recipe.share(number % len(steps), steps[number % len(steps)]), times)
+    width, others = steps[0][0].teacher.shape[1], (world_size - 1) / world_size
+    gather["formula"] = others * config.ckd.global_batch * (2 * width + 8)
+    gather["over_formula"] = round(gather["bytes_received"] / gather["formula"] - 1, 4)
+    gradient = torch.zeros(sum(p.numel() for p in recipe.task.parameters() if p.requires_grad))
+    reduce = measured(lambda _: dist.all_reduce(gradient), REDUCES)
+    reduce["formula"] = 2 * others * gradient.nbytes
     dist.destroy_process_group()
-    width = steps[0][0].teacher.shape[1]
-    formula = (world_size - 1) * config.ckd.global_batch * (2 * width + 8) / world_size
-    return figures | {"formula": formula, "over_formula": round(figures["bytes_received"] / formula - 1, 4)}
+    return {"gather": gather, "reduce": reduce}
 
 
 def step_rank(
@@ -143,6 +164,10 @@ def step_rank(
     return counted(counters[FIRST_STEPS], counters[-1], len(counters) - 1 - FIRST_STEPS) | clock.figures(FIRST_STEPS)
 
 
+def bits_a_second(rate: str) -> float:
+    return float(rate[:-4]) * UNITS[rate[-4:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
@@ -153,11 +178,13 @@ def main() -> None:
     parser.add_argument("--global-batch", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=256)
     parser.add_argument("--queue", type=int, default=16_384)
+    parser.add_argument("--zero", type=int, choices=range(4), default=1, help="the ZeRO stage of the whole steps")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--gathers", type=int, default=200)
     parser.add_argument(
         "--addresses", nargs=2, default=["10.231.0.1", "10.231.0.2"], help="of the two ends; of one /24 network"
     )
+    parser.add_argument("--rate", help="of the link, in each direction: 100mbit; as fast as the kernel without it")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": options.queue}
@@ -169,25 +196,37 @@ def main() -> None:
         layers=options.layers,
         ckd=ckd | {"epochs": 1e6, "max_steps": options.steps},
     )
+    engine = config.engine.model_copy(update={"deepspeed": Path(f"configs/deepspeed/zero{options.zero}.json")})
+    config = config.model_copy(update={"engine": engine})
     begin_again(config)
     addresses = tuple(options.addresses)
     try:
-        with joined_namespaces(*addresses) as namespaces:
-            gathers = on_ranks(gather_rank, WORLD_SIZE, addresses, namespaces, config, options.gathers)
+        with joined_namespaces(*addresses, options.rate) as namespaces:
+            alone = on_ranks(alone_rank, WORLD_SIZE, addresses, namespaces, config, options.gathers)
             steps = on_ranks(step_rank, WORLD_SIZE, addresses, namespaces, config)
     except subprocess.CalledProcessError as error:
         sys.exit(f"no network namespaces here ({error.stderr.strip()}): this needs root and iproute2")
-    worst = max(abs(rank["over_formula"]) for rank in gathers)
-    share = max(rank["share_of_step"]["gather"] + rank["share_of_step"]["push"] for rank in steps)
+    gathers, reduces = ([rank[name] for rank in alone] for name in ("gather", "reduce"))
+    goals = {}
+    if options.rate is None:
+        worst = max(abs(rank["over_formula"]) for rank in gathers)
+        share = max(rank["share_of_step"]["gather"] + rank["share_of_step"]["push"] for rank in steps)
+        goals = {
+            "gather's bytes against the formula": {"goal": GOAL_BYTES, "is": worst, "met": worst <= GOAL_BYTES},
+            "gather and push of a step's time": {"goal": GOAL_TIME, "is": round(share, 4), "met": share <= GOAL_TIME},
+        }
+    else:  # its packets are those of an MTU of 1,500
+        for each in (*gathers, *reduces):
+            each["milliseconds_by_formula"] = round(8e3 * each["formula"] / bits_a_second(options.rate), 2)
     result = {
         **ckd,
         "world_size": WORLD_SIZE,
+        "rate": options.rate,
+        "zero": options.zero,
         "gather": gathers,
+        "reduce": reduces,
         "step": steps,
-        "goals": {
-            "gather's bytes against the formula": {"goal": GOAL_BYTES, "is": worst, "met": worst <= GOAL_BYTES},
-            "gather and push of a step's time": {"goal": GOAL_TIME, "is": round(share, 4), "met": share <= GOAL_TIME},
-        },
+        "goals": goals,
     }
     print(json.dumps(result, indent=1))
     if options.out:

@@ -62,7 +62,6 @@ FACTS: dict[str, dict[str, Any]] = {
     "limits": {"files": 65536, "locked": -1, "has_gpus": False},
     "inputs": {"errors": {}, "sizes": {"text.txt": 1000}, "hub": {}, "offline": False},
 }
-COMPILING = {"offloads": True, "compiler": "c++", "has_compiler": True, "has_ninja": True, "cache": "/c", "cache_error": ""}
 
 
 def facts(node: int, **changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import write_config
-from healthy import COMPILING, FACTS, evidence, start_of
+from healthy import FACTS, evidence, start_of
 
 from distill.doctor.checks import CHECKS, look
 from distill.doctor.diagnosis import diagnose
@@ -49,7 +49,6 @@ FAULTS = {
     "config": ({"software": {"config": "dd"}}, "the config says other things here than on n1"),
     "import": ({"deepspeed": {"error": "ImportError: libfoo"}}, "DeepSpeed does not import: ImportError: libfoo"),
     "settings": ({"deepspeed": {"settings_error": "no DeepSpeed configuration at x"}}, "no DeepSpeed configuration at x"),
-    "forced": ({"deepspeed": COMPILING | {"forces": True}}, "refuse any but its own CPU Adam"),
     "number of gpus": ({"devices": {"gpus": [H100, H100]}}, "2 x NVIDIA H100 80 GiB here, no GPU on n1"),
     "driver": ({"devices": {"driver": "550.1", "gpus": []}}, "the GPU driver is 550.1 here, None on n1"),
     "bf16": ({"devices": {"bf16": False}}, "no bf16 here, but on n1"),
@@ -88,9 +87,6 @@ WARNINGS = {
     "ahead": ({"clocks": {"ahead": 11.0}}, "11 s ahead of"),
     "files": ({"limits": {"files": 256}}, "may open 256 files"),
     "locked": ({"limits": {"locked": 65536, "has_gpus": True}}, "may lock 0 MB"),
-    "compiler": ({"deepspeed": COMPILING | {"has_compiler": False}}, "no c++ on PATH"),
-    "ninja": ({"deepspeed": COMPILING | {"has_ninja": False}}, "no ninja on PATH"),
-    "cache": ({"deepspeed": COMPILING | {"cache_error": "Read-only file system"}}, "/c cannot be written"),
     "memory": ({"deepspeed": {"needed": 9e9}}, "need 9.0 GB, and the node has 8.0 GB"),
     "download": ({"inputs": {"hub": {"teacher.model": "a/b"}}}, "would be downloaded"),
     "slow import": ({"devices": {"failed": "not back after 10 s", "importing": "torch"}}, "`import torch` is not back"),
@@ -112,7 +108,6 @@ FINE = {
     "nccl's interfaces to leave out": {"names": {"wanted": {"NCCL_SOCKET_IFNAME": "^docker"}}},
     "clocks": {"clocks": {"ahead": 5.0}},
     "no clock": {"clocks": {"ahead": None}},
-    "a compiler": {"deepspeed": COMPILING},
 }
 
 

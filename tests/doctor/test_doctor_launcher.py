@@ -25,7 +25,7 @@ def config(tmp_path, tiny_encoder):
 def test_alone_all_is_well_in_one_line(config):
     started = time.monotonic()
     done = launch("doctor.py", "--config", config)
-    assert done.returncode == 0 and done.stdout == "doctor: 1 node, 1 rank: all is well\n", done.stdout
+    assert done.returncode == 0 and done.stdout == "doctor: 1 node, 1 process: all is well\n", done.stdout
     assert time.monotonic() - started < 20
     assert not (config.parent / "runs/tiny/.doctor").exists()
 
@@ -60,7 +60,7 @@ def test_ranks_of_a_launcher_meet_and_rank_0_alone_speaks(config, name):
     assert done.returncode == 0, done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("doctor")]
     assert len(said) == 1, done.stdout
-    well = re.fullmatch(r"doctor: 1 node, 2 ranks: all is well \(all-reduce [\d.]+ [GM]B/s\)", said[0])
+    well = re.fullmatch(r"doctor: 1 node, 2 processes: all is well \(all-reduce [\d.]+ [GM]B/s\)", said[0])
     assert well or SLOW in done.stdout, done.stdout
 
 

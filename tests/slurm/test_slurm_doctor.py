@@ -81,7 +81,7 @@ def ask(cluster: Cluster, config: Path, tmp_path: Path) -> Ask:
 def test_two_nodes_that_are_well(ask, tasks):
     answer = ask(tasks=tasks)
     assert answer.code == 0 and answer.findings == set(), answer.printed
-    said = rf"doctor: 2 nodes, {2 * tasks} ranks: all is well \(all-reduce [\d.]+ [GM]B/s\)"
+    said = rf"doctor: 2 nodes, {2 * tasks} processes: all is well \(all-reduce [\d.]+ [GM]B/s\)"
     assert re.match(f"{said}\nexit code 0\n$", answer.printed) or SLOW in answer.printed, answer.printed
     assert answer.seconds < 20 or tasks > 1
 
@@ -147,24 +147,21 @@ def late_clock(folder: Path) -> Path | None:
     return library
 
 
-def test_changed_code_names_that_are_loopback_and_no_compiler(ask, tmp_path):
+def test_changed_code_and_names_that_are_loopback(ask, tmp_path):
     shutil.copytree(ROOT / "distill", tmp_path / "copy/distill", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "copy/distill/sampling.py").open("a") as file:
         file.write("\nCHANGED = True\n")
     hosts = f"{tmp_path}/{{node}}.hosts"
     loopback = f"sed 's/.* {{node}}$/127.0.1.1 {{node}}/' /etc/hosts >{hosts}; mount --bind {hosts} /etc/hosts"
     answer = ask(
-        "engine.deepspeed=configs/deepspeed/zero2_offload.json",
         n1=loopback.format(node="n1"),
         n2=f"""
         {loopback.format(node="n2")}
         export PYTHONPATH={tmp_path}/copy
-        mount --bind /dev/null $(readlink -f $(command -v c++))
         """,
     )
     assert answer.code == 1, answer.printed
     assert "n2: the code differs from that of n1: distill/sampling.py" in answer.printed, answer.printed
-    assert "n2: no c++ on PATH, to compile DeepSpeed's CPU Adam" in answer.printed, answer.printed
     for node in ("n1", "n2"):
         assert f"{node}: its own name {node} is 127.0.1.1 here" in answer.printed, answer.printed
     assert "all ranks came to n1:" in answer.printed and "but the all-reduce failed" in answer.printed, answer.printed
@@ -172,7 +169,6 @@ def test_changed_code_names_that_are_loopback_and_no_compiler(ask, tmp_path):
         ("FAULT", "software", "n2"),
         ("FAULT", "names", "n1"),
         ("FAULT", "names", "n2"),
-        ("warning", "deepspeed", "n2"),
     }, answer.printed
 
 

@@ -148,7 +148,7 @@ else
   : "${PORT:=$(free_block)}"
   addr() { echo 127.0.0.1; }
   CTL=127.0.0.1
-  EXEC=env
+  EXEC="env"
 fi
 { echo "127.0.0.1 localhost"; echo "$CTL ctl"
   for i in $(seq "$N"); do echo "$(addr "$i") n$i"; done; } >"$D/hosts"
