@@ -1,10 +1,10 @@
 """What TensorBoard costs: the share of the CKD loop's time that is spent in measuring and writing what is logged.
 
-    python tests/bench/tensorboard.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench
+    python tests/bench/dashboard.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench
 
 measuring   on logged steps alone: hardest negatives, masked ones, floors, inside the forward pass
 counting    on every step: tokens, and what is added to the sums that ranks exchange
-writing     scalars and histograms, and the flush before each checkpoint
+writing     scalars and histograms
 
 Timed from outside by wrapping what the loop calls, as ckd_run.py does. Nothing else may run meanwhile.
 """
@@ -25,7 +25,6 @@ from distill.config import RunConfig
 from distill.training import loop
 from distill.training.ckd import CkdTask
 from distill.training.instruments import Instruments
-from distill.training.metrics import Metrics
 from distill.training.stage import run_stage
 
 FIRST_STEPS = 10  # up to the first logged one, in which kernels are chosen; not counted
@@ -33,7 +32,7 @@ GOAL = 0.01
 PARTS = {
     "measuring": [(CkdTask, "_measure")],
     "counting": [(Instruments, "count"), (Instruments, "sums"), (CkdTask, "take_observed")],
-    "writing": [(loop.Trainer, "_log"), (Metrics, "flush")],
+    "writing": [(loop.Trainer, "_log")],
 }
 
 
