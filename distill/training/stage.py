@@ -132,6 +132,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     train: TrainConfig = getattr(config, name)
     torch.manual_seed(config.seed)  # new weights, such as the projection's
     student = build_student(config, name)
+    student.train()  # transformers loads encoders in eval mode: without dropout, and without activation checkpointing
     set_dropout(student.encoder, 0.0)
     student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     if config.engine.activation_checkpointing:
