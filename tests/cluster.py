@@ -31,9 +31,12 @@ class Cluster:
             "SLURM_TEST_CPUS": str(cpus),
             "SLURM_TEST_NETNS": "1",
         }
+        self._exports: dict[str, str] = {}
 
     def heal(self) -> None:
-        """Every node up, every cable in, no job left; starts what does not run."""
+        """Every node up, every cable in; starts what does not run."""
+        for node in self.nodes if self._exports else ():
+            self.cable(node, in_place=True)
         up = subprocess.run(
             ["bash", str(SCRIPTS / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=180
         )
@@ -43,8 +46,6 @@ class Cluster:
             for line in up.stdout.splitlines()
             if line.startswith("export ")
         )
-        for node in self.nodes:
-            self.cable(node, in_place=True)
 
     def down(self) -> None:
         """Ends it. Nothing may be left of what ran on it: no file in a node's /dev/shm, no process, no network."""

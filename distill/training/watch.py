@@ -26,6 +26,7 @@ Record = dict[str, Any]  # what a rank writes of itself
 RECORD_BYTES = 1024
 BEAT = 1.0
 SILENCE = 6.0  # a heart that has not beaten for so many seconds has stopped
+PRECEDENCE = 1.0  # seconds in which it falls to rank 0, whose terminal is seen: a rank that is cut off speaks to nobody
 PATIENCE = 5.0  # what a rank has to end by itself once another has said why; a rank that hangs is ended then
 
 
@@ -78,6 +79,8 @@ class Watch:
         while self.said is None:
             message, ended = self._look(failure, timeout, first, time.monotonic() - since > SILENCE)
             if message:
+                if self.rank > 0:
+                    time.sleep(PRECEDENCE)
                 if not self.say(1):
                     break
                 _kill(ended)
