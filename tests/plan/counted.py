@@ -1,0 +1,160 @@
+"""What a real training step sends and holds, counted on a rank of a real process group or of a fake one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from live_bytes import LiveBytes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from distill.config import RunConfig
+
+CPU = torch.device("cpu")
+NEVER = 10**9
+WARM_STEPS = 2  # in the first, ZeRO-3 finds out which weights are needed when
+OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "broadcast_": "broadcast",
+    "barrier": "barrier",
+}
+SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}  # x (W-1)/W of a tensor's bytes
+
+
+class Collectives(TorchDispatchMode):
+    """While active, adds up the whole tensors of this thread's collectives, in bytes by what they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            sides = [sum(t.nbytes for t in tree_iter(arg) if isinstance(t, torch.Tensor)) for arg in args]
+            self.bytes[OPERATIONS[func._schema.name.split("::")[1]]] += max(sides, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+class _Enough(Exception):
+    pass
+
+
+def _bytes(tree: Any) -> int:
+    """Of the distinct storages of a tree's tensors: a view counts as what it keeps alive."""
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter(tree) if isinstance(t, torch.Tensor)}
+    return sum(found.values())
+
+
+def count_step(config: RunConfig, name: str = "ckd") -> dict[str, Any]:
+    """Runs a few steps of a stage on this rank and returns, of the last one, bytes by category.
+
+    sent: the whole tensors of its collectives, by kind; received: of these what this rank receives in a ring;
+    parameters, optimizer, queue: between steps; gradients, bucket: after the last backward pass; keys: those of the batch;
+    activations: what the largest micro-batch's forward pass leaves behind for its backward pass; tokens: its shapes.
+    """
+    from distill.training import stage
+
+    build, held, engines, marks = stage.build_engine, {}, [], []
+    live, collectives = LiveBytes(), Collectives()
+
+    def built(*arguments: Any, **options: Any) -> Any:
+        engines.append(_watched(build(*arguments, **options), live, held))
+        return engines[-1]
+
+    def end_of_step(step: int) -> bool:
+        marks.append(Counter(collectives.bytes))
+        if step > WARM_STEPS:
+            raise _Enough
+        held["activations"] = 0
+        return False
+
+    stage.build_engine = built
+    try:
+        with collectives, live:
+            stage.run_stage(config, name, CPU, end_of_step)
+    except _Enough:
+        pass
+    finally:
+        stage.build_engine = build
+    sent = dict(marks[-1] - marks[-2])
+    share = (dist.get_world_size() - 1) / dist.get_world_size()
+    received = {kind: SHARES[kind] * share * size for kind, size in sent.items()}
+    held |= {"sent": sent, "received": received, **_between_steps(engines[-1])}
+    engines[-1].destroy()
+    return held
+
+
+def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
+    """The engine, whose passes note what lives after them."""
+    forward, backward = engine.forward, engine.backward
+    module = engine.module
+
+    def whole() -> int:
+        return _bytes([p.data for p in module.parameters()])
+
+    def watched_forward(part: Any, shared: Any) -> Any:
+        before, weights = live.live, whole()
+        result = forward(part, shared)
+        left = live.live - before - (whole() - weights)  # ZeRO-3 gathers weights meanwhile
+        if left > held.get("activations", 0):
+            held["activations"] = left
+            held["tokens"] = [tuple(chunk["input_ids"].shape) for chunk in part.tokens]
+        if shared is not None:
+            held["keys"] = _bytes([shared.vectors, shared.hashes])
+            held["queue"] = shared.queue.num_bytes
+        return result
+
+    def watched_backward(loss: Any) -> Any:
+        result = backward(loss)
+        held["gradients"], held["bucket"] = _gradients(engine)
+        return result
+
+    engine.forward, engine.backward = watched_forward, watched_backward
+    return engine
+
+
+def _gradients(engine: Any) -> tuple[int, int]:
+    optimizer = engine.optimizer
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    kept: Iterable[Any] = [
+        [p.grad for p in engine.module.parameters()],
+        getattr(optimizer, "averaged_gradients", {}),
+        getattr(optimizer, "grad_partitions_flat_buffer", None),
+        [group.grad for group in getattr(optimizer, "single_partition_of_fp32_groups", [])],
+    ]
+    return _bytes([kept, buckets]) - _bytes(buckets), _bytes(buckets)
+
+
+def _between_steps(engine: Any) -> dict[str, int]:
+    optimizer = engine.optimizer
+    masters = [getattr(optimizer, n, []) for n in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    weights = [[getattr(p, "ds_tensor", p.data), p.data] for p in engine.module.parameters()]
+    return {"parameters": _bytes([weights, masters]), "optimizer": _bytes([list(s.values()) for s in inner.state.values()])}
+
+
+def start_fake(world_size: int) -> None:
+    """Makes this process rank 0 of so many: it hears its own voice from all others, and every collective goes well at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+def start_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
