@@ -15,20 +15,29 @@ that fit, what a rank receives a step, and a step's time. Exit codes: 0 the plan
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command
+from ranks import start_process_group
 
 if TYPE_CHECKING:
     from distill.plan.plan import Plan
     from distill.plan.time import Cluster
 
 
+PATIENCE = 300.0  # seconds
+
+
 def main() -> int:
+    if arguments.as_rank:
+        return as_rank(arguments.as_rank)
     config = command.config_of(arguments)
     command.quiet_libraries()
     from distill.plan.corpus import look_at_corpus
@@ -75,6 +84,59 @@ def cluster_of(config: command.RunConfig) -> Cluster:
     return Cluster(arguments.nodes, ranks, name, device, table.assumed, is_bf16)
 
 
+def measure(config: command.RunConfig, ranks: int) -> list[dict[str, Any]]:
+    """What each of so many ranks on this machine did in a minute of training; each is this script again."""
+    from distill.config import dump_config
+
+    path = config.run_dir / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    asked = [sys.executable, __file__, "--config", str(path), "--as-rank", str(config.run_dir)]
+    processes = [
+        subprocess.Popen(
+            asked,
+            env={"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    failed = [text for text, process in zip(said, processes, strict=True) if process.returncode]
+    if failed:
+        raise ValueError(f"calibration failed here: {failed[0].strip().splitlines()[-1].removeprefix('error: ')}")
+    return [json.loads((config.run_dir / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def as_rank(folder: Path) -> int:
+    """One rank of the calibration."""
+    import torch
+
+    config = command.config_of(arguments)
+    command.quiet_libraries()
+    command.end_with_parent()
+    device = start_process_group(config.engine.timeout)
+    from distill.plan.calibrate import run_rank
+
+    found = run_rank(config, device)
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -94,5 +156,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=float, metavar="N", help="of a sentence, where they are not to be sampled")
     parser.add_argument("--calibrate", action="store_true", help="measure rates here for a minute instead of assuming them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures: bytes, seconds, dollars, operations")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     command.run(main, show_traceback=arguments.traceback)

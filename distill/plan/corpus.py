@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from distill.config import RunConfig, SourceConfig
 from distill.corpus import HELD_OUT_MODULUS, read_source
+from distill.corpus.rows import COMPRESSIONS
+from distill.corpus.sources import matching_files
 from distill.plan.devices import Assumed
-from distill.shards import Manifest
+from distill.shards import Manifest, ShardReader
 from distill.stages import read_json
 
 SAMPLE = 2048  # sentences that are tokenized to see how long they are
@@ -71,10 +74,13 @@ def look_at_corpus(
 
 
 def _sample(config: RunConfig) -> list[str]:
-    """Sentences of the text that can be read here at once; none of the hub's."""
+    """Sentences of the shards, or of the text that can be read here at once; none of the hub's."""
+    if (config.shards_dir / "manifest.json").is_file():
+        reader = ShardReader(config.shards_dir, verify=False)
+        return reader.texts(np.linspace(0, len(reader) - 1, min(SAMPLE, len(reader))).astype(np.int64))
     found: list[str] = []
     for source in config.text.sources:
-        if source.type == "file" and Path(source.path or "").is_file():
+        if source.type == "file" and matching_files(source):
             found += islice(read_source(source), SAMPLE // len(config.text.sources))
     limits = config.text
     return [text for text in map(str.strip, found) if limits.min_chars <= len(text) <= limits.max_chars]
@@ -107,7 +113,7 @@ def _count(
     else:
         unknown = next(s for s, number in zip(config.text.sources, raw, strict=True) if number is None)
         raise ValueError(
-            f"how many sentences {unknown.name or unknown.type} has is not known here: give --sentences N, text.max_sentences=N,"
+            f"how many sentences {unknown.path or unknown.name or unknown.type} has is not known here: give --sentences N, text.max_sentences=N,"
             " or a limit to that source"
         )
     return kept, min(config.text.held_out, kept // HELD_OUT_MODULUS), chars
@@ -117,18 +123,13 @@ def _raw_count(source: SourceConfig, chars: float) -> int | None:
     """About how many sentences a source has; None if that cannot be told from here."""
     if source.type != "file":
         return source.limit
-    from distill.corpus.sources import _matching_files
-
-    lines = 0.0
-    for path in _matching_files(source):
-        size = path.stat().st_size
-        if path.suffix == ".gz":
-            size *= _expansion(path)
-        lines += size / (chars + 1)
-    return int(min(lines, source.limit or lines))
+    lines = sum(path.stat().st_size * _expansion(path) for path in matching_files(source)) / (chars + 1)
+    return int(min(lines, source.limit or lines)) or source.limit
 
 
 def _expansion(path: Path, part: int = 1 << 20) -> float:
-    """How many times as long a .gz is once unpacked, by its beginning."""
-    with path.open("rb") as raw, gzip.open(raw) as file:
+    """How many times as long a compressed file is once unpacked, by its beginning."""
+    if path.suffix not in COMPRESSIONS:
+        return 1.0
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else zstandard.open(raw) as file:
         return len(file.read(part)) / max(raw.tell(), 1)

@@ -13,8 +13,8 @@ TABLES = Path(distill.__file__).parents[1] / "configs" / "plan"
 
 
 class Device(BaseModel):
-    """One device. memory in bytes; bf16, fp32 in operations a second; bandwidth of its memory, and inside and between of its
-    links, in bytes a second; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
+    """One device. memory in bytes; bf16, fp32 in operations a second; bandwidth of its memory, and inside, between and host of
+    its links, in bytes a second; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,6 +24,7 @@ class Device(BaseModel):
     bandwidth: float = Field(gt=0)
     inside: float = Field(gt=0)
     between: float = Field(gt=0)
+    host: float = Field(gt=0)
     dollars: float = Field(ge=0)
     teacher: float = Field(gt=0, le=1.5)
     student: float = Field(gt=0, le=1.5)

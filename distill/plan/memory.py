@@ -1,13 +1,15 @@
 """Bytes of tensors that a rank holds in training, by category, for each ZeRO stage as DeepSpeed runs it here: float32
 parameters, AdamW, bf16 by autocast.
 
-    P parameters, T trained, U that get a gradient, S of T in tensors too small to be split; W ranks
+    P parameters, T trained, U that get a gradient, S in tensors too small to be split; W ranks
 
                    parameters            gradients                  optimizer
     ZeRO 0         4 P                   4 T                        8 T
     ZeRO 1         4 P + 4 T/W           4 U, then part             8 T/W      a copy of T/W that AdamW changes
     ZeRO 2         4 P + 4 T/W           part                       8 T/W
-    ZeRO 3         4 P/W + 4 T/W         4 T/W                      8 T/W      and 4 P gathered while a micro-batch passes
+    ZeRO 3         4 P/W + 4 T/W + 4 S   4 T/W                      8 T/W      and 4 (P - S) gathered while a micro-batch passes
+
+T/W and P/W are rounded up: under ZeRO 1 and 2 each group of parameters to a multiple of 2 W, under ZeRO 3 each tensor to one of W.
 
 `part`: whole tensors, of which any number lies in this rank's W-th: a large table of tokens is not cut. Under ZeRO 1 to 3
 a bucket of reduce_bucket_size numbers is held besides. Offload moves AdamW's copy and state, and ZeRO 3's parameters, to the host.
@@ -63,15 +65,18 @@ def rank_memory(
     stage, ranks = zero.get("stage", 0), world_size
     whole, trained = shape.numel(), shape.numel(trained=True)
     used = shape.numel(trained=True, used=True)
-    part = -(-trained // ranks)
-    sizes = {0: whole, 1: whole + part, 2: whole + part, 3: -(-whole // ranks) + part}
+    part = part_of(shape.parameters, stage, ranks)
+    split = sum(-(-parameter.numel // ranks) for parameter in shape.parameters)
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    small = sum(parameter.numel for parameter in shape.parameters if parameter.numel <= threshold)
+    sizes = {0: whole, 1: whole + part, 2: whole + part, 3: split + part + small}
     offloads_optimizer = zero.get("offload_optimizer", {}).get("device") == "cpu"
     offloads_weights = zero.get("offload_param", {}).get("device") == "cpu"
     owned = part if stage == 3 or offloads_optimizer else _part_of_gradients(shape.parameters, ranks, rank)
     gradients = {0: trained, 1: used, 2: owned, 3: part}[stage]
     moments = 2 * (trained if stage == 0 else part)
     host = FLOAT * (part + moments + part) if offloads_optimizer else 0
-    host += FLOAT * -(-whole // ranks) if offloads_weights else 0
+    host += FLOAT * split if offloads_weights else 0
     rows = sum(b for b, _ in chunks)
     activations = shape.activations(chunks) + FLOAT * _head_numbers(shape, train) * rows
     return Memory(
@@ -79,7 +84,7 @@ def rank_memory(
         gradients=FLOAT * gradients,
         bucket=FLOAT * zero.get("reduce_bucket_size", 500_000_000) if stage else 0,
         optimizer=FLOAT * moments,
-        gathered=FLOAT * whole if stage == 3 else 0,
+        gathered=FLOAT * (whole - small) if stage == 3 else 0,
         queue=queue_bytes(shape, train, ranks),
         keys=keys_bytes(shape, train),
         activations=activations + (shape.layer(chunks) if checkpointing else 0),
@@ -88,12 +93,21 @@ def rank_memory(
     )
 
 
+def part_of(parameters: Sequence[Parameter], stage: int, ranks: int) -> int:
+    """A rank's part of the trained numbers, padding too."""
+    if stage == 3:
+        return sum(-(-p.numel // ranks) for p in parameters if p.is_trained)
+    groups = {p.group for p in parameters if p.is_trained}
+    totals = [sum(p.numel for p in parameters if p.is_trained and p.group == group) for group in groups]
+    return sum(2 * -(-total // (2 * ranks)) for total in totals)
+
+
 def _part_of_gradients(parameters: Sequence[Parameter], ranks: int, rank: int | None) -> int:
     """Numbers in the whole tensors of which a part lies in a rank's W-th of each group of parameters."""
     most: dict[int, int] = {}
     for group in {p.group for p in parameters if p.is_trained}:
         members = [p for p in parameters if p.is_trained and p.group == group]
-        size = -(-sum(p.numel for p in members) // ranks)
+        size = 2 * -(-sum(p.numel for p in members) // (2 * ranks))
         ends = list(accumulate(p.numel for p in members))
         spans = [(end - p.numel, end, p.numel) for p, end in zip(members, ends, strict=True)]
         wanted = range(ranks) if rank is None else [rank]

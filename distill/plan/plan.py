@@ -24,6 +24,7 @@ from distill.training.zero import find_deepspeed_config
 
 VARIANTS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 LARGEST_MICRO = 1 << 14
+WORTH_CHANGING = 0.9  # of a step's time: what is planned is no nearer to the truth
 WORTH_CHECKPOINTING = 32  # rows: with fewer in a micro-batch, matrices are too thin to keep a device busy
 
 
@@ -174,7 +175,7 @@ def _variant(
     longest = [(rows * shape.views, float(config.student.max_length))]
     memory = rank_memory(shape, train, zero, ranks, longest, checkpointing=checkpointing)
     fits = largest_micro_batch(config, train, shape, zero, cluster)
-    step = step_time(shape, train, cluster, sent, micro, checkpointing=checkpointing)
+    step = step_time(shape, train, zero, cluster, sent, micro, checkpointing=checkpointing)
     return Variant(label, memory, sent, fits, step)
 
 
@@ -247,10 +248,13 @@ def _stage_advice(plan: Plan, stage: StagePlan) -> list[str]:
                 else []
             ),
         ]
-    best = min(fitting, key=lambda v: (v.step.total, v.memory.device))
+    best = min(fitting, key=lambda v: v.step.total)
+    if stage.chosen in fitting and best.step.total > WORTH_CHANGING * stage.chosen.step.total:
+        best = stage.chosen
     said = []
-    if best.name != stage.chosen.name and (stage.chosen not in fitting or best.step.total < 0.97 * stage.chosen.step.total):
-        why = "the fastest that fits" if stage.chosen in fitting else f"{stage.chosen.name} does not fit"
+    if best is not stage.chosen:
+        why = f"{best.step.total / stage.chosen.step.total:.0%} of a step's time" if stage.chosen in fitting else ""
+        why = why or f"{stage.chosen.name} does not fit"
         said.append(f"engine.deepspeed=configs/deepspeed/{best.name}.json for {stage.name}: {why}")
     share = -(-train.global_batch // plan.cluster.ranks)
     rows = min(best.fits, share)

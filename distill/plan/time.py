@@ -2,7 +2,7 @@
 
     forward and backward   F = 3 x forward (4 x with activation checkpointing or cached gradients) / (peak x MFU)
     loss                   4 k b N d operations, in float32, / (float32 peak x MFU)      N = G + K keys, two products a tile
-    optimizer              28 bytes a trained number of this rank / the memory's bandwidth
+    optimizer              28 bytes a trained number of this rank / the memory's bandwidth; offloaded, 28 + 8 over the host's link
     collectives            the slower of a link's bytes / its rate, inside and between nodes, + latency each; nothing overlaps
     teacher                2 x multiply-adds of all tokens, padding too / (peak x MFU x devices)
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from distill.config import KeysConfig, TrainConfig
 from distill.plan.devices import Assumed, Device
@@ -55,20 +56,29 @@ class StepTime:
 
 
 def step_time(
-    shape: TaskShape, train: TrainConfig, cluster: Cluster, sent: Sequence[Sent], micro: Sequence[Chunks], *, checkpointing: bool
+    shape: TaskShape,
+    train: TrainConfig,
+    zero: dict[str, Any],
+    cluster: Cluster,
+    sent: Sequence[Sent],
+    micro: Sequence[Chunks],
+    *,
+    checkpointing: bool,
 ) -> StepTime:
-    """micro: the chunks of each of a rank's micro-batches."""
+    """zero: the section zero_optimization of DeepSpeed's configuration; micro: the chunks of each of a rank's micro-batches."""
     device = cluster.device
     cached = not isinstance(train, KeysConfig) and len(micro) > 1
     passes = 3 + checkpointing + cached
     operations = passes * shape.views * sum(shape.flops(chunks) for chunks in micro)
     rows = sum(b for chunks in micro for b, _ in chunks)
-    trained = shape.numel(trained=True)
-    held = trained if len(sent) and sent[-1].what == "gradients" else trained / cluster.ranks
+    held = shape.numel(trained=True) / (cluster.ranks if zero.get("stage", 0) else 1)
+    offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    moved = 8 * held + (4.0 * shape.numel() / cluster.ranks * len(micro) if "offload_param" in zero else 0)
+    update = (ADAM_BYTES * held + moved) / device.host if offloads else ADAM_BYTES * held / device.bandwidth
     return StepTime(
         operations / (device.peak(cluster.is_bf16) * device.student),
         loss_operations(shape, train, rows) / (device.fp32 * device.student),
-        ADAM_BYTES * held / device.bandwidth,
+        update,
         sum(_seconds(each, cluster) for each in sent),
     )
 

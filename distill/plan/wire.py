@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.config import KeysConfig, TrainConfig
-from distill.plan.memory import FLOAT, HALF, ID, kinds
+from distill.plan.memory import FLOAT, HALF, ID, kinds, part_of
 from distill.plan.shapes import TaskShape
 
 SHARES = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
@@ -51,7 +51,7 @@ def sent_in_a_step(
     shape: TaskShape, train: TrainConfig, zero: dict[str, Any], ranks: int, num_micro: int
 ) -> list[Sent]:
     """All collectives of a step but the few numbers of norms and sums."""
-    return [] if ranks == 1 else [*_keys(shape, train, ranks, num_micro), *_weights(shape, zero, num_micro)]
+    return [] if ranks == 1 else [*_keys(shape, train, ranks, num_micro), *_weights(shape, zero, ranks, num_micro)]
 
 
 def _keys(shape: TaskShape, train: TrainConfig, ranks: int, num_micro: int) -> list[Sent]:
@@ -71,7 +71,7 @@ def _keys(shape: TaskShape, train: TrainConfig, ranks: int, num_micro: int) -> l
     return found
 
 
-def _weights(shape: TaskShape, zero: dict[str, Any], num_micro: int) -> list[Sent]:
+def _weights(shape: TaskShape, zero: dict[str, Any], ranks: int, num_micro: int) -> list[Sent]:
     stage = zero.get("stage", 0)
     trained, used = FLOAT * shape.numel(trained=True), FLOAT * shape.numel(trained=True, used=True)
     bucket = FLOAT * zero.get("reduce_bucket_size", 500_000_000)
@@ -82,14 +82,21 @@ def _weights(shape: TaskShape, zero: dict[str, Any], num_micro: int) -> list[Sen
         groups = len({p.group for p in shape.parameters if p.is_trained})
         return [
             Sent("gradients", "all_reduce", used * times, times * -(-used // bucket)),
-            Sent("parameters", "all_gather", trained, groups),
+            Sent("parameters", "all_gather", FLOAT * ranks * part_of(shape.parameters, stage, ranks), groups),
         ]
-    small = FLOAT * sum(p.numel for p in shape.parameters if p.numel <= zero.get("stage3_param_persistence_threshold", 100_000))
-    large = FLOAT * shape.numel() - small
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    small = [p for p in shape.parameters if p.numel <= threshold]
+    large = FLOAT * sum(_padded(p.numel, ranks) for p in shape.parameters if p.numel > threshold)
     reach = min(zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_max_reuse_distance", 1e9))
     passes = num_micro * (1 if shape.numel() <= reach else 2)
     gathers = -(-large // (FLOAT * zero.get("stage3_prefetch_bucket_size", 50_000_000)))
+    gradients = FLOAT * sum(_padded(p.numel, ranks) for p in shape.parameters if p.is_used)
+    whole = large * passes + FLOAT * sum(_padded(p.numel, ranks) for p in small)
     return [
-        Sent("gradients", "reduce_scatter", used * num_micro, num_micro * -(-used // bucket)),
-        Sent("parameters", "all_gather", large * passes + small, passes * gathers + 1),
+        Sent("gradients", "reduce_scatter", gradients * num_micro, num_micro * int(-(-used // bucket))),
+        Sent("parameters", "all_gather", whole, passes * int(gathers) + len(small)),
     ]
+
+
+def _padded(numel: int, ranks: int) -> int:
+    return -(-numel // ranks) * ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from distill.config import RunConfig
 
 CPU = torch.device("cpu")
 NEVER = 10**9
-WARM_STEPS = 2  # in the first, ZeRO-3 finds out which weights are needed when
+WARM_STEPS = 2  # ZeRO-3 finds out which weights are needed when, and broadcasts it; again where the chunks are other ones
 OPERATIONS = {
     "allreduce_": "all_reduce",
     "allgather_": "all_gather",
@@ -29,7 +29,7 @@ OPERATIONS = {
     "broadcast_": "broadcast",
     "barrier": "barrier",
 }
-SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}  # x (W-1)/W of a tensor's bytes
+SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}  # x (W-1)/W of its bytes
 
 
 class Collectives(TorchDispatchMode):
@@ -38,9 +38,11 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.before: Callable[[], None] = lambda: None  # called before each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
+            self.before()
             sides = [sum(t.nbytes for t in tree_iter(arg) if isinstance(t, torch.Tensor)) for arg in args]
             self.bytes[OPERATIONS[func._schema.name.split("::")[1]]] += max(sides, default=0)
         return func(*args, **(kwargs or {}))
@@ -60,23 +62,28 @@ def count_step(config: RunConfig, name: str = "ckd") -> dict[str, Any]:
     """Runs a few steps of a stage on this rank and returns, of the last one, bytes by category.
 
     sent: the whole tensors of its collectives, by kind; received: of these what this rank receives in a ring;
-    parameters, optimizer, queue: between steps; gradients, bucket: after the last backward pass; keys: those of the batch;
-    activations: what the largest micro-batch's forward pass leaves behind for its backward pass; tokens: its shapes.
+    parameters, optimizer, queue: between steps; gradients, bucket: the most at a pass's end or a collective; keys: the batch's;
+    activations: what the largest micro-batch's forward pass leaves behind for its backward pass; tokens: its shapes; peak: the
+    most that lived at once in a step beyond what lives between steps.
     """
     from distill.training import stage
 
-    build, held, engines, marks = stage.build_engine, {}, [], []
+    build, engines, marks = stage.build_engine, [], []
+    held: dict[str, Any] = dict.fromkeys(("activations", "gradients", "bucket"), 0)
     live, collectives = LiveBytes(), Collectives()
 
     def built(*arguments: Any, **options: Any) -> Any:
         engines.append(_watched(build(*arguments, **options), live, held))
+        collectives.before = lambda: _note_gradients(engines[-1], held)
         return engines[-1]
 
     def end_of_step(step: int) -> bool:
         marks.append(Counter(collectives.bytes))
-        if step > WARM_STEPS:
+        held["peak"] = live.peak - held.get("start", 0)
+        if step > WARM_STEPS and not (marks[-1] - marks[-2])["broadcast"]:
             raise _Enough
-        held["activations"] = 0
+        held["activations"] = held["gradients"] = held["bucket"] = 0
+        live.peak = held["start"] = live.live
         return False
 
     stage.build_engine = built
@@ -116,12 +123,23 @@ def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
         return result
 
     def watched_backward(loss: Any) -> Any:
+        def begun(grad: torch.Tensor) -> torch.Tensor:
+            ended = torch.autograd.Variable._execution_engine.queue_callback
+            ended(lambda: _note_gradients(engine, held))
+            return grad
+
+        loss.register_hook(begun)
         result = backward(loss)
-        held["gradients"], held["bucket"] = _gradients(engine)
+        _note_gradients(engine, held)
         return result
 
     engine.forward, engine.backward = watched_forward, watched_backward
     return engine
+
+
+def _note_gradients(engine: Any, held: dict[str, Any]) -> None:
+    gradients, bucket = _gradients(engine)
+    held["gradients"], held["bucket"] = max(held["gradients"], gradients), max(held["bucket"], bucket)
 
 
 def _gradients(engine: Any) -> tuple[int, int]:
