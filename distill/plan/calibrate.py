@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.config import TRAINING_STAGES, RunConfig, TrainConfig
+from distill.config import RunConfig, TrainConfig
 from distill.corpus import text_hash
 from distill.plan.corpus import Corpus
 from distill.plan.plan import Models, Plan, StagePlan, make_plan, read_zero
@@ -58,14 +58,18 @@ def _first(plan: Plan) -> StagePlan:
     for stage in plan.stages:
         if stage.name == "ckd" or getattr(plan.config, stage.name).init == "student":
             return stage
-    raise ValueError("nothing to calibrate: no stage of this config begins with the encoder that `student` describes (ckd, simcse)")
+    raise ValueError(
+        "nothing to calibrate: no stage of this config begins with the encoder that `student` describes (ckd, simcse)"
+    )
 
 
 def calibration_run(config: RunConfig, name: str, global_batch: int, plan: Plan, folder: Path) -> RunConfig:
     """A run in `folder` with shards of its own, or those that this config's run has already."""
     changes: dict[str, Any] = {"dev_every": NEVER, "save_every": NEVER, "max_steps": NEVER, "epochs": 1e6}
     train = getattr(config, name).model_copy(update=changes | {"global_batch": max(global_batch, plan.cluster.ranks_a_node)})
-    made = config.model_copy(update={"runs_dir": folder, "name": "calibration", "shards_from": None, "stage": name, name: train})
+    made = config.model_copy(
+        update={"runs_dir": folder, "name": "calibration", "shards_from": None, "stage": name, name: train}
+    )
     made.run_dir.mkdir(parents=True)
     if (config.shards_dir / "manifest.json").is_file():
         made.shards_dir.symlink_to(config.shards_dir.resolve(), target_is_directory=True)
@@ -77,7 +81,9 @@ def calibration_run(config: RunConfig, name: str, global_batch: int, plan: Plan,
 def write_made_up(config: RunConfig, corpus: Corpus, models: Models, count: int) -> None:
     """A shard set of sentences as long as the corpus's, with vectors of no meaning."""
     if models.student.folder is None:
-        raise ValueError(f"--calibrate trains here: {models.student.name} must be a local folder (hf download {models.student.name})")
+        raise ValueError(
+            f"--calibrate trains here: {models.student.name} must be a local folder (hf download {models.student.name})"
+        )
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(models.student.folder, trust_remote_code=False).get_vocab()
@@ -121,7 +127,7 @@ def run_rank(config: RunConfig, device: torch.device) -> dict[str, Any]:
     def stamp(step: int) -> bool:
         times.append(time.perf_counter())
         spent = times[-1] - times[0]
-        enough = len(times) > FIRST_STEPS + LEAST_STEPS and spent > SECONDS * 2 / 3 or spent > SECONDS
+        enough = (len(times) > FIRST_STEPS + LEAST_STEPS and spent > SECONDS * 2 / 3) or spent > SECONDS
         if from_rank_0(enough, device):
             raise _Enough
         return False

@@ -58,7 +58,9 @@ class DeviceTable(BaseModel):
         for known in sorted(self.devices, key=len, reverse=True):
             if known.lower() in name.lower():
                 return known, self.devices[known]
-        raise ValueError(f"no device {name!r} in the table of devices ({', '.join(self.devices)}): add a line, or use --devices")
+        raise ValueError(
+            f"no device {name!r} in the table of devices ({', '.join(self.devices)}): add a line, or use --devices"
+        )
 
 
 def load_devices(path: Path | None = None) -> DeviceTable:

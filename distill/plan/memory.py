@@ -9,10 +9,11 @@ parameters, AdamW, bf16 by autocast.
     ZeRO 2         4 P + 4 T/W           part                       8 T/W
     ZeRO 3         4 P/W + 4 T/W + 4 S   4 T/W                      8 T/W      and 4 (P - S) gathered while a micro-batch passes
 
-T/W and P/W are rounded up: under ZeRO 1 and 2 each group of parameters to a multiple of 2 W, under ZeRO 3 each tensor to one of W.
+T/W and P/W are rounded up: of each group of parameters to a multiple of 2 W (ZeRO 1, 2), of each tensor to one of W (ZeRO 3).
 
 `part`: whole tensors, of which any number lies in this rank's W-th: a large table of tokens is not cut. Under ZeRO 1 to 3
-a bucket of reduce_bucket_size numbers is held besides. Offload moves AdamW's copy and state, and ZeRO 3's parameters, to the host.
+a bucket of reduce_bucket_size numbers is held besides. Offload moves AdamW's copy and state, and ZeRO 3's parameters, to the
+host.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def rank_memory(
     host += FLOAT * split if offloads_weights else 0
     rows = sum(b for b, _ in chunks)
     activations = shape.activations(chunks) + FLOAT * _head_numbers(shape, train) * rows
+    if stage == 3:  # whose linear layers cast their matrices again in the backward pass
+        activations -= shape.activations.constant
     return Memory(
         parameters=FLOAT * sizes[stage],
         gradients=FLOAT * gradients,

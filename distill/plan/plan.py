@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.config import TRAINING_STAGES, FinetuneConfig, KeysConfig, RunConfig, TrainConfig
+from distill.config import TRAINING_STAGES, FinetuneConfig, RunConfig, TrainConfig
 from distill.plan.corpus import Corpus
 from distill.plan.encoders import Architecture, architecture_of
 from distill.plan.memory import Memory, rank_memory
@@ -179,9 +179,7 @@ def _variant(
     return Variant(label, memory, sent, fits, step)
 
 
-def largest_micro_batch(
-    config: RunConfig, train: TrainConfig, shape: TaskShape, zero: dict[str, Any], cluster: Cluster
-) -> int:
+def largest_micro_batch(config: RunConfig, train: TrainConfig, shape: TaskShape, zero: dict[str, Any], cluster: Cluster) -> int:
     """The most rows of a micro-batch that fit if each is as long as any may be; at most a rank's share of the global batch."""
 
     def needs(rows: int) -> float:

@@ -47,9 +47,7 @@ class Sent:
         return SHARES[self.collective] * self.size * (nodes - 1) / nodes / ranks_a_node
 
 
-def sent_in_a_step(
-    shape: TaskShape, train: TrainConfig, zero: dict[str, Any], ranks: int, num_micro: int
-) -> list[Sent]:
+def sent_in_a_step(shape: TaskShape, train: TrainConfig, zero: dict[str, Any], ranks: int, num_micro: int) -> list[Sent]:
     """All collectives of a step but the few numbers of norms and sums."""
     return [] if ranks == 1 else [*_keys(shape, train, ranks, num_micro), *_weights(shape, zero, ranks, num_micro)]
 
