@@ -69,8 +69,9 @@ def rank_memory(
     part = part_of(shape.parameters, stage, ranks)
     split = sum(-(-parameter.numel // ranks) for parameter in shape.parameters)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    small = sum(parameter.numel for parameter in shape.parameters if parameter.numel <= threshold)
-    sizes = {0: whole, 1: whole + part, 2: whole + part, 3: split + part + small}
+    small = sum(-(-p.numel // ranks) * ranks for p in shape.parameters if p.numel <= threshold)
+    padded = whole - trained + (ranks + 1) * part
+    sizes = {0: whole, 1: padded, 2: padded, 3: split + part + small}
     offloads_optimizer = zero.get("offload_optimizer", {}).get("device") == "cpu"
     offloads_weights = zero.get("offload_param", {}).get("device") == "cpu"
     owned = part if stage == 3 or offloads_optimizer else _part_of_gradients(shape.parameters, ranks, rank)
@@ -87,7 +88,7 @@ def rank_memory(
         gradients=FLOAT * gradients,
         bucket=FLOAT * zero.get("reduce_bucket_size", 500_000_000) if stage else 0,
         optimizer=FLOAT * moments,
-        gathered=FLOAT * (whole - small) if stage == 3 else 0,
+        gathered=FLOAT * max(whole - small, 0) if stage == 3 else 0,
         queue=queue_bytes(shape, train, ranks),
         keys=keys_bytes(shape, train),
         activations=activations + (shape.layer(chunks) if checkpointing else 0),
