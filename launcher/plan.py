@@ -9,8 +9,10 @@
 Nothing is downloaded, and no weights are read: shapes come from a folder's config.json, or from configs/plan/encoders.yaml for
 well-known names. Rates, links and prices come from configs/plan/devices.yaml, or your own file of that form (--devices).
 
-The table has a line for each of configs/deepspeed/*.json: the bytes that a rank holds by category, the most rows of a micro-batch
-that fit, what a rank receives a step, and a step's time. Exit codes: 0 the plan is made; 2 the message says what to mend.
+The table has a line for each of configs/deepspeed/*.json: the bytes that a rank holds by category, the most rows of a
+micro-batch that fit, what a rank receives a step, and a step's time.
+
+Exit codes: 0 the plan is made; 2 the message says what to mend.
 """
 
 from __future__ import annotations

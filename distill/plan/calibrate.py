@@ -1,4 +1,4 @@
-"""A minute of the real stage on this machine, so that its rates are measured: the ranks that a node will have here, each with its
+"""A minute of the real stage on this machine, so that its rates are measured: the ranks that a node will have, each with its
 share of the global batch, on the run's own shards or on made-up sentences of the corpus's lengths.
 
     calibrated    a plan with the measured rates instead of the assumed ones
@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,7 @@ def _first(plan: Plan) -> StagePlan:
     for stage in plan.stages:
         if stage.name == "ckd" or getattr(plan.config, stage.name).init == "student":
             return stage
-    raise ValueError(
-        "nothing to calibrate: no stage of this config begins with the encoder that `student` describes (ckd, simcse)"
-    )
+    raise ValueError("nothing to calibrate: no stage of this config begins with the encoder of section student")
 
 
 def calibration_run(config: RunConfig, name: str, global_batch: int, plan: Plan, folder: Path) -> RunConfig:
@@ -132,10 +131,8 @@ def run_rank(config: RunConfig, device: torch.device) -> dict[str, Any]:
             raise _Enough
         return False
 
-    try:
+    with suppress(_Enough):
         run_stage(config, config.stage, device, stamp)
-    except _Enough:
-        pass
     steps = np.diff(times)[min(FIRST_STEPS, len(times) - 2) :]
     teacher = _run_teacher(config, device) if config.teacher.model else None
     return {"seconds_a_step": float(statistics.median(steps)), "steps": len(steps), "teacher": teacher}

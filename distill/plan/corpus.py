@@ -113,8 +113,8 @@ def _count(
     else:
         unknown = next(s for s, number in zip(config.text.sources, raw, strict=True) if number is None)
         raise ValueError(
-            f"how many sentences {unknown.path or unknown.name or unknown.type} has is not known here: give --sentences N, text.max_sentences=N,"
-            " or a limit to that source"
+            f"how many sentences {unknown.path or unknown.name or unknown.type} has is not known here: give"
+            " --sentences N, text.max_sentences=N, or a limit to that source"
         )
     return kept, min(config.text.held_out, kept // HELD_OUT_MODULUS), chars
 

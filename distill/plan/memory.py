@@ -83,16 +83,23 @@ def rank_memory(
     activations = shape.activations(chunks) + FLOAT * _head_numbers(shape, train) * rows
     if stage == 3:  # whose linear layers cast their matrices again in the backward pass
         activations -= shape.activations.constant
+    activations += shape.layer(chunks) if checkpointing else 0
+    loss = loss_bytes(shape, train, rows)
+    gathered = 0.0
+    if stage == 3 and ranks > 1:
+        gathered = FLOAT * max(whole - small, 0.0)
+        prefetched = min(gathered, FLOAT * zero.get("stage3_prefetch_bucket_size", 50_000_000))
+        gathered += max(prefetched - activations - loss, 0)  # a bucket is there twice while it is put together
     return Memory(
         parameters=FLOAT * sizes[stage],
         gradients=FLOAT * gradients,
         bucket=FLOAT * zero.get("reduce_bucket_size", 500_000_000) if stage else 0,
         optimizer=FLOAT * moments,
-        gathered=FLOAT * max(whole - small, 0) if stage == 3 else 0,
+        gathered=gathered,
         queue=queue_bytes(shape, train, ranks),
         keys=keys_bytes(shape, train),
-        activations=activations + (shape.layer(chunks) if checkpointing else 0),
-        loss=loss_bytes(shape, train, rows),
+        activations=activations,
+        loss=loss,
         host=host,
     )
 

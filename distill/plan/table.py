@@ -25,12 +25,8 @@ def duration(seconds: float) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns, the first to the left and the others to the right, a line under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    pads = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    lines = ["  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -118,15 +114,17 @@ def _assumptions(plan: Plan) -> str:
     cluster, device, assumed = plan.cluster, plan.cluster.device, plan.cluster.assumed
     precision = "bf16" if cluster.is_bf16 else "fp32"
     lines = [
-        f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.ranks_a_node} {cluster.name}: {size(device.memory)} of memory"
-        f" each, of which {assumed.usable:.0%} is used; {device.peak(cluster.is_bf16) / 1e12:.3g} TFLOP/s in {precision}, of which"
-        f" the teacher reaches {device.teacher:.0%} and the student {device.student:.0%};"
+        f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.ranks_a_node} {cluster.name}: {size(device.memory)} of"
+        f" memory each, {assumed.usable:.0%} of it used; {device.peak(cluster.is_bf16) / 1e12:.3g} TFLOP/s in {precision}, of"
+        f" which the teacher reaches {device.teacher:.0%} and the student {device.student:.0%};"
         f" {device.fp32 / 1e12:.3g} TFLOP/s in fp32, for the loss",
-        f"links: {size(device.inside)}/s inside a node, {size(device.between)}/s a device between nodes, {assumed.latency * 1e6:.0f}"
-        " us a collective; nothing is sent while something is computed",
+        f"links: {size(device.inside)}/s inside a node, {size(device.between)}/s a device between nodes,"
+        f" {assumed.latency * 1e6:.0f} us a collective; nothing is sent while something is computed",
         f"{assumed.padding:.0%} of the teacher's tokens are real; text {plan.corpus.text:.0f} bytes a sentence"
         f" ({plan.corpus.how['text']})",
         f"{device.dollars:.2f} dollars a device and hour" if device.dollars else "no price",
+        "ZeRO 3 gathers each weight once a micro-batch; where texts of other lengths change how micro-batches are cut, up to"
+        " four times in that step",
         "no time for export and evaluation, for starting, or for reading text; sent/step is what a rank receives, between its"
         " share of what other nodes send, rate the mean over a step",
     ]

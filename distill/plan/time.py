@@ -2,7 +2,7 @@
 
 forward and backward   F = 3 x forward (4 x with activation checkpointing or cached gradients) / (peak x MFU)
 loss                   4 k b N d operations, in float32, / (float32 peak x MFU)      N = G + K keys, two products a tile
-optimizer              28 bytes a trained number of this rank / the memory's bandwidth; offloaded, 28 + 8 over the host's link
+optimizer              28 bytes a trained number of this rank / the memory's bandwidth; 28 + 8 over the host's, offloaded
 collectives            the slower of a link's bytes / its rate, inside and between nodes, + latency each; nothing overlaps
 teacher                2 x multiply-adds of all tokens, padding too / (peak x MFU x devices)
 """

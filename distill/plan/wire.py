@@ -43,7 +43,7 @@ class Sent:
         return self.received(ranks_a_node * nodes) if ranks_a_node > 1 else 0.0
 
     def between(self, ranks_a_node: int, nodes: int) -> float:
-        """Bytes that a rank's link to other nodes brings in, where each rank of a node takes its share of what the node needs."""
+        """Bytes that a rank's link to other nodes brings in: each rank of a node takes its share of what the node needs."""
         return SHARES[self.collective] * self.size * (nodes - 1) / nodes / ranks_a_node
 
 

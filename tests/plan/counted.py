@@ -125,7 +125,7 @@ def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
         before, weights = live.live, whole()
         result = forward(part, shared)
         left = live.live - before - (whole() - weights)  # ZeRO-3 gathers weights meanwhile
-        if left > held.get("activations", 0):
+        if left >= held["activations"]:
             held["activations"] = left
             held["tokens"] = [tuple(chunk["input_ids"].shape) for chunk in part.tokens]
         if shared is not None:

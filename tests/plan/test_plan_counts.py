@@ -19,7 +19,7 @@ from distill.plan.corpus import Corpus, look_at_corpus
 from distill.plan.devices import load_devices
 from distill.plan.memory import rank_memory
 from distill.plan.plan import deal_batch, models_of, read_zero
-from distill.plan.shapes import TaskShape, task_shape
+from distill.plan.shapes import Chunks, TaskShape, task_shape
 from distill.plan.wire import SHARES, sent_in_a_step
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "queue", "keys", "activations", "bucket")
@@ -49,13 +49,12 @@ def on_one_of(ranks: int, configs: list[RunConfig]) -> list[dict[str, Any]]:
         return pool.submit(count_all, configs, ranks).result(timeout=600)
 
 
-def planned(
-    config: RunConfig, shape: TaskShape, corpus: Corpus, ranks: int, rank: int | None
-) -> tuple[dict[str, float], Counter]:
-    """What the plan says of a layout: bytes held by category, and whole tensors sent by kind of collective."""
+def planned(config: RunConfig, shape: TaskShape, corpus: Corpus, ranks: int, rank: int | None, chunks: Chunks) -> Any:
+    """What the plan says of a layout: bytes held by category, with a micro-batch of these chunks; received by collective."""
     zero = read_zero(config.engine.deepspeed)
     micro = deal_batch(corpus, config.ckd, ranks)
-    memory = rank_memory(shape, config.ckd, zero, ranks, micro[0], checkpointing=False, rank=rank)
+    assert tokens_in(micro[0]) == pytest.approx(tokens_in(chunks), rel=0.15)  # of a typical batch, and of the largest one seen
+    memory = rank_memory(shape, config.ckd, zero, ranks, chunks, checkpointing=False, rank=rank)
     sent: Counter[str] = Counter()
     for each in sent_in_a_step(shape, config.ckd, zero, ranks, len(micro)):
         sent[each.collective] += SHARES[each.collective] * each.size * (ranks - 1) / ranks
@@ -103,6 +102,10 @@ def any_teacher(monkeypatch):
     monkeypatch.setattr("distill.training.stage.check_inputs", lambda config, stage: None)
 
 
+def tokens_in(chunks: Chunks) -> float:
+    return sum(rows * width for rows, width in chunks)
+
+
 def see(config: RunConfig, dim: int) -> tuple[TaskShape, Corpus]:
     from plan.counted import CPU
     from transformers import AutoTokenizer
@@ -122,7 +125,8 @@ def test_quickstart_and_a_zero3_run_hold_and_send_what_was_planned(world_size, q
     shape, corpus = see(quickstart, 384)
     counted = on_ranks(world_size, count_all, configs)
     for config, ranks in zip(configs, zip(*counted, strict=True), strict=True):
-        held, sent = planned(config, shape, corpus, world_size, None)
+        chunks = max(ranks, key=lambda rank: rank["activations"])["tokens"]
+        held, sent = planned(config, shape, corpus, world_size, None, chunks)
         most = {name: max(rank[name] for rank in ranks) for name in (*CATEGORIES, "peak")} | {"received": ranks[0]["received"]}
         assert not differences(most, held, sent, CATEGORIES), config.name
         assert most["peak"] <= 1.02 * held["peak"] <= 1.35 * most["peak"], config.name  # gradients come as activations go
@@ -150,6 +154,6 @@ def test_one_of_many_ranks_holds_and_sends_what_was_planned(world_size, tiny_enc
     shape, corpus = see(config, 24)
     configs = layouts(config, names)
     for each, found in zip(configs, on_one_of(world_size, configs), strict=True):
-        held, sent = planned(each, shape, corpus, world_size, 0)
+        held, sent = planned(each, shape, corpus, world_size, 0, found["tokens"])
         categories = CATEGORIES if world_size <= 64 else tuple(name for name in CATEGORIES if name != "activations")
         assert not differences(found, held, sent, categories), each.name

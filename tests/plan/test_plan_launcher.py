@@ -55,5 +55,5 @@ def test_a_table_of_the_users_own_takes_the_place_of_the_shipped_one(tmp_path):
     own.write_text(shipped.replace("dollars: 3.00", "dollars: 5.00"))
     assert load_devices(own).named("NVIDIA H100 80GB HBM3")[1].dollars == 5.0
     own.write_text(shipped.replace("dollars: 3.00", "cents: 3"))
-    with pytest.raises(ValueError, match="devices.H100"):
+    with pytest.raises(ValueError, match=r"devices\.H100"):
         load_devices(own)
