@@ -172,15 +172,14 @@ def with_rates(plan: Plan, stage: StagePlan, found: list[dict[str, Any]]) -> Pla
     expected = make_plan(small, here, corpus, plan.models).stages[0].step
     seconds = max(each["seconds_a_step"] for each in found)
     busy = max(seconds - expected.optimizer - expected.collectives, 0.1 * seconds)
-    rates = {"student": cluster.device.student * (expected.compute + expected.loss) / busy}
+    faster = (expected.compute + expected.loss) / busy
+    rates = {"student": cluster.device.student * faster, "launch": cluster.device.launch / faster}
     said = f"{seconds:.3g} s a step of {share} on {here.ranks} ranks ({found[0]['steps']} steps)"
     encoded = [each["teacher"] for each in found if each["teacher"]]
     if encoded:
         rate = statistics.mean(each["operations"] / each["seconds"] for each in encoded)
         rates["teacher"] = rate / cluster.device.peak(cluster.is_bf16)
-        rates["teacher"] = min(rates["teacher"], 1.5)
         said += f"; the teacher at {rate / 1e9:,.0f} GFLOP/s a rank"
-    rates["student"] = min(rates["student"], 1.5)
     measured = replace(cluster, device=cluster.device.model_copy(update=rates))
     made = make_plan(config, measured, plan.corpus, plan.models)
     zero = read_zero(config.engine.deepspeed).get("stage", 0)

@@ -14,7 +14,8 @@ TABLES = Path(distill.__file__).parents[1] / "configs" / "plan"
 
 class Device(BaseModel):
     """One device. memory in bytes; bf16, fp32 in operations a second; bandwidth of its memory, and inside, between and host of
-    its links, in bytes a second; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
+    its links, in bytes a second; launch: the least seconds of
+    a layer's forward and backward pass; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,6 +26,7 @@ class Device(BaseModel):
     inside: float = Field(gt=0)
     between: float = Field(gt=0)
     host: float = Field(gt=0)
+    launch: float = Field(ge=0)
     dollars: float = Field(ge=0)
     teacher: float = Field(gt=0, le=1.5)
     student: float = Field(gt=0, le=1.5)

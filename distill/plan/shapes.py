@@ -60,7 +60,8 @@ class Parameter:
 @dataclass(frozen=True)
 class TaskShape:
     """What a stage trains. flops: of a forward pass; activations: bytes that it leaves for the backward pass; layer: of these
-    what one layer has, where they are computed again. width: of its vectors; key_width: of keys; views: sentences a row."""
+    what one layer has, where they are computed again. width: of its vectors; key_width: of keys; views: sentences a row;
+    layers: of the encoder."""
 
     parameters: tuple[Parameter, ...]
     flops: Growth
@@ -69,6 +70,7 @@ class TaskShape:
     width: int
     key_width: int
     views: int
+    layers: int
 
     def numel(self, *, trained: bool = False, used: bool = False) -> int:
         wanted = (p for p in self.parameters if (p.is_trained or not trained) and (p.is_used or not used))
@@ -135,7 +137,7 @@ def task_shape(
     layer = Growth(0.0, activations.linear / layers, activations.square / layers)
     if config.engine.activation_checkpointing:
         activations = Growth(activations.constant, layers * architecture.hidden_size * 4.0, 0.0)
-    return TaskShape(parameters, flops, activations, layer, student.dim, key_width, views)
+    return TaskShape(parameters, flops, activations, layer, student.dim, key_width, views, layers)
 
 
 def _student(config: StudentConfig, architecture: Architecture) -> Student:

@@ -117,7 +117,8 @@ def _assumptions(plan: Plan) -> str:
         f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.ranks_a_node} {cluster.name}: {size(device.memory)} of"
         f" memory each, {assumed.usable:.0%} of it used; {device.peak(cluster.is_bf16) / 1e12:.3g} TFLOP/s in {precision}, of"
         f" which the teacher reaches {device.teacher:.0%} and the student {device.student:.0%};"
-        f" {device.fp32 / 1e12:.3g} TFLOP/s in fp32, for the loss",
+        f" {device.fp32 / 1e12:.3g} TFLOP/s in fp32, for the loss; a layer's passes over a chunk take"
+        f" {device.launch * 1e3:.2g} ms at least",
         f"links: {size(device.inside)}/s inside a node, {size(device.between)}/s a device between nodes,"
         f" {assumed.latency * 1e6:.0f} us a collective; nothing is sent while something is computed",
         f"{assumed.padding:.0%} of the teacher's tokens are real; text {plan.corpus.text:.0f} bytes a sentence"

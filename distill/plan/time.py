@@ -69,14 +69,15 @@ def step_time(
     device = cluster.device
     cached = not isinstance(train, KeysConfig) and len(micro) > 1
     passes = 3 + checkpointing + cached
-    operations = passes * shape.views * sum(shape.flops(chunks) for chunks in micro)
+    rate, least = device.peak(cluster.is_bf16) * device.student, device.launch * shape.layers / 3
+    compute = sum(max(shape.flops([chunk]) / rate, least) for chunks in micro for chunk in chunks) * passes * shape.views
     rows = sum(b for chunks in micro for b, _ in chunks)
     held = shape.numel(trained=True) / (cluster.ranks if zero.get("stage", 0) else 1)
     offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
     moved = 8 * held + (4.0 * shape.numel() / cluster.ranks * len(micro) if "offload_param" in zero else 0)
     update = (ADAM_BYTES * held + moved) / device.host if offloads else ADAM_BYTES * held / device.bandwidth
     return StepTime(
-        operations / (device.peak(cluster.is_bf16) * device.student),
+        compute,
         loss_operations(shape, train, rows) / (device.fp32 * device.student),
         update,
         sum(_seconds(each, cluster) for each in sent),

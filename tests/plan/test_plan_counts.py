@@ -23,6 +23,7 @@ from distill.plan.shapes import Chunks, TaskShape, task_shape
 from distill.plan.wire import SHARES, sent_in_a_step
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "queue", "keys", "activations", "bucket")
+EVERY_LAYOUT = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 WITHIN = 0.10
 
 
@@ -135,7 +136,7 @@ def test_quickstart_and_a_zero3_run_hold_and_send_what_was_planned(world_size, q
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [8, 64, 512, 4096])
 def test_one_of_many_ranks_holds_and_sends_what_was_planned(world_size, tiny_encoder, tmp_path):
-    names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    names = EVERY_LAYOUT if world_size <= 64 else ("zero1", "zero3")
     total = max(256, world_size)
     ckd = {"global_batch": total, "micro_batch": max(1, total // world_size // 2), "queue": 2 * total, "epochs": 1e3}
     config = RunConfig.model_validate(

@@ -43,10 +43,13 @@ def test_what_is_not_known_is_one_line_that_says_what_to_do(tmp_path, tiny_encod
     config = write_config(tmp_path, tiny_encoder)
     unknown = launch("plan.py", "--config", config, *CLUSTER, "student.init=nobody/has-this")
     assert unknown.returncode == 2 and "encoders.yaml" in unknown.stdout and "Traceback" not in unknown.stdout
-    device = launch("plan.py", "--config", config, "--gpu", "abacus")
-    assert device.returncode == 2 and "no device 'abacus'" in device.stdout
-    many = launch("plan.py", "--config", config, "--nodes", 100, "--gpus-per-node", 8, "--gpu", "H100")
-    assert many.returncode == 2 and "global_batch" in many.stdout
+    table = load_devices()
+    with pytest.raises(ValueError, match="no device 'abacus'"):
+        table.named("abacus")
+    many = Cluster(100, 8, "H100", table.devices["H100"], table.assumed, is_bf16=True)
+    run = load_config(config)
+    with pytest.raises(ValueError, match="global_batch"):
+        make_plan(run, many, look_at_corpus(run, table.assumed), models_of(run))
 
 
 def test_a_table_of_the_users_own_takes_the_place_of_the_shipped_one(tmp_path):
