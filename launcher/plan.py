@@ -43,7 +43,8 @@ def main() -> int:
     config = command.config_of(arguments)
     command.quiet_libraries()
     from distill.plan.corpus import look_at_corpus
-    from distill.plan.plan import make_plan, models_of, to_json
+    from distill.plan.figures import to_json
+    from distill.plan.plan import make_plan, models_of
     from distill.plan.table import show
 
     cluster = cluster_of(config)

@@ -14,8 +14,8 @@ TABLES = Path(distill.__file__).parents[1] / "configs" / "plan"
 
 class Device(BaseModel):
     """One device. memory in bytes; bf16, fp32 in operations a second; bandwidth of its memory, and inside, between and host of
-    its links, in bytes a second; launch: the least seconds of
-    a layer's forward and backward pass; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
+    its links, in bytes a second; launch: the least seconds of a layer's forward and
+    backward pass; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

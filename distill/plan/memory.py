@@ -86,10 +86,12 @@ def rank_memory(
     activations += shape.layer(chunks) if checkpointing else 0
     loss = loss_bytes(shape, train, rows)
     gathered = 0.0
-    if stage == 3 and ranks > 1:
-        gathered = FLOAT * max(whole - small, 0.0)
+    if stage == 3:
+        gathered = FLOAT * max(whole - small, 0.0) if ranks > 1 else 0.0
         prefetched = min(gathered, FLOAT * zero.get("stage3_prefetch_bucket_size", 50_000_000))
-        gathered += max(prefetched - activations - loss, 0)  # a bucket is there twice while it is put together
+        reduced = FLOAT * min(used, zero.get("reduce_bucket_size", 500_000_000)) * (1 + 1 / ranks)
+        # while they are put together or reduced, a bucket is there twice; the pass's own tensors are not there yet, or no more
+        gathered += max(max(prefetched, reduced - gathered) - activations - loss, 0)
     return Memory(
         parameters=FLOAT * sizes[stage],
         gradients=FLOAT * gradients,

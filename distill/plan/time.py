@@ -1,6 +1,7 @@
 """Seconds of a step and of embedding, and what they cost.
 
 forward and backward   F = 3 x forward (4 x with activation checkpointing or cached gradients) / (peak x MFU)
+                       no chunk of a micro-batch takes less than launch x layers
 loss                   4 k b N d operations, in float32, / (float32 peak x MFU)      N = G + K keys, two products a tile
 optimizer              28 bytes a trained number of this rank / the memory's bandwidth; 28 + 8 over the host's, offloaded
 collectives            the slower of a link's bytes / its rate, inside and between nodes, + latency each; nothing overlaps
