@@ -75,11 +75,3 @@ def load_devices(path: Path | None = None) -> DeviceTable:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def peak_of(device_name: str, *, is_bf16: bool = True) -> float | None:
-    """Operations a second that a device of this name is built for, by the shipped table; None if it is not in it."""
-    try:
-        return load_devices().named(device_name)[1].peak(is_bf16)
-    except ValueError:
-        return None
