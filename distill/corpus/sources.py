@@ -60,11 +60,7 @@ def _fields(source: SourceConfig) -> tuple[str, ...]:
 
 def _matching_files(source: SourceConfig) -> list[Path]:
     pattern = source.path or ""
-    _refuse_url(pattern, "path")
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
-    paths = [path for path in map(Path, sorted(matches)) if path.is_file()]
+    paths = matching_files(source)
     if not paths:
         what = (
             "is a folder; add a glob such as /*.txt" if Path(pattern).is_dir() else "names no file, and as a glob matches none"
@@ -73,6 +69,16 @@ def _matching_files(source: SourceConfig) -> list[Path]:
     for path in paths:
         file_format(path)
     return paths
+
+
+def matching_files(source: SourceConfig) -> list[Path]:
+    """The files that a source's path or glob names, in their order; none, perhaps."""
+    pattern = source.path or ""
+    _refuse_url(pattern, "path")
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
+    return [path for path in map(Path, sorted(matches)) if path.is_file()]
 
 
 def _refuse_url(value: str, key: str) -> None:

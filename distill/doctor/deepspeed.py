@@ -37,7 +37,7 @@ def look(start: Start) -> Facts:
 
 
 def _settings(config: EngineConfig) -> dict[str, Any]:
-    from distill.training.engine import find_deepspeed_config
+    from distill.training.zero import find_deepspeed_config
 
     return json.loads(find_deepspeed_config(config.deepspeed).read_text(encoding="utf-8"))
 

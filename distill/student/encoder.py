@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5Config,
@@ -60,7 +61,7 @@ def load_encoder(
     Raises ValueError if the weights of a part are not there: transformers would draw them anew, and only warn.
     """
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    cls: Any = T5EncoderModel if isinstance(config, T5Config) else AutoModel
+    cls = encoder_class(config)
     if from_scratch:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -81,6 +82,11 @@ def load_encoder(
     if absent:
         raise ValueError(f"{path} has no weights for {len(absent)} parts of its encoder, the first is {absent[0]}")
     return encoder
+
+
+def encoder_class(config: PretrainedConfig) -> Any:
+    """What builds an encoder of this config: of T5, the encoder alone."""
+    return T5EncoderModel if isinstance(config, T5Config) else AutoModel
 
 
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:

@@ -41,7 +41,7 @@ def teacher_identity(config: TeacherConfig, precision: str, known: Digests | Non
         files = sorted(path for path in folder.rglob("*") if path.suffix in FILES and path.is_file())
         return {str(path.relative_to(folder)): digest(path) for path in files}
 
-    identity = _named(config) | {"precision": precision}
+    identity = named_settings(config) | {"precision": precision}
     if config.vectors is not None:
         return identity | {"precision": "given", "sha256": digest(Path(config.vectors))}, used
     identity["files"] = files_of(config)
@@ -52,7 +52,7 @@ def teacher_identity(config: TeacherConfig, precision: str, known: Digests | Non
 
 def check_teacher(config: RunConfig, manifest: Manifest) -> None:
     """Raises ValueError if the shards were made by another teacher than the config's; needs no weights."""
-    made_by, wanted = manifest.teacher, _named(config.teacher)
+    made_by, wanted = manifest.teacher, named_settings(config.teacher)
     made_by = made_by | {"concat": [_without_files(entry) for entry in made_by.get("concat", [])]}
     changed = [
         f"teacher.{name}: {made_by.get(name)!r} in the shards, {wanted[name]!r} in the config"
@@ -66,7 +66,8 @@ def check_teacher(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def _named(config: TeacherConfig) -> dict[str, Any]:
+def named_settings(config: TeacherConfig) -> dict[str, Any]:
+    """The part of the config that makes vectors this teacher's."""
     return config.model_dump(mode="json", include=set(NAMED))
 
 

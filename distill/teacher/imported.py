@@ -33,6 +33,10 @@ class ImportedVectors:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def dim(self) -> int:
+        return int(self._rows.shape[1])
+
     def read(self, sentences: list[str], numbers: np.ndarray | None) -> np.ndarray:
         """The L2-normalised fp16 vectors of these raw sentences. Raises ValueError naming a row that has no direction."""
         assert numbers is not None

@@ -2,7 +2,7 @@
 
 distributed.py   what ranks say to each other, wrapped once
 batches.py       a step's rows, dealt to this rank and tokenized ahead of time
-engine.py        DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step
+engine.py        DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step;  zero.py  where its JSON lies
 recipe.py        what differs between stages: the module whose forward is the loss, and its data
 ckd.py, contrast.py, hpd.py     each stage's own: distillation; simcse and finetune; compression
 rows.py          what contrast.py reads: triplets, given or mined (mining.py), or sentences

@@ -11,20 +11,10 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-import distill
 from distill.config import EngineConfig, TrainConfig
+from distill.training.zero import find_deepspeed_config
 
 OWN_LR_PREFIX = "logit_scale"
-
-
-def find_deepspeed_config(path: Path) -> Path:
-    """`path` from here, or from the root of the project. Raises ValueError naming those there are."""
-    shipped = Path(distill.__file__).parents[1]
-    for candidate in (path, shipped / path):
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(p.name for p in (shipped / "configs" / "deepspeed").glob("*.json")))
-    raise ValueError(f"engine.deepspeed: no DeepSpeed configuration at {path}; configs/deepspeed has {known}")
 
 
 class CheckedAdamW(torch.optim.AdamW):

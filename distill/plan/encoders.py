@@ -1,0 +1,92 @@
+"""What an encoder is made of, without its weights: from its folder's config.json, the table of known encoders, or the hub."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from distill.models import resolve_model
+from distill.plan.devices import TABLES
+from distill.student.encoder import encoder_class
+
+ENCODERS = TABLES / "encoders.yaml"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """config: transformers'; dim: the width of its vectors; is_16_bit: how its weights are stored; folder: where its files
+    lie, if they are here."""
+
+    name: str
+    config: PretrainedConfig
+    dim: int
+    is_16_bit: bool
+    folder: Path | None
+
+    @property
+    def hidden_size(self) -> int:
+        return int(getattr(self.config, "hidden_size", 0) or self.config.d_model)
+
+    def build(self) -> PreTrainedModel:
+        """The encoder on the device and in the mode that are set: under FakeTensorMode it takes no memory."""
+        config = copy.deepcopy(self.config)  # a student that keeps some layers says so in it
+        cls: Any = encoder_class(config)
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def architecture_of(name: str, revision: str | None = None) -> Architecture:
+    """Of a folder, package:NAME/FOLDER, or hub name. Raises ValueError that says what to do where its shape is not known."""
+    known = _table().get(name)
+    if known is not None:
+        return _from_table(name, dict(known))
+    place = resolve_model(name)
+    folder = Path(place) if Path(place).is_dir() else None
+    inner = _transformer_of(folder) if folder else place
+    try:
+        config = AutoConfig.from_pretrained(inner, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the shape of {name} is not known here: the hub was not reached and {ENCODERS.name} has no line for it. Add one to"
+            f" {ENCODERS}, or name a local folder ({str(error).splitlines()[0]})"
+        ) from None
+    stored = getattr(config, "dtype", None) in (torch.float16, torch.bfloat16)
+    plain = Architecture(name, config, 0, stored, folder)
+    return Architecture(name, config, _dim_of(folder) or plain.hidden_size, stored, folder)
+
+
+def _table() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(ENCODERS.read_text(encoding="utf-8"))
+
+
+def _from_table(name: str, words: dict[str, Any]) -> Architecture:
+    dim, stored = words.pop("dim", None), words.pop("stored", "float32")
+    config = AutoConfig.for_model(words.pop("model_type"), **words)
+    plain = Architecture(name, config, 0, stored != "float32", None)
+    return Architecture(name, config, dim or plain.hidden_size, plain.is_16_bit, None)
+
+
+def _transformer_of(folder: Path) -> str:
+    """The folder of config.json: the first module's, in a sentence-transformers folder."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return str(folder)
+    return str(folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"])
+
+
+def _dim_of(folder: Path | None) -> int | None:
+    """The width that the last dense module of a sentence-transformers folder gives; None where it has none."""
+    if folder is None or not (folder / "modules.json").is_file():
+        return None
+    widths = [
+        json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8"))["out_features"]
+        for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        if module["type"].endswith(".Dense")
+    ]
+    return widths[-1] if widths else None

@@ -1,0 +1,261 @@
+"""A run's plan: corpus, teacher, and for each stage memory, wire and time; and what to set, with the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config import TRAINING_STAGES, FinetuneConfig, RunConfig, TrainConfig
+from distill.plan.corpus import Corpus
+from distill.plan.encoders import Architecture, architecture_of
+from distill.plan.memory import Memory, rank_memory
+from distill.plan.shapes import Chunks, TaskShape, TeacherShape, task_shape, teacher_shape
+from distill.plan.time import Cluster, StepTime, step_time, teacher_seconds
+from distill.plan.wire import Sent, sent_in_a_step
+from distill.sampling import deal, dealt_order
+from distill.student.student import PAD_TO
+from distill.training.zero import find_deepspeed_config
+
+VARIANTS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+LARGEST_MICRO = 1 << 14
+WORTH_CHANGING = 0.9  # of a step's time: what is planned is no nearer to the truth
+WORTH_CHECKPOINTING = 32  # rows: with fewer in a micro-batch, matrices are too thin to keep a device busy
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the config names, without weights. teacher is None where vectors are given."""
+
+    teacher: Architecture | None
+    student: Architecture
+    dim: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to lay a stage out. fits: the most rows of a micro-batch whose tensors fit; 0: not even one."""
+
+    name: str
+    memory: Memory
+    sent: list[Sent]
+    fits: int
+    step: StepTime
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    name: str
+    shape: TaskShape
+    steps: int
+    step: StepTime
+    seconds: float
+    dollars: float
+    chosen: Variant
+    variants: list[Variant]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures of a run. `seconds` and `dollars` are of precompute and training together."""
+
+    config: RunConfig
+    cluster: Cluster
+    corpus: Corpus
+    models: Models
+    shard_bytes: dict[str, float]
+    teacher: TeacherShape | None
+    teacher_operations: float
+    teacher_seconds: float
+    stages: list[StagePlan]
+    advice: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return self.teacher_seconds + sum(stage.seconds for stage in self.stages)
+
+    @property
+    def dollars(self) -> float:
+        return self.cluster.dollars(self.seconds)
+
+
+def models_of(config: RunConfig) -> Models:
+    """Raises ValueError where a shape is not known here."""
+    teacher = config.teacher
+    encoders = [architecture_of(each.model or "", each.revision) for each in teacher.models] if teacher.model else []
+    if encoders:
+        dim = sum(encoder.dim for encoder in encoders)
+    else:
+        from distill.teacher.imported import ImportedVectors
+
+        dim = ImportedVectors(teacher).dim
+    init = config.student.init
+    student = encoders[0] if init == "teacher" else architecture_of(init, config.student.revision)
+    return Models(encoders[0] if encoders else None, student, dim)
+
+
+def make_plan(config: RunConfig, cluster: Cluster, corpus: Corpus, models: Models) -> Plan:
+    """Everything of a run but calibration. Raises ValueError for what cannot be run so."""
+    teacher, operations, seconds = None, 0.0, 0.0
+    if models.teacher is not None:
+        teacher, operations, seconds = _teacher(config, cluster, corpus)
+    stages = [_stage(config, name, cluster, corpus, models) for name in config.stages if name in TRAINING_STAGES]
+    shard_bytes = corpus.shard_bytes(models.dim, config.shards.rows, config.shards.block_rows)
+    plan = Plan(config, cluster, corpus, models, shard_bytes, teacher, operations, seconds, stages)
+    return replace(plan, advice=_advice(plan))
+
+
+def _teacher(config: RunConfig, cluster: Cluster, corpus: Corpus) -> tuple[TeacherShape, float, float]:
+    total: TeacherShape | None = None
+    operations = seconds = 0.0
+    for each in config.teacher.models:
+        shape = teacher_shape(architecture_of(each.model or "", each.revision), is_bf16=cluster.is_bf16)
+        lengths = np.minimum(corpus.lengths, each.max_length or 512).tolist()
+        more = teacher_seconds(shape.flops, lengths, corpus.sentences + corpus.held_out, cluster)
+        operations, seconds = operations + more[0], seconds + more[1]
+        total = shape if total is None else replace(total, numel=total.numel + shape.numel, bytes=total.bytes + shape.bytes)
+    assert total is not None
+    return total, operations, seconds
+
+
+def deal_batch(corpus: Corpus, train: TrainConfig, ranks: int, micro_batch: int | None = None) -> list[list[tuple[int, float]]]:
+    """The chunks (rows, padded tokens) of each of rank 0's micro-batches of a typical global batch."""
+    count = train.global_batch
+    places = (np.arange(count) + 0.5) * len(corpus.lengths) / count
+    lengths = corpus.lengths[places.astype(np.int64)]
+    lengths = lengths[dealt_order(lengths)]
+    parts = deal(lengths, rank=0, world_size=ranks, micro_batch=micro_batch or train.micro_batch)
+    return [[(len(c), float(-(-lengths[c].max() // PAD_TO) * PAD_TO)) for c in chunks if len(c)] for chunks in parts]
+
+
+def read_zero(path: Path) -> dict[str, Any]:
+    """The section zero_optimization of a DeepSpeed configuration."""
+    return json.loads(find_deepspeed_config(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+
+
+def _stage(config: RunConfig, name: str, cluster: Cluster, corpus: Corpus, models: Models) -> StagePlan:
+    train: TrainConfig = getattr(config, name)
+    if train.global_batch < cluster.ranks:
+        raise ValueError(
+            f"{name}.global_batch {train.global_batch} is smaller than {cluster.ranks} ranks: raise it, or plan fewer devices"
+        )
+    on_cpu = cluster.name == "cpu"
+    shape = task_shape(config, name, models.student, models.dim, is_bf16=cluster.is_bf16, on_cpu=on_cpu)
+    own = config.engine.deepspeed
+    paths = {path.stem: path for path in (own, *(Path("configs/deepspeed") / f"{each}.json" for each in VARIANTS))}
+    variants = [
+        _variant(config, train, shape, cluster, corpus, label, read_zero(path)) for label, path in sorted(paths.items())
+    ]
+    chosen = next(variant for variant in variants if variant.name == own.stem)
+    steps = num_steps(train, _rows(train, corpus))
+    evaluations = steps // train.dev_every + 1
+    seconds = steps * chosen.step.total + evaluations * _dev_seconds(config, shape, cluster, corpus)
+    return StagePlan(name, shape, steps, chosen.step, seconds, cluster.dollars(seconds), chosen, variants)
+
+
+def _variant(
+    config: RunConfig,
+    train: TrainConfig,
+    shape: TaskShape,
+    cluster: Cluster,
+    corpus: Corpus,
+    label: str,
+    zero: dict[str, Any],
+) -> Variant:
+    ranks, checkpointing = cluster.ranks, config.engine.activation_checkpointing
+    micro = deal_batch(corpus, train, ranks)
+    sent = sent_in_a_step(shape, train, zero, ranks, len(micro))
+    rows = sum(b for b, _ in micro[0])
+    longest = [(rows * shape.views, float(config.student.max_length))]
+    memory = rank_memory(shape, train, zero, ranks, longest, checkpointing=checkpointing)
+    fits = largest_micro_batch(config, train, shape, zero, cluster)
+    step = step_time(shape, train, zero, cluster, sent, micro, checkpointing=checkpointing)
+    return Variant(label, memory, sent, fits, step)
+
+
+def largest_micro_batch(config: RunConfig, train: TrainConfig, shape: TaskShape, zero: dict[str, Any], cluster: Cluster) -> int:
+    """The most rows of a micro-batch that fit if each is as long as any may be; at most a rank's share of the global batch."""
+
+    def needs(rows: int) -> float:
+        chunks: Chunks = [(rows * shape.views, float(config.student.max_length))]
+        checkpointing = config.engine.activation_checkpointing
+        return rank_memory(shape, train, zero, cluster.ranks, chunks, checkpointing=checkpointing).device
+
+    room = cluster.device.memory * cluster.assumed.usable
+    low, high = 0, min(-(-train.global_batch // cluster.ranks), LARGEST_MICRO) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needs(middle) <= room else (low, middle)
+    return low
+
+
+def num_steps(train: TrainConfig, rows: int) -> int:
+    """As the loop counts them. Raises ValueError if the rows do not fill one global batch."""
+    if rows < train.global_batch:
+        raise ValueError(f"{rows:,} rows do not fill one global batch of {train.global_batch:,}: add text, or lower it")
+    steps = math.ceil(train.epochs * (rows // train.global_batch))
+    return min(steps, train.max_steps or steps)
+
+
+def _rows(train: TrainConfig, corpus: Corpus) -> int:
+    if not isinstance(train, FinetuneConfig):
+        return corpus.sentences
+    if train.triplets or train.dataset:
+        return train.limit or max(train.global_batch, 275_601)
+    return min(train.num_mined, corpus.sentences)
+
+
+def _dev_seconds(config: RunConfig, shape: TaskShape, cluster: Cluster, corpus: Corpus) -> float:
+    """Of a dev evaluation: a forward pass over its sentences."""
+    chunks = [(config.evaluate.dev_sentences, corpus.tokens)]
+    device = cluster.device
+    return shape.flops(chunks) / cluster.ranks / (device.peak(cluster.is_bf16) * device.student)
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What to set, each with its reason."""
+    room = plan.cluster.device.memory * plan.cluster.assumed.usable
+    found = []
+    if plan.teacher is not None and plan.teacher.bytes > room:
+        found.append(
+            f"teacher.placement=zero3: its weights take {plan.teacher.bytes / 1e9:.1f} GB, and a device has {room / 1e9:.1f}"
+        )
+    for stage in plan.stages:
+        found += _stage_advice(plan, stage)
+    return found
+
+
+def _stage_advice(plan: Plan, stage: StagePlan) -> list[str]:
+    train: TrainConfig = getattr(plan.config, stage.name)
+    fitting = [v for v in stage.variants if v.fits >= min(train.micro_batch, -(-train.global_batch // plan.cluster.ranks))]
+    if not fitting:
+        most = max(stage.variants, key=lambda v: v.fits)
+        if most.fits == 0:
+            return [f"{stage.name}: nothing fits, whatever is split: engine.activation_checkpointing=true, or larger devices"]
+        return [
+            f"{stage.name}.micro_batch={most.fits} engine.deepspeed=configs/deepspeed/{most.name}.json: more does not fit",
+            *(
+                ["engine.activation_checkpointing=true: a layer's activations are computed again, and many more rows fit"]
+                if most.fits < WORTH_CHECKPOINTING and not plan.config.engine.activation_checkpointing
+                else []
+            ),
+        ]
+    best = min(fitting, key=lambda v: v.step.total)
+    if stage.chosen in fitting and best.step.total > WORTH_CHANGING * stage.chosen.step.total:
+        best = stage.chosen
+    said = []
+    if best is not stage.chosen:
+        why = f"{best.step.total / stage.chosen.step.total:.0%} of a step's time" if stage.chosen in fitting else ""
+        why = why or f"{stage.chosen.name} does not fit"
+        said.append(f"engine.deepspeed=configs/deepspeed/{best.name}.json for {stage.name}: {why}")
+    share = -(-train.global_batch // plan.cluster.ranks)
+    rows = min(best.fits, share)
+    if rows > train.micro_batch:
+        fewer = -(-share // rows)
+        said.append(f"{stage.name}.micro_batch={rows}: it fits, and a step has {fewer} micro-batch{'es' * (fewer > 1)} then")
+    return said

@@ -1,0 +1,189 @@
+"""What a real training step sends and holds, counted on a rank of a real process group or of a fake one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from live_bytes import LiveBytes
+from torch.utils._pytree import tree_iter
+
+from distill.config import RunConfig
+
+CPU = torch.device("cpu")
+NEVER = 10**9
+WARM_STEPS = 2  # ZeRO-3 finds out which weights are needed when, and broadcasts it; again where the chunks are other ones
+OPERATIONS = {  # of torch's ProcessGroup; the names with a base were in use before torch 2.13
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "all_gather_single": "all_gather",
+    "_allgather_base": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "alltoall_base": "all_to_all",
+    "broadcast": "broadcast",
+}
+SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}  # x (W-1)/W of its bytes
+
+
+class Collectives:
+    """While active, adds up the whole tensors of this process's collectives, in bytes by what they do."""
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.before: Callable[[], None] = lambda: None  # called before each
+        there = [method for method in OPERATIONS if hasattr(dist.ProcessGroup, method)]
+        self._own = {method: getattr(dist.ProcessGroup, method) for method in there}
+
+    def __enter__(self) -> None:
+        for method, own in self._own.items():
+            setattr(dist.ProcessGroup, method, self._counting(method, own))
+
+    def __exit__(self, *_: object) -> None:
+        for method, own in self._own.items():
+            setattr(dist.ProcessGroup, method, own)
+
+    def _counting(self, method: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(group: Any, *arguments: Any, **options: Any) -> Any:
+            self.before()
+            sides = [sum(t.nbytes for t in tree_iter(side) if isinstance(t, torch.Tensor)) for side in arguments]
+            self.bytes[OPERATIONS[method]] += max(sides)
+            return own(group, *arguments, **options)
+
+        return counting
+
+
+class _Enough(Exception):
+    pass
+
+
+def _bytes(tree: Any) -> int:
+    """Of the distinct storages of a tree's tensors: a view counts as what it keeps alive."""
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter(tree) if isinstance(t, torch.Tensor)}
+    return sum(found.values())
+
+
+def count_step(config: RunConfig, *, follows_all: bool = True) -> dict[str, Any]:
+    """Runs a few steps of the stage ckd on this rank and returns, of the last one, bytes by category.
+
+    sent: the whole tensors of its collectives, by kind; received: of these what this rank receives in a ring;
+    parameters, optimizer, queue: between steps; gradients, bucket: the most at a pass's end or a collective; keys: the batch's;
+    activations: what the largest micro-batch's forward pass leaves behind for its backward pass; tokens: its shapes; peak: the
+    most that lived at once in a step beyond what lives between steps. follows_all: without it, activations and peak are not
+    counted, which costs some microseconds an operation: ZeRO-3 cuts every gradient into a piece a rank.
+    """
+    from distill.training import stage
+
+    build, engines, marks = stage.build_engine, [], []
+    held: dict[str, Any] = dict.fromkeys(("activations", "gradients", "bucket"), 0)
+    live, collectives = LiveBytes(), Collectives()
+
+    def built(*arguments: Any, **options: Any) -> Any:
+        engines.append(_watched(build(*arguments, **options), live, held))
+        collectives.before = lambda: _note_gradients(engines[-1], held)
+        return engines[-1]
+
+    def end_of_step(step: int) -> bool:
+        marks.append(Counter(collectives.bytes))
+        held["peak"] = live.peak - held.get("start", 0)
+        if step > WARM_STEPS and not (marks[-1] - marks[-2])["broadcast"]:
+            raise _Enough
+        held["activations"] = held["gradients"] = held["bucket"] = 0
+        live.peak = held["start"] = live.live
+        return False
+
+    stage.build_engine = built
+    try:
+        with collectives, live if follows_all else nullcontext(), suppress(_Enough):
+            stage.run_stage(config, "ckd", CPU, end_of_step)
+    finally:
+        stage.build_engine = build
+    sent = dict(marks[-1] - marks[-2])
+    share = (dist.get_world_size() - 1) / dist.get_world_size()
+    received = {kind: SHARES[kind] * share * size for kind, size in sent.items()}
+    held |= {"sent": sent, "received": received, **_between_steps(engines[-1])}
+    engines[-1].destroy()
+    return held
+
+
+def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
+    """The engine, whose passes note what lives after them."""
+    forward, backward = engine.forward, engine.backward
+    module = engine.module
+
+    def whole() -> int:
+        return _bytes([p.data for p in module.parameters()])
+
+    def watched_forward(part: Any, shared: Any) -> Any:
+        before, weights = live.live, whole()
+        result = forward(part, shared)
+        left = live.live - before - (whole() - weights)  # ZeRO-3 gathers weights meanwhile
+        if left >= held["activations"]:
+            held["activations"] = left
+            held["tokens"] = [tuple(chunk["input_ids"].shape) for chunk in part.tokens]
+        if shared is not None:
+            held["keys"] = _bytes([shared.vectors, shared.hashes])
+            held["queue"] = shared.queue.num_bytes
+        return result
+
+    def watched_backward(loss: Any) -> Any:
+        def begun(grad: torch.Tensor) -> torch.Tensor:
+            ended = torch.autograd.Variable._execution_engine.queue_callback
+            ended(lambda: _note_gradients(engine, held))
+            return grad
+
+        loss.register_hook(begun)
+        result = backward(loss)
+        _note_gradients(engine, held)
+        return result
+
+    engine.forward, engine.backward = watched_forward, watched_backward
+    return engine
+
+
+def _note_gradients(engine: Any, held: dict[str, Any]) -> None:
+    gradients, bucket = _gradients(engine)
+    held["gradients"], held["bucket"] = max(held["gradients"], gradients), max(held["bucket"], bucket)
+
+
+def _gradients(engine: Any) -> tuple[int, int]:
+    optimizer = engine.optimizer
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    kept: Iterable[Any] = [
+        [p.grad for p in engine.module.parameters()],
+        getattr(optimizer, "averaged_gradients", {}),
+        getattr(optimizer, "grad_partitions_flat_buffer", None),
+        [group.grad for group in getattr(optimizer, "single_partition_of_fp32_groups", [])],
+    ]
+    return _bytes([kept, buckets]) - _bytes(buckets), _bytes(buckets)
+
+
+def _between_steps(engine: Any) -> dict[str, int]:
+    optimizer = engine.optimizer
+    masters = [getattr(optimizer, n, []) for n in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    weights = [[getattr(p, "ds_tensor", p.data), p.data] for p in engine.module.parameters()]
+    return {"parameters": _bytes([weights, masters]), "optimizer": _bytes([list(s.values()) for s in inner.state.values()])}
+
+
+def start_fake(world_size: int) -> None:
+    """Makes this process rank 0 of so many: it hears its own voice from all others, and every collective goes well at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+def start_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
