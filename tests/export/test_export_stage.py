@@ -66,7 +66,7 @@ def test_what_cannot_be_exported_is_said_before_the_stage_begins(run, monkeypatc
     with pytest.raises(ValueError, match=r"hpd, which is not finished: run that stage first"):
         stage.export_run(run("stages=[ckd, hpd, export]"))
     monkeypatch.setattr(formats, "PACKAGES", ("onnx_that_nobody_has",))
-    with pytest.raises(ValueError, match=r"onnx_that_nobody_has: pip install distill\[onnx\]"):
+    with pytest.raises(ValueError, match=r"onnx_that_nobody_has: bash launcher/install.sh quickstart,onnx"):
         stage.export_run(run("export.formats=[onnx]"))
     assert not (run().run_dir / "export").exists()
 

@@ -95,7 +95,7 @@ def test_every_training_stage_has_its_curves(run, page):
 
 def test_data_cost_and_recipe_are_those_of_the_runs_files(run, page):
     counts = read_json(run.precompute_dir / "text/manifest.json")["counts"]
-    assert f"{counts['kept']}" in page.text["data"] and "text.txt" in page.text["data"]
+    assert f"{counts['kept']:,}" in page.text["data"] and "text.txt" in page.text["data"]
     for stage in run.stages:
         assert stage in page.text["cost"]
     assert "not told by the device" in page.text["cost"] or "Wh" in page.text["cost"]
