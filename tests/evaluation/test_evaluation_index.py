@@ -42,7 +42,7 @@ def test_every_combination_has_a_name_of_its_own_and_rescoring_is_of_small_vecto
 
 def test_without_faiss_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match="bash launcher/install.sh quickstart,retrieval"):
+    with pytest.raises(ValueError, match=r"bash launcher/install\.sh quickstart,retrieval"):
         Index(Form(), np.eye(4, dtype=np.float32))
 
 

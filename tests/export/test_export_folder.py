@@ -158,7 +158,7 @@ def test_an_export_that_does_not_agree_leaves_nothing_and_the_last_one_as_it_was
 def test_missing_packages_are_named_before_any_work(tmp_path, monkeypatch):
     found = formats.importlib.util.find_spec
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
-    with pytest.raises(ValueError, match=r"\[onnx-int8\] needs the packages.* onnxruntime: bash launcher/install.sh quickstart,onnx"):
+    with pytest.raises(ValueError, match=r"\[onnx-int8\] needs the packages.* onnxruntime: .* quickstart,onnx"):
         export(tmp_path / "no student is looked for", tmp_path / "export", "onnx-int8")
     formats.require_packages([])
     assert names(tmp_path) == []
