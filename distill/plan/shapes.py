@@ -133,7 +133,7 @@ def task_shape(
         used = _used(student)
         parameters = tuple(_parameter(n, p, used) for n, p in task.named_parameters())
     views = 1 if isinstance(train, KeysConfig) else (3 if name == "finetune" else 2) + (train.teacher_weight > 0)  # type: ignore[attr-defined]
-    layers = len(config.student.layers or []) or int(_depth(architecture))
+    layers = len(config.student.kept(_depth(architecture)))
     layer = Growth(0.0, activations.linear / layers, activations.square / layers)
     if config.engine.activation_checkpointing:
         activations = Growth(activations.constant, layers * architecture.hidden_size * 4.0, 0.0)
@@ -143,7 +143,7 @@ def task_shape(
 def _student(config: StudentConfig, architecture: Architecture) -> Student:
     encoder = architecture.build().train()
     if config.layers is not None:
-        keep_layers(encoder, config.layers)
+        keep_layers(encoder, config.kept(_depth(architecture)))
     tokenizer: Any = None  # nothing is tokenized
     return Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
 
