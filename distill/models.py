@@ -44,12 +44,14 @@ def check_model_folder(path: Path) -> None:
 
 
 def num_layers(name: str) -> int | None:
-    """The layers of an encoder; None for a hub name, or where config.json does not say. Raises as `resolve_model`."""
+    """The layers of an encoder; None for a hub name, or where its config does not say. Raises as `resolve_model`."""
     path = Path(resolve_model(name))
-    if not path.is_dir():
+    folder = _first_module(path)[0] if path.is_dir() else path
+    if not (folder / "config.json").is_file():
         return None
-    config = _first_module(path)[0] / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers") if config.is_file() else None
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", None)  # whatever the family calls it
 
 
 def _first_module(path: Path) -> tuple[Path, bool]:

@@ -59,14 +59,17 @@ def session(directory: Path, work: str, device: torch.device, *, alone: bool = F
 
 
 def read_sessions(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's sessions.jsonl; none where there is no such file. Half a line, of a full disk, is left out."""
-    path = directory / FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    sessions = []
-    for line in lines:
+    """The lines of a stage's sessions.jsonl."""
+    return read_lines(directory / FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that is only added to; none where there is no file. Half a line, of a kill, is left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
-            sessions.append(json.loads(line))
-    return sessions
+            found.append(json.loads(line))
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -112,5 +115,7 @@ def _commit(root: Path) -> str | None:
 
 
 def _git(root: Path, *what: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *what], capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(root), *what], capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()

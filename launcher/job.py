@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import command
@@ -58,10 +59,10 @@ def meeting_place() -> dict[str, str]:
     return {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + number % 20000)}
 
 
-def come_back(config: RunConfig, code: int, begun: dict[str, Any]) -> int:
+def come_back(config: RunConfig, code: int, begun: dict[str, Any] | None) -> int:
     """Has Slurm start this job again where that is of use, and says so; returns the exit code of this time.
 
-    `begun`: the run's progress when this start began.
+    `begun`: the run's progress when this start began; None if it was stopped before that was known.
     """
     record = config.run_dir / f".job-{os.environ['SLURM_JOB_ID']}.json"
     if code in FINAL:
@@ -71,12 +72,12 @@ def come_back(config: RunConfig, code: int, begun: dict[str, Any]) -> int:
     if int(shown.get("Restarts", 0)) > restarts():
         say("Slurm starts it again")
         return code
+    if shown.get("PreemptTime", "None") != "None":
+        requeue()
+        return code
     if shown.get("JobState", "RUNNING") != "RUNNING" and shown.get("Reason") != "TimeLimit":
         record.unlink(missing_ok=True)
         say("cancelled; not started again")
-        return code
-    if shown.get("PreemptTime", "None") != "None":
-        requeue()
         return code
     fruitless = (read_json(record) or {}).get("fruitless", 0) + 1 if progress(config) == begun else int(code != command.STOPPED)
     if fruitless >= MAX_FRUITLESS:
@@ -133,7 +134,10 @@ def progress(config: RunConfig) -> dict[str, Any]:
     """What a run has got to: equal at two moments if nothing was finished between them."""
     done = sorted(path.parent.name for path in config.run_dir.glob("*/DONE.json"))
     steps = {stage: checkpoint_steps(config.run_dir / stage) for stage in TRAINING_STAGES}
-    text = sum(path.stat().st_size for path in config.precompute_dir.glob("text*/*"))
+    text = 0
+    with suppress(FileNotFoundError):  # another task is at the text, and renames it
+        for path in config.precompute_dir.glob("text*/*"):
+            text += path.stat().st_size
     shards = len(list(config.shards_dir.glob("**/*.tar")))
     newest = {stage: found[-1] for stage, found in steps.items() if found}
     return {"done": done, "steps": newest, "text": text, "shards": shards}

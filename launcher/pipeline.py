@@ -40,8 +40,9 @@ def main() -> int:
     if not arguments.srun:
         begin(config)
         return run_stages(config)
-    begun = job.progress(config)
+    begun = None
     try:
+        begun = job.progress(config)
         begin(config)
         os.environ |= job.meeting_place()
         code = look_at_nodes(config) or run_stages(config)

@@ -26,9 +26,9 @@ from ranks import ending_together, rank_from_environment, start_process_group
 
 
 def main() -> int:
-    config = command.config_of(arguments)
-    begun = job.progress(config) if arguments.requeue else {}
+    config, begun = command.config_of(arguments), None
     try:
+        begun = job.progress(config) if arguments.requeue else None
         return precompute(config)
     except command.Terminated:
         if arguments.requeue:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -148,6 +149,8 @@ def _resume(config: TextConfig, spool: Spool) -> Progress:
         for path in _files(spool):
             os.truncate(path, journal["sizes"][path.name])
         return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
+    if journal:
+        print("text: what was read before is of another version, and is read again", file=sys.stderr, flush=True)
     shutil.rmtree(spool.folder, ignore_errors=True)
     spool.folder.mkdir(parents=True)
     return Progress([0] * len(config.sources), [0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))

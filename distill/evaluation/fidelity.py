@@ -29,7 +29,7 @@ def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
         raise ValueError(f"fidelity needs 3 sentences or more, got {num_sentences}")
     if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
         raise ValueError("fidelity: the student or the teacher gives a vector that is not finite")
-    cosines_s, cosines_t = _cosines(student), _cosines(teacher)
+    cosines_s, cosines_t = cosines_between(student), cosines_between(teacher)
     pairs = np.triu_indices(num_sentences, k=1)
     nearest_t = _nearest(cosines_t, 50)
     near_s, near_t = (np.take_along_axis(cosines, nearest_t, axis=1) for cosines in (cosines_s, cosines_t))
@@ -40,7 +40,7 @@ def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     }
 
 
-def _cosines(vectors: np.ndarray) -> np.ndarray:
+def cosines_between(vectors: np.ndarray) -> np.ndarray:
     """Cosines [n, n], with -inf on the diagonal so that no sentence is its own neighbour."""
     rows = unit(vectors)
     cosines = rows @ rows.T

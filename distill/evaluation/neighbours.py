@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluation.encode import unit
+from distill.evaluation.fidelity import cosines_between
 
 NEAREST = 10  # that count for whether they agree
 SHOWN = 3
@@ -25,7 +25,7 @@ def neighbours(sentences: Sequence[str], student: np.ndarray, teacher: np.ndarra
     near              {"sentence", "teacher": cosine, "student": cosine, "both": whether it is among the 3 of both}
     """
     count = min(NEAREST, len(sentences) - 1)
-    cosines_t, cosines_s = (_cosines(vectors) for vectors in (teacher, student))
+    cosines_t, cosines_s = (cosines_between(vectors) for vectors in (teacher, student))
     nearest_t, nearest_s = (np.argsort(-cosines, axis=1, kind="stable")[:, :count] for cosines in (cosines_t, cosines_s))
     shared = (nearest_t[:, :, None] == nearest_s[:, None, :]).any(axis=2).sum(axis=1)
     own, found = (np.take_along_axis(cosines_t, nearest, axis=1).mean(axis=1) for nearest in (nearest_t, nearest_s))
@@ -51,11 +51,3 @@ def neighbours(sentences: Sequence[str], student: np.ndarray, teacher: np.ndarra
         "agree": [example(row) for row in order[:examples].tolist()],
         "differ": [example(row) for row in order[::-1][:examples].tolist()],
     }
-
-
-def _cosines(vectors: np.ndarray) -> np.ndarray:
-    """Cosines [n, n], with -inf on the diagonal: no sentence is its own neighbour."""
-    rows = unit(vectors)
-    cosines = rows @ rows.T
-    np.fill_diagonal(cosines, -np.inf)
-    return cosines

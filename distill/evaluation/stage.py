@@ -48,8 +48,8 @@ def evaluate_run(config: RunConfig) -> str:
     printed = tables([{"model": name, **row} for name, row in results.items()])
     with publish(stage.directory / "table.txt") as file:
         file.write(printed.encode() + b"\n")
-    write_report(config)
     stage.finish({"models": list(results), "index": encoder}, fingerprint(results))
+    write_report(config)
     return printed
 
 
@@ -65,6 +65,10 @@ def _evaluate(config: RunConfig, directory: Path, tasks: Tasks, device: torch.de
         models.append(("teacher", Teacher(config.teacher, device, None, offload=offload)))
     for name in trained_stages(config):
         models.append((name, encoder_of(config.run_dir / "export" / name, batch_size=config.evaluate.batch_size)))
+    if not models:
+        raise ValueError(
+            "evaluate has nothing to measure: the teacher is no model that runs here, and no stage trains a student"
+        )
     for name, encoder in tqdm(models, desc="evaluate", unit="model", disable=None):
         results |= _measure(config, name, encoder, held_out, tasks, speed_sentences)
     name, encoder = models[-1]

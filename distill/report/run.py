@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from distill.config import TRAINING_STAGES, RunConfig
 from distill.export.card import public
 from distill.report.chart import Axis, Chart
-from distill.sessions import read_sessions
+from distill.sessions import read_lines, read_sessions
 from distill.stages import read_json, stage_of
 
 FATES = {
@@ -99,8 +98,7 @@ def _times(ranks: int) -> str:
 
 def encoding_tasks(config: RunConfig) -> list[dict[str, Any]]:
     """precompute/tasks.jsonl: what each task embedded, and how near it came to what the device can do."""
-    path = config.precompute_dir / "tasks.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return read_lines(config.precompute_dir / "tasks.jsonl")
 
 
 def fates(text: Record) -> list[tuple[str, int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"duration": run.duration, "shortened": _shortened, "watt_hours": run.watt_hours}
+    made.filters |= {"duration": run.duration, "shortened": _shortened}
     return made
 
 
@@ -80,7 +81,8 @@ def _facts(config: RunConfig, results: dict[str, Any]) -> dict[str, Any]:
         "recipe_link": "data:text/yaml;charset=utf-8," + quote(recipe),
         "config": dump_config(config),
         "strays": run.strays(config),
-        "run_dir": str(config.run_dir),
+        "run_dir": config.run_dir,
+        "quoted": shlex.quote,
     }
 
 

@@ -4,7 +4,8 @@ congen           the entropy of the soft labels: no student goes below it
 ckd              what a student would have whose every vector is the teacher's own. No bound: a student may step away from
                  negatives that the teacher keeps near, and go below it
 cosine, mse, pca, teacher      0
-contrast         log(1 + (N-1) exp(-2a)), a positive at cosine 1 and all N-1 negatives at -1: no student goes below it
+contrast         log(1 + (N-1) exp(-2a)), a positive at cosine 1 and all N-1 negatives at -1: no student goes below it,
+                 but where negatives are masked
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Metrics:
 
     def describe(self, texts: dict[str, str], summaries: list[Summary]) -> None:
         """What is written once a stage: Markdown by name, and summaries that tell TensorBoard's pages what to show."""
-        if self._writer is not None and self.is_new:
+        if self._writer is not None:
             for summary in summaries:
                 self.add(0, summary)
             for name, text in texts.items():

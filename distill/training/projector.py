@@ -41,7 +41,7 @@ def write_projector(record: Path, student: Student, held_out: ShardReader, sourc
     lines = ["text\tsource\tlength"]
     for number, sentence in enumerate(sentences):
         plain = " ".join(sentence.split())
-        lines.append(f"{plain}\t{sources[number] if sources else 'not known'}\t{_length(sentence)}")
+        lines.append(f"{plain}\t{' '.join(sources[number].split()) if sources else 'not known'}\t{_length(sentence)}")
     with publish(folder / "sentences.tsv") as file:
         file.write(("\n".join(lines) + "\n").encode())
     with publish(record / "projector_config.pbtxt") as file:

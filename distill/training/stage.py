@@ -88,7 +88,8 @@ def run_stage(
         tensorboard=record,
         device=device,
     )
-    trainer.metrics.describe(texts(config, device), [layout(), compared_by(config, name)])
+    if trainer.metrics.is_new:
+        trainer.metrics.describe(texts(config, device), [layout(), compared_by(config, name)])
     with session(stage.directory, "train", device):
         results = trainer.run()
     if rank() == 0:
