@@ -9,7 +9,7 @@ import pytest
 from commands import LAUNCHER, ROOT, environment, launch
 
 SCRIPTS = sorted(path.name for path in LAUNCHER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
-APPENDED = {"--local_rank"}  # by the deepspeed launcher; nobody types it
+APPENDED = {"--local_rank", "--as-rank"}  # by what starts ranks; nobody types them
 
 
 def test_these_are_launchers():
