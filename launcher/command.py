@@ -33,6 +33,7 @@ if not any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning a process
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # gloo prints a page for what it raises as well
 
+MENDED_BY_USER = 2  # the exit code of an error whose message says how
 STOPPED = 75  # EX_TEMPFAIL: stopped as asked, and the same command goes on
 INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -92,7 +93,7 @@ def run(main: Callable[[], int | None], *, rank: int = 0, show_traceback: bool =
 def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED if isinstance(error, Terminated) else INTERRUPTED
-    return 2 if isinstance(error, MENDABLE) and not isinstance(error, TimeoutError) else 1
+    return MENDED_BY_USER if isinstance(error, MENDABLE) and not isinstance(error, TimeoutError) else 1
 
 
 def stop_on_signals() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,13 +21,12 @@ from pathlib import Path
 
 import command
 import job
-from ranks import check_batch
+from ranks import check_batch, meetings
 
 from distill.models import num_layers
 from distill.training.stopping import StopRequest
 
 LAUNCHER = Path(__file__).resolve().parent
-MENDED_BY_USER = 2  # the exit code of an error whose message says how
 END_OF_RANKS = 60  # seconds from the end of a training stage's first rank to that of its last
 ASKS_TO_STOP = signal.SIGUSR1  # srun passes it on to its tasks; of SIGTERM it kills them
 ENDS_OF_A_STOP = (command.INTERRUPTED, *(128 + each for each in (ASKS_TO_STOP, signal.SIGTERM, signal.SIGKILL)))
@@ -103,7 +101,7 @@ def run_stages(config: command.RunConfig) -> int:
             return stopped(signals)
         if code:
             stop.obeyed()
-            mended = "once that is mended, " if code == MENDED_BY_USER else ""
+            mended = "once that is mended, " if code == command.MENDED_BY_USER else ""
             print(f"{name} ended with exit code {code}; {mended}{command.GOES_ON}", file=sys.stderr)
             return code
         print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage_of(config, name).directory)}", flush=True)
@@ -152,10 +150,8 @@ def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
     if arguments.srun:
         srun, threads = job.srun_python(ranks, wait=END_OF_RANKS)
         return run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
-    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
-    environments = [meeting | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
-    return run_all(commands, signals, threads=max(1, cores // ranks), environments=environments, stops_by_file=True)
+    return run_all(commands, signals, threads=max(1, cores // ranks), environments=meetings(ranks), stops_by_file=True)
 
 
 def precompute(same: list[str], tasks: int, cores: int, signals: Signals) -> int:
@@ -221,12 +217,6 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def summary(directory: Path) -> str:

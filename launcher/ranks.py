@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,15 @@ def rank_from_environment() -> int:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     return int(os.environ["RANK"])
+
+
+def meetings(ranks: int) -> list[dict[str, str]]:
+    """For each of so many ranks that are started on this machine, the environment in which they find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
 
 
 def check_batch(config: RunConfig, stage: str, world_size: int) -> None:

@@ -23,6 +23,7 @@ from distill.config import RunConfig, TrainConfig
 from distill.corpus import text_hash
 from distill.plan.corpus import Corpus
 from distill.plan.plan import Models, Plan, StagePlan, make_plan, read_zero
+from distill.plan.time import Cluster
 from distill.precision import autocast_dtype
 from distill.shards import fingerprint, finish, write_shard
 from distill.teacher.identity import named_settings
@@ -53,6 +54,20 @@ def calibrated(plan: Plan, report: Callable[[str], object], measure: Measure) ->
         report(f"{stage.name} on {ranks} ranks for up to {SECONDS:.0f} s")
         found = measure(config, ranks)
     return with_rates(plan, stage, found)
+
+
+def check_device(cluster: Cluster, here: str, num_here: int) -> None:
+    """Raises ValueError unless a node's ranks can run here. here: this machine's device in the table, num_here: of them."""
+    if cluster.name != here:
+        raise ValueError(
+            f"--calibrate measures this machine, which has {here}, not {cluster.name}: leave --gpu or --calibrate out"
+        )
+    if cluster.ranks_a_node > num_here:
+        what = "cores" if here == "cpu" else here
+        raise ValueError(
+            f"--calibrate runs a node's {cluster.ranks_a_node} ranks here, on {num_here} {what}: --gpus-per-node {num_here} or"
+            " fewer, or leave --calibrate out"
+        )
 
 
 def _first(plan: Plan) -> StagePlan:

@@ -27,12 +27,12 @@ ROW_OVERHEAD = 8 + 4 + 1  # its hash, where its text starts, its line break
 
 @dataclass(frozen=True)
 class Corpus:
-    """sentences: those trained on; held_out: embedded too. text: mean bytes a sentence. lengths: tokens of a sample of them
-    for the student, int64, sorted. how: where each figure comes from, in words."""
+    """sentences: those trained on; held_out: embedded too. text_bytes: mean bytes a sentence. lengths: tokens of a sample of
+    them for the student, int64, sorted. how: where each figure comes from, in words."""
 
     sentences: int
     held_out: int
-    text: float
+    text_bytes: float
     lengths: np.ndarray
     how: dict[str, str]
 
@@ -45,7 +45,7 @@ class Corpus:
         """{shards, text, vectors, total}: shards of `rows` sentences; per sentence its text, 2 dim of its vector, 13 more; and
         tar headers a block."""
         blocks = -(-self.sentences // block_rows)
-        text, vectors = self.sentences * self.text, self.sentences * 2.0 * dim
+        text, vectors = self.sentences * self.text_bytes, self.sentences * 2.0 * dim
         extra = self.sentences * ROW_OVERHEAD + blocks * BLOCK_OVERHEAD
         return {"shards": -(-self.sentences // rows), "text": text, "vectors": vectors, "total": text + vectors + extra}
 
@@ -57,9 +57,11 @@ def look_at_corpus(
 
     Raises ValueError if the number of sentences can neither be counted nor estimated.
     """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"{tokens:g} tokens a sentence: give 1 or more")
     sample = _sample(config)
     how: dict[str, str] = {}
-    sentences, held_out, chars = _count(config, assumed, sample, count, how)
+    sentences, held_out, text_bytes = _count(config, assumed, sample, count, how)
     longest = config.student.max_length
     if tokens is None and sample and tokenizer is not None:
         encoded = tokenizer(sample, truncation=True, max_length=longest)["input_ids"]
@@ -70,7 +72,7 @@ def look_at_corpus(
         how["tokens"] = "given" if tokens else "assumed"
         draws = np.random.default_rng(0).gamma(SPREAD, mean / SPREAD, SAMPLE)
         lengths = np.sort(np.clip(np.rint(draws), 3, longest).astype(np.int64))
-    return Corpus(sentences, held_out, chars, lengths, how)
+    return Corpus(sentences, held_out, text_bytes, lengths, how)
 
 
 def _sample(config: RunConfig) -> list[str]:
@@ -89,19 +91,20 @@ def _sample(config: RunConfig) -> list[str]:
 def _count(
     config: RunConfig, assumed: Assumed, sample: list[str], given: int | None, how: dict[str, str]
 ) -> tuple[int, int, float]:
-    chars = float(np.mean([len(text.encode()) for text in sample])) if sample else assumed.chars
+    text_bytes = float(np.mean([len(text.encode()) for text in sample])) if sample else assumed.chars
     how["text"] = "a sample of the text" if sample else "assumed"
     if given is not None:
         how["sentences"] = "given"
-        return given, min(config.text.held_out, given // HELD_OUT_MODULUS), chars
+        return given, min(config.text.held_out, given // HELD_OUT_MODULUS), text_bytes
     if (config.shards_dir / "manifest.json").is_file():
         how["sentences"] = f"counted in {config.shards_dir}"
-        return Manifest.load(config.shards_dir).count, config.text.held_out, chars
+        return Manifest.load(config.shards_dir).count, config.text.held_out, text_bytes
     text = read_json(config.precompute_dir / "text" / "manifest.json")
     if text is not None:
         how["sentences"], how["text"] = f"counted in {config.precompute_dir / 'text'}", "counted"
-        return text["counts"]["kept"], text["held_out"]["rows"], text["lengths"]["mean_chars"]
-    raw = [_raw_count(source, chars) for source in config.text.sources]
+        kept = text["counts"]["kept"]
+        return kept, text["held_out"]["rows"], sum(piece["bytes"] for piece in text["pieces"]) / kept - 1  # without line breaks
+    raw = [_raw_count(source, text_bytes) for source in config.text.sources]
     known = [number for number in raw if number is not None]
     if len(known) == len(raw):
         kept = int(sum(known) * assumed.text_kept * (1 - 1 / HELD_OUT_MODULUS))
@@ -116,14 +119,14 @@ def _count(
             f"how many sentences {unknown.path or unknown.name or unknown.type} has is not known here: give"
             " --sentences N, text.max_sentences=N, or a limit to that source"
         )
-    return kept, min(config.text.held_out, kept // HELD_OUT_MODULUS), chars
+    return kept, min(config.text.held_out, kept // HELD_OUT_MODULUS), text_bytes
 
 
-def _raw_count(source: SourceConfig, chars: float) -> int | None:
+def _raw_count(source: SourceConfig, text_bytes: float) -> int | None:
     """About how many sentences a source has; None if that cannot be told from here."""
     if source.type != "file":
         return source.limit
-    lines = sum(path.stat().st_size * _expansion(path) for path in matching_files(source)) / (chars + 1)
+    lines = sum(path.stat().st_size * _expansion(path) for path in matching_files(source)) / (text_bytes + 1)
     return int(min(lines, source.limit or lines)) or source.limit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -14,8 +15,8 @@ TABLES = Path(distill.__file__).parents[1] / "configs" / "plan"
 
 class Device(BaseModel):
     """One device. memory in bytes; bf16, fp32 in operations a second; bandwidth of its memory, and inside, between and host of
-    its links, in bytes a second; launch: the least seconds of a layer's forward and
-    backward pass; dollars an hour; teacher, student: the share of the rate that encoding and training reach."""
+    its links, in bytes a second; launch: the least seconds of a layer's forward and backward pass; dollars an hour; teacher,
+    student: the share of the rate that encoding and training reach; aliases: other names of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +31,7 @@ class Device(BaseModel):
     dollars: float = Field(ge=0)
     teacher: float = Field(gt=0, le=1.5)
     student: float = Field(gt=0, le=1.5)
+    aliases: tuple[str, ...] = ()
 
     def peak(self, is_bf16: bool) -> float:
         """Operations a second of matrix products."""
@@ -56,10 +58,11 @@ class DeviceTable(BaseModel):
     assumed: Assumed
 
     def named(self, name: str) -> tuple[str, Device]:
-        """The device of a name, or of one that contains it, as torch's "NVIDIA H100 80GB HBM3" does. Raises ValueError."""
-        for known in sorted(self.devices, key=len, reverse=True):
-            if known.lower() in name.lower():
-                return known, self.devices[known]
+        """The device of a name, or of one that has it as a whole word: "NVIDIA H100 80GB HBM3". Raises ValueError."""
+        for known, device in self.devices.items():
+            for word in (known, *device.aliases):
+                if re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", name, re.IGNORECASE):
+                    return known, device
         raise ValueError(
             f"no device {name!r} in the table of devices ({', '.join(self.devices)}): add a line, or use --devices"
         )

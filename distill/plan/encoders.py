@@ -1,4 +1,5 @@
-"""What an encoder is made of, without its weights: from its folder's config.json, the table of known encoders, or the hub."""
+"""What an encoder is made of, without its weights: from its folder's config.json, the table of known encoders, or the cache of
+what was downloaded. The hub is not asked."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from distill.models import resolve_model
@@ -42,23 +44,35 @@ class Architecture:
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
-    """Of a folder, package:NAME/FOLDER, or hub name. Raises ValueError that says what to do where its shape is not known."""
+    """Of a folder, package:NAME/FOLDER, or hub name. Raises ValueError that says what to do where its shape is not known.
+
+    A hub name's is known by the table or, once it is downloaded, by its files.
+    """
     known = _table().get(name)
     if known is not None:
         return _from_table(name, dict(known))
     place = resolve_model(name)
     folder = Path(place) if Path(place).is_dir() else None
-    inner = _transformer_of(folder) if folder else place
+    files = folder or _downloaded(place, revision)
     try:
-        config = AutoConfig.from_pretrained(inner, revision=revision, trust_remote_code=False)
+        if files is None:
+            raise FileNotFoundError("it is not downloaded")
+        config = AutoConfig.from_pretrained(_transformer_of(files), local_files_only=True, trust_remote_code=False)
+        dim = _dim_of(files)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the shape of {name} is not known here: the hub was not reached and {ENCODERS.name} has no line for it. Add one to"
-            f" {ENCODERS}, or name a local folder ({str(error).splitlines()[0]})"
+            f"the shape of {name} is not known here: {ENCODERS.name} has no line for it. Add one to {ENCODERS}, or download it"
+            f" (hf download {name}), or name a local folder ({str(error).splitlines()[0]})"
         ) from None
     stored = getattr(config, "dtype", None) in (torch.float16, torch.bfloat16)
     plain = Architecture(name, config, 0, stored, folder)
-    return Architecture(name, config, _dim_of(folder) or plain.hidden_size, stored, folder)
+    return Architecture(name, config, dim or plain.hidden_size, stored, folder)
+
+
+def _downloaded(name: str, revision: str | None) -> Path | None:
+    """The folder in the hub's cache that has a model's files, or some of them."""
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in ("modules.json", "config.json"))
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
 
 def _table() -> dict[str, dict[str, Any]]:
@@ -80,9 +94,9 @@ def _transformer_of(folder: Path) -> str:
     return str(folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"])
 
 
-def _dim_of(folder: Path | None) -> int | None:
+def _dim_of(folder: Path) -> int | None:
     """The width that the last dense module of a sentence-transformers folder gives; None where it has none."""
-    if folder is None or not (folder / "modules.json").is_file():
+    if not (folder / "modules.json").is_file():
         return None
     widths = [
         json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8"))["out_features"]

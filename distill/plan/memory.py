@@ -64,46 +64,69 @@ def rank_memory(
     """zero: the section zero_optimization of DeepSpeed's configuration. chunks: of the largest micro-batch. rank: that of which
     gradients are counted; None: the one that holds most."""
     stage, ranks = zero.get("stage", 0), world_size
-    whole, trained = shape.numel(), shape.numel(trained=True)
-    used = shape.numel(trained=True, used=True)
     part = part_of(shape.parameters, stage, ranks)
-    split = sum(-(-parameter.numel // ranks) for parameter in shape.parameters)
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    small = sum(-(-p.numel // ranks) * ranks for p in shape.parameters if p.numel <= threshold)
-    padded = whole - trained + (ranks + 1) * part
-    sizes = {0: whole, 1: padded, 2: padded, 3: split + part + small}
-    offloads_optimizer = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    offloads_weights = zero.get("offload_param", {}).get("device") == "cpu"
-    owned = part if stage == 3 or offloads_optimizer else _part_of_gradients(shape.parameters, ranks, rank)
-    gradients = {0: trained, 1: used, 2: owned, 3: part}[stage]
-    moments = 2 * (trained if stage == 0 else part)
-    host = FLOAT * (part + moments + part) if offloads_optimizer else 0
-    host += FLOAT * split if offloads_weights else 0
+    split = sum(-(-p.numel // ranks) for p in shape.parameters)
+    moments = 2 * (shape.numel(trained=True) if stage == 0 else part)
+    host = FLOAT * (2 * part + moments) if _offloads(zero, "optimizer") else 0
+    host += FLOAT * split if _offloads(zero, "param") else 0
     rows = sum(b for b, _ in chunks)
     activations = shape.activations(chunks) + FLOAT * _head_numbers(shape, train) * rows
     if stage == 3:  # whose linear layers cast their matrices again in the backward pass
         activations -= shape.activations.constant
     activations += shape.layer(chunks) if checkpointing else 0
     loss = loss_bytes(shape, train, rows)
-    gathered = 0.0
-    if stage == 3:
-        gathered = FLOAT * max(whole - small, 0.0) if ranks > 1 else 0.0
-        prefetched = min(gathered, FLOAT * zero.get("stage3_prefetch_bucket_size", 50_000_000))
-        reduced = FLOAT * min(used, zero.get("reduce_bucket_size", 500_000_000)) * (1 + 1 / ranks)
-        # while they are put together or reduced, a bucket is there twice; the pass's own tensors are not there yet, or no more
-        gathered += max(max(prefetched, reduced - gathered) - activations - loss, 0)
     return Memory(
-        parameters=FLOAT * sizes[stage],
-        gradients=FLOAT * gradients,
-        bucket=FLOAT * zero.get("reduce_bucket_size", 500_000_000) if stage else 0,
+        parameters=FLOAT * _parameters(shape, zero, ranks, part, split),
+        gradients=FLOAT * _gradients(shape, zero, ranks, part, rank),
+        bucket=FLOAT * _bucket(zero) if stage else 0,
         optimizer=FLOAT * moments,
-        gathered=gathered,
+        gathered=_gathered_bytes(shape, zero, ranks, activations + loss) if stage == 3 else 0.0,
         queue=queue_bytes(shape, train, ranks),
         keys=keys_bytes(shape, train),
         activations=activations,
         loss=loss,
         host=host,
     )
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return zero.get(f"offload_{what}", {}).get("device") == "cpu"
+
+
+def _bucket(zero: dict[str, Any]) -> float:
+    return zero.get("reduce_bucket_size", 500_000_000)
+
+
+def _parameters(shape: TaskShape, zero: dict[str, Any], ranks: int, part: int, split: int) -> int:
+    """Numbers of the weights that a rank keeps, and of the copy of its part that AdamW changes."""
+    stage, whole = zero.get("stage", 0), shape.numel()
+    if stage == 0:
+        return whole
+    if stage == 3:
+        return split + part + _small(shape, zero, ranks)
+    return whole - shape.numel(trained=True) + (ranks + 1) * part
+
+
+def _small(shape: TaskShape, zero: dict[str, Any], ranks: int) -> int:
+    """Numbers in tensors that ZeRO 3 keeps whole on every rank."""
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    return sum(-(-p.numel // ranks) * ranks for p in shape.parameters if p.numel <= threshold)
+
+
+def _gradients(shape: TaskShape, zero: dict[str, Any], ranks: int, part: int, rank: int | None) -> int:
+    stage = zero.get("stage", 0)
+    if stage < 2:
+        return shape.numel(trained=True, used=stage == 1)
+    return part if stage == 3 or _offloads(zero, "optimizer") else _part_of_gradients(shape.parameters, ranks, rank)
+
+
+def _gathered_bytes(shape: TaskShape, zero: dict[str, Any], ranks: int, passing: float) -> float:
+    """ZeRO 3's whole weights. While they are put together or reduced, a bucket is there twice; the pass's own tensors, of
+    `passing` bytes, are not there yet, or no more."""
+    gathered = FLOAT * max(shape.numel() - _small(shape, zero, ranks), 0.0) if ranks > 1 else 0.0
+    prefetched = min(gathered, FLOAT * zero.get("stage3_prefetch_bucket_size", 50_000_000))
+    reduced = FLOAT * min(shape.numel(trained=True, used=True), _bucket(zero)) * (1 + 1 / ranks)
+    return gathered + max(prefetched - passing, reduced - gathered - passing, 0)
 
 
 def part_of(parameters: Sequence[Parameter], stage: int, ranks: int) -> int:
@@ -117,20 +140,17 @@ def part_of(parameters: Sequence[Parameter], stage: int, ranks: int) -> int:
 
 def _part_of_gradients(parameters: Sequence[Parameter], ranks: int, rank: int | None) -> int:
     """Numbers in the whole tensors of which a part lies in a rank's W-th of each group of parameters."""
-    most: dict[int, int] = {}
+    groups: list[tuple[int, list[tuple[int, int]]]] = []  # size of a part, and where each tensor begins and ends
     for group in {p.group for p in parameters if p.is_trained}:
-        members = [p for p in parameters if p.is_trained and p.group == group]
-        size = 2 * -(-sum(p.numel for p in members) // (2 * ranks))
-        ends = list(accumulate(p.numel for p in members))
-        spans = [(end - p.numel, end, p.numel) for p, end in zip(members, ends, strict=True)]
-        wanted = range(ranks) if rank is None else [rank]
-        if rank is None and ranks > len(members):  # most ranks lie within one tensor: look where tensors meet
-            wanted = sorted({min(place // size, ranks - 1) for start, end, _ in spans for place in (start, end - 1)})
-        for number in wanted:
-            start, stop = number * size, (number + 1) * size
-            held = sum(numel for first, end, numel in spans if first < stop and end > start)
-            most[number] = most.get(number, 0) + held
-    return max(most.values())
+        sizes = [p.numel for p in parameters if p.is_trained and p.group == group]
+        ends = accumulate(sizes)
+        groups.append((2 * -(-sum(sizes) // (2 * ranks)), [(end - numel, end) for numel, end in zip(sizes, ends, strict=True)]))
+    # where no tensor of any group begins, a rank holds none that the one before it does not hold too
+    wanted = {start // part for part, spans in groups for start, _ in spans} if rank is None else {rank}
+    return max(
+        sum(end - start for part, spans in groups for start, end in spans if start < (r + 1) * part and end > r * part)
+        for r in wanted
+    )
 
 
 def queue_bytes(shape: TaskShape, train: TrainConfig, ranks: int) -> float:
@@ -149,9 +169,10 @@ def keys_bytes(shape: TaskShape, train: TrainConfig) -> float:
 
 
 def loss_bytes(shape: TaskShape, train: TrainConfig, rows: int) -> float:
-    """While keys are held against a micro-batch of b rows: k b (tile + 3 d) + tile d numbers, k kinds of queries."""
+    """While keys are held against a micro-batch of b rows: k b (tile + 3 d) + tile d numbers, k kinds of queries. rows: those
+    encoded; the replayed ones are held against no others."""
     if not isinstance(train, KeysConfig):
-        return float(FLOAT * rows * train.global_batch * 2)
+        return float(FLOAT * rows * shape.views / shape.encoded * train.global_batch * 2)
     if not train.needs_keys:
         return 0.0
     return float(FLOAT * (kinds(train) * rows * (train.tile + 3 * shape.key_width) + train.tile * shape.key_width))

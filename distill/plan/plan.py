@@ -171,7 +171,7 @@ def _variant(
     micro = deal_batch(corpus, train, ranks)
     sent = sent_in_a_step(shape, train, zero, ranks, len(micro))
     rows = sum(b for b, _ in micro[0])
-    longest = [(rows * shape.views, float(config.student.max_length))]
+    longest = [(rows * shape.encoded, float(config.student.max_length))]
     memory = rank_memory(shape, train, zero, ranks, longest, checkpointing=checkpointing)
     fits = largest_micro_batch(config, train, shape, zero, cluster)
     step = step_time(shape, train, zero, cluster, sent, micro, checkpointing=checkpointing)
@@ -182,7 +182,7 @@ def largest_micro_batch(config: RunConfig, train: TrainConfig, shape: TaskShape,
     """The most rows of a micro-batch that fit if each is as long as any may be; at most a rank's share of the global batch."""
 
     def needs(rows: int) -> float:
-        chunks: Chunks = [(rows * shape.views, float(config.student.max_length))]
+        chunks: Chunks = [(rows * shape.encoded, float(config.student.max_length))]
         checkpointing = config.engine.activation_checkpointing
         return rank_memory(shape, train, zero, cluster.ranks, chunks, checkpointing=checkpointing).device
 
@@ -221,9 +221,12 @@ def _advice(plan: Plan) -> list[str]:
     """What to set, each with its reason."""
     room = plan.cluster.device.memory * plan.cluster.assumed.usable
     found = []
-    if plan.teacher is not None and plan.teacher.bytes > room:
+    teacher = plan.config.teacher
+    if plan.teacher is not None and plan.teacher.bytes > room and teacher.placement == "device":
+        placement = "auto" if teacher.concat else "zero3"  # which is for one encoder
         found.append(
-            f"teacher.placement=zero3: its weights take {plan.teacher.bytes / 1e9:.1f} GB, and a device has {room / 1e9:.1f}"
+            f"teacher.placement={placement}: its weights take {plan.teacher.bytes / 1e9:.1f} GB, and a device has"
+            f" {room / 1e9:.1f}"
         )
     for stage in plan.stages:
         found += _stage_advice(plan, stage)
@@ -234,17 +237,7 @@ def _stage_advice(plan: Plan, stage: StagePlan) -> list[str]:
     train: TrainConfig = getattr(plan.config, stage.name)
     fitting = [v for v in stage.variants if v.fits >= min(train.micro_batch, -(-train.global_batch // plan.cluster.ranks))]
     if not fitting:
-        most = max(stage.variants, key=lambda v: v.fits)
-        if most.fits == 0:
-            return [f"{stage.name}: nothing fits, whatever is split: engine.activation_checkpointing=true, or larger devices"]
-        return [
-            f"{stage.name}.micro_batch={most.fits} engine.deepspeed=configs/deepspeed/{most.name}.json: more does not fit",
-            *(
-                ["engine.activation_checkpointing=true: a layer's activations are computed again, and many more rows fit"]
-                if most.fits < WORTH_CHECKPOINTING and not plan.config.engine.activation_checkpointing
-                else []
-            ),
-        ]
+        return _to_make_it_fit(plan, stage)
     best = min(fitting, key=lambda v: v.step.total)
     if stage.chosen in fitting and best.step.total > WORTH_CHANGING * stage.chosen.step.total:
         best = stage.chosen
@@ -258,4 +251,18 @@ def _stage_advice(plan: Plan, stage: StagePlan) -> list[str]:
     if rows > train.micro_batch:
         fewer = -(-share // rows)
         said.append(f"{stage.name}.micro_batch={rows}: it fits, and a step has {fewer} micro-batch{'es' * (fewer > 1)} then")
+    return said
+
+
+def _to_make_it_fit(plan: Plan, stage: StagePlan) -> list[str]:
+    """Where no layout holds the config's micro-batch. What the config says already is not said again."""
+    most = max(stage.variants, key=lambda v: (v.fits, v is stage.chosen))
+    checkpoints = plan.config.engine.activation_checkpointing
+    if most.fits == 0:
+        ways = "larger devices" if checkpoints else "engine.activation_checkpointing=true, or larger devices"
+        return [f"{stage.name}: nothing fits, whatever is split: {ways}"]
+    layout = "" if most is stage.chosen else f" engine.deepspeed=configs/deepspeed/{most.name}.json"
+    said = [f"{stage.name}.micro_batch={most.fits}{layout}: more does not fit"]
+    if most.fits < WORTH_CHECKPOINTING and not checkpoints:
+        said.append("engine.activation_checkpointing=true: a layer's activations are computed again, and many more rows fit")
     return said

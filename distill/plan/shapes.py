@@ -16,11 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.config import ContrastConfig, HpdConfig, KeysConfig, RunConfig, StudentConfig, TrainConfig
+from distill.config import ContrastConfig, HpdConfig, RunConfig, StudentConfig, TrainConfig
 from distill.plan.encoders import Architecture
 from distill.student import Student
 from distill.student.encoder import keep_layers, set_dropout
 from distill.training.ckd import Temperature
+from distill.training.clock import passes
+from distill.training.projection import build_projection
 
 Chunks = Sequence[tuple[int, float]]  # (sentences, tokens that each is padded to)
 PROBES = ((8, 16), (8, 32), (16, 16))
@@ -60,8 +62,9 @@ class Parameter:
 @dataclass(frozen=True)
 class TaskShape:
     """What a stage trains. flops: of a forward pass; activations: bytes that it leaves for the backward pass; layer: of these
-    what one layer has, where they are computed again. width: of its vectors; key_width: of keys; views: sentences a row;
-    layers: of the encoder."""
+    what one layer has, where they are computed again. width: of its vectors; key_width: of keys; views: sentences of a row
+    that are held against each other; encoded: those and what is replayed; layers: of the encoder; passes: forward passes that
+    a step's arithmetic is worth."""
 
     parameters: tuple[Parameter, ...]
     flops: Growth
@@ -70,7 +73,9 @@ class TaskShape:
     width: int
     key_width: int
     views: int
+    encoded: int
     layers: int
+    passes: int
 
     def numel(self, *, trained: bool = False, used: bool = False) -> int:
         wanted = (p for p in self.parameters if (p.is_trained or not trained) and (p.is_used or not used))
@@ -110,17 +115,18 @@ def task_shape(
     train: TrainConfig = getattr(config, name)
     with FakeTensorMode():
         student = _student(config.student, architecture)
-        if isinstance(train, HpdConfig):
-            student.add_head(train.dim, train.head, 0)
+        compact_dim, has_projection = _begins_with(config, name, student.width, teacher_dim)
+        if isinstance(train, HpdConfig) or compact_dim is not None:
+            student.add_head(config.hpd.dim, config.hpd.head, 0)
         dropout = train.dropout if isinstance(train, ContrastConfig) else 0.0
         if dropout is not None:
             set_dropout(student.encoder, dropout)
         task = nn.ModuleDict({"student": student})
         key_width = train.dim if isinstance(train, HpdConfig) else teacher_dim
-        needs_projection = name == "ckd" and config.ckd.projection != "none"
-        if needs_projection and (config.ckd.projection != "auto" or student.width != teacher_dim):
-            task["projection"] = nn.Linear(student.width, teacher_dim)
-            task["projection"].requires_grad_(config.ckd.projection in ("auto", "linear"))
+        if name == "ckd" and (projection := build_projection(student.width, teacher_dim, config.ckd)) is not None:
+            task["projection"] = projection
+        elif isinstance(train, ContrastConfig) and train.teacher_weight and has_projection:
+            task["projection"] = nn.Linear(student.width, teacher_dim)  # trained, whatever it was in ckd
         task["temperature"] = Temperature(train.temperature)  # type: ignore[attr-defined]
         student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
         if isinstance(train, HpdConfig) and train.freeze_encoder:
@@ -132,12 +138,27 @@ def task_shape(
             activations = _passes(student, is_bf16)[1]
         used = _used(student)
         parameters = tuple(_parameter(n, p, used) for n, p in task.named_parameters())
-    views = 1 if isinstance(train, KeysConfig) else (3 if name == "finetune" else 2) + (train.teacher_weight > 0)  # type: ignore[attr-defined]
+    views = {"finetune": 3, "simcse": 2}.get(name, 1)
+    encoded = views + (isinstance(train, ContrastConfig) and train.teacher_weight > 0)
+    worth = passes(student.encoder)
     layers = len(config.student.kept(_depth(architecture)))
     layer = Growth(0.0, activations.linear / layers, activations.square / layers)
-    if config.engine.activation_checkpointing:
+    if config.engine.activation_checkpointing and worth > 1:
         activations = Growth(activations.constant, layers * architecture.hidden_size * 4.0, 0.0)
-    return TaskShape(parameters, flops, activations, layer, student.dim, key_width, views, layers)
+    return TaskShape(parameters, flops, activations, layer, student.dim, key_width, views, encoded, layers, worth)
+
+
+def _begins_with(config: RunConfig, name: str, width: int, teacher_dim: int) -> tuple[int | None, bool]:
+    """Of the student that stage `name` begins with: the size of its head, and whether ckd's projection lies beside it."""
+    init = "student" if name == "ckd" else getattr(config, name).init
+    if init == "student":
+        return None, False
+    if init == "hpd":
+        return config.hpd.dim, False
+    if init == "ckd":
+        return None, build_projection(width, teacher_dim, config.ckd) is not None
+    compact_dim, has_projection = _begins_with(config, init, width, teacher_dim)
+    return compact_dim, has_projection and getattr(config, init).teacher_weight > 0  # without it, nothing is kept
 
 
 def _student(config: StudentConfig, architecture: Architecture) -> Student:

@@ -121,7 +121,7 @@ def _assumptions(plan: Plan) -> str:
         f" {device.launch * 1e3:.2g} ms at least",
         f"links: {size(device.inside)}/s inside a node, {size(device.between)}/s a device between nodes,"
         f" {assumed.latency * 1e6:.0f} us a collective; nothing is sent while something is computed",
-        f"{assumed.padding:.0%} of the teacher's tokens are real; text {plan.corpus.text:.0f} bytes a sentence"
+        f"{assumed.padding:.0%} of the teacher's tokens are real; text {plan.corpus.text_bytes:.0f} bytes a sentence"
         f" ({plan.corpus.how['text']})",
         f"{device.dollars:.2f} dollars a device and hour" if device.dollars else "no price",
         "ZeRO 3 gathers each weight once a micro-batch; where texts of other lengths change how micro-batches are cut, up to"

@@ -1,6 +1,7 @@
 """Seconds of a step and of embedding, and what they cost.
 
-forward and backward   F = 3 x forward (4 x with activation checkpointing or cached gradients) / (peak x MFU)
+forward and backward   F = 3 x forward (1 x of a frozen encoder; and 1 x more each with activation checkpointing and with
+                       cached gradients) / (peak x MFU)
                        no chunk of a micro-batch takes less than launch x layers
 loss                   4 k b N d operations, in float32, / (float32 peak x MFU)      N = G + K keys, two products a tile
 optimizer              28 bytes a trained number of this rank / the memory's bandwidth; 28 + 8 over the host's, offloaded
@@ -69,9 +70,9 @@ def step_time(
     """zero: the section zero_optimization of DeepSpeed's configuration; micro: the chunks of each of a rank's micro-batches."""
     device = cluster.device
     cached = not isinstance(train, KeysConfig) and len(micro) > 1
-    passes = 3 + checkpointing + cached
+    passes = shape.passes + (checkpointing and shape.passes > 1) + cached
     rate, least = device.peak(cluster.is_bf16) * device.student, device.launch * shape.layers / 3
-    compute = sum(max(shape.flops([chunk]) / rate, least) for chunks in micro for chunk in chunks) * passes * shape.views
+    compute = sum(max(shape.flops([chunk]) / rate, least) for chunks in micro for chunk in chunks) * passes * shape.encoded
     rows = sum(b for chunks in micro for b, _ in chunks)
     held = shape.numel(trained=True) / (cluster.ranks if zero.get("stage", 0) else 1)
     offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -88,7 +89,7 @@ def step_time(
 def loss_operations(shape: TaskShape, train: TrainConfig, rows: int) -> float:
     """Of `rows` queries: against N keys twice, or against each other's views, forward and backward."""
     if not isinstance(train, KeysConfig):
-        return 6.0 * rows * train.global_batch * max(1, shape.views - 1) * shape.width
+        return 6.0 * rows * train.global_batch * (shape.views - 1) * shape.width
     keys = train.global_batch + train.queue if train.needs_keys else 0
     return 4.0 * kinds(train) * rows * keys * shape.key_width
 

@@ -39,12 +39,16 @@ class Sent:
         return SHARES[self.collective] * self.size * (ranks - 1) / ranks
 
     def inside(self, ranks_a_node: int, nodes: int) -> float:
-        """Bytes that a rank receives over its node's links."""
+        """Bytes that a rank receives over its node's links: all of it, but for what each rank has answers of its own to."""
+        if self.collective == "all_to_all":
+            return self.size * (ranks_a_node - 1) / (ranks_a_node * nodes)
         return self.received(ranks_a_node * nodes) if ranks_a_node > 1 else 0.0
 
     def between(self, ranks_a_node: int, nodes: int) -> float:
-        """Bytes that a rank's link to other nodes brings in: each rank of a node takes its share of what the node needs."""
-        return SHARES[self.collective] * self.size * (nodes - 1) / nodes / ranks_a_node
+        """Bytes that a rank's link to other nodes brings in: of what all ranks of a node need, each takes its share; of an
+        all-to-all each needs something else."""
+        shared_by = 1 if self.collective == "all_to_all" else ranks_a_node
+        return SHARES[self.collective] * self.size * (nodes - 1) / nodes / shared_by
 
 
 def sent_in_a_step(shape: TaskShape, train: TrainConfig, zero: dict[str, Any], ranks: int, num_micro: int) -> list[Sent]:
@@ -55,9 +59,8 @@ def sent_in_a_step(shape: TaskShape, train: TrainConfig, zero: dict[str, Any], r
 def _keys(shape: TaskShape, train: TrainConfig, ranks: int, num_micro: int) -> list[Sent]:
     rows = -(-train.global_batch // ranks) * ranks  # a rank with a row less sends a row of zeros
     if not isinstance(train, KeysConfig):
-        others = shape.views - 1 - (train.teacher_weight > 0)  # type: ignore[attr-defined]
-        views = rows * others * FLOAT * shape.width
-        return [Sent("views", "all_gather", views + rows * ID * (others + 1), 2), Sent("views", "all_reduce", views, 1)]
+        views = rows * (shape.views - 1) * FLOAT * shape.width
+        return [Sent("views", "all_gather", views + rows * ID * shape.views, 2), Sent("views", "all_reduce", views, 1)]
     if not train.needs_keys:
         return []
     found = [Sent("keys and ids", "all_gather", rows * (HALF * shape.key_width + ID), 2)]

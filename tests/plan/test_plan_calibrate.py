@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
+from commands import LAUNCHER, ROOT
 from conftest import write_config
 from plan.counted import CPU, start_deepspeed
 from ranks import on_ranks
@@ -13,6 +19,63 @@ from distill.plan.corpus import look_at_corpus
 from distill.plan.devices import load_devices
 from distill.plan.plan import make_plan, models_of
 from distill.plan.time import Cluster
+
+RUNS = """
+import json, os, sys
+from pathlib import Path
+import plan
+
+said = {}
+for name, (code, patience) in json.loads(sys.argv[2]).items():
+    try:
+        plan.run_ranks([sys.executable, "-c", code], dict(os.environ), 3, Path(sys.argv[1]), patience)
+        said[name] = None
+    except ValueError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+RANK = "import os, sys, time; rank = int(os.environ['RANK'])\n"
+WAITS = f"{RANK}time.sleep(60 * (rank < 2)); "
+RANKS = {  # what each of three ranks does, and how long it may take
+    "well": (RANK + "print('x' * 200_000)", 60),
+    "knows": (WAITS + "print('step 1'); sys.exit('error: no room for that')", 60),
+    "silent": (WAITS + "os._exit(7)", 60),
+    "together": (RANK + "time.sleep(0.2); print(rank); os._exit(1 + (rank == 1))", 60),
+    "slow": (WAITS, 1.5),
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What launcher/plan.py says of ranks that calibrate and fail."""
+    arguments = [sys.executable, "-c", RUNS, str(tmp_path_factory.mktemp("ranks")), json.dumps(RANKS)]
+    environment = os.environ | {"PYTHONPATH": f"{LAUNCHER}:{ROOT}"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=50)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_ranks_that_print_more_than_a_pipe_holds_end_well(said):
+    assert said["well"] is None
+
+
+def test_the_first_rank_that_fails_is_the_one_that_is_heard(said):
+    assert said["knows"] == "calibration failed here, on rank 2: no room for that"
+    assert said["silent"] == "calibration failed here, on rank 2: exit code 7, and nothing was printed"
+
+
+def test_a_rank_that_takes_too_long_is_one_line(said):
+    assert "more than 1.5 s" in said["slow"] and "rank 0 printed last: nothing" in said["slow"]
+
+
+def test_only_the_device_that_is_here_is_measured_and_no_more_ranks_than_fit():
+    table = load_devices()
+    of = {name: Cluster(4, 8, name, table.devices[name], table.assumed, is_bf16=True) for name in ("cpu", "H100")}
+    calibrate.check_device(of["H100"], "H100", 8)
+    with pytest.raises(ValueError, match="which has cpu, not H100"):
+        calibrate.check_device(of["H100"], "cpu", 64)
+    with pytest.raises(ValueError, match="8 ranks here, on 2 cores"):
+        calibrate.check_device(of["cpu"], "cpu", 2)
 
 
 def rank(config: RunConfig):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import write_config
 from encoders import FAMILIES, save_family
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.config import load_config
+from distill.plan.devices import load_devices
 from distill.plan.encoders import architecture_of
-from distill.plan.shapes import Growth, teacher_shape
+from distill.plan.memory import keys_bytes, loss_bytes
+from distill.plan.shapes import Growth, task_shape, teacher_shape
+from distill.plan.time import Cluster, loss_operations, step_time
+from distill.plan.wire import sent_in_a_step
 from distill.student.encoder import load_encoder
 
 
@@ -42,3 +48,57 @@ def test_growth_goes_through_what_it_was_made_from():
     growth = Growth(100.0, 7.0, 0.5)
     again = Growth.through([growth([(8, 16)]), growth([(8, 32)]), growth([(16, 16)])])
     assert again([(3, 11), (5, 40)]) == pytest.approx(growth([(3, 11), (5, 40)]))
+
+
+def shape_of(tiny_encoder, folder, name: str, *overrides: str, teacher_dim: int = 32):
+    config = load_config(write_config(folder, tiny_encoder), list(overrides))
+    student = architecture_of(str(tiny_encoder))
+    return config, task_shape(config, name, student, teacher_dim, is_bf16=False, on_cpu=True)
+
+
+def test_a_stage_that_goes_on_from_hpd_has_its_head(tiny_encoder, tmp_path):
+    _, hpd = shape_of(tiny_encoder, tmp_path, "hpd", "hpd.init=ckd")
+    _, finetune = shape_of(tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd")
+    _, plain = shape_of(tiny_encoder, tmp_path, "finetune")
+    assert (finetune.width, plain.width) == (16, 32)
+    assert finetune.numel() == hpd.numel() == plain.numel() + 32 * 16 + 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_there"),
+    [
+        ((), True),
+        (("finetune.teacher_weight=0",), False),
+        (("finetune.init=hpd", "hpd.init=ckd"), False),
+        (("finetune.init=simcse", "simcse.init=ckd"), False),
+        (("finetune.init=simcse", "simcse.init=ckd", "simcse.teacher_weight=1"), True),
+        (("finetune.init=simcse", "simcse.init=student", "simcse.teacher_weight=1"), False),
+    ],
+)
+def test_a_student_is_held_to_its_teacher_by_the_projection_that_it_brings(tiny_encoder, tmp_path, overrides, is_there):
+    _, wide = shape_of(tiny_encoder, tmp_path, "finetune", *overrides, teacher_dim=48)
+    _, same = shape_of(tiny_encoder, tmp_path, "finetune", *overrides)
+    assert wide.numel(trained=True) - same.numel(trained=True) == is_there * (32 * 48 + 48)
+
+
+def test_replayed_sentences_are_encoded_and_held_against_no_others(tiny_encoder, tmp_path):
+    config, replays = shape_of(tiny_encoder, tmp_path, "finetune")
+    bare = ["finetune.teacher_weight=0"]
+    without, plain = shape_of(tiny_encoder, tmp_path, "finetune", *bare)
+    assert (replays.views, replays.encoded, plain.views, plain.encoded) == (3, 4, 3, 3)
+    assert keys_bytes(replays, config.finetune) == keys_bytes(plain, without.finetune) == 16 * 2 * 4 * 32
+    assert loss_operations(replays, config.finetune, 8) == loss_operations(plain, without.finetune, 8)
+    assert loss_bytes(replays, config.finetune, 4 * 8) == loss_bytes(plain, without.finetune, 3 * 8)
+    sent = [sent_in_a_step(shape, made.finetune, {}, 2, 1)[:2] for shape, made in ((replays, config), (plain, without))]
+    assert sent[0] == sent[1]
+
+
+def test_a_frozen_encoder_passes_forward_alone(tiny_encoder, tmp_path):
+    table = load_devices()
+    cluster = Cluster(1, 2, "cpu", table.devices["cpu"], table.assumed, is_bf16=False)
+    seconds = []
+    for frozen in ("true", "false"):
+        overrides = (f"hpd.freeze_encoder={frozen}", "engine.activation_checkpointing=true")
+        config, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides)
+        seconds.append(step_time(shape, config.hpd, {}, cluster, [], [[(8, 16.0)]], checkpointing=True).compute)
+    assert seconds[1] == pytest.approx(4 * seconds[0])
