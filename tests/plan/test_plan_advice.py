@@ -23,9 +23,8 @@ def advice(tmp_path, tiny_encoder):
         table = load_devices()
         device = table.devices["cpu"].model_copy(update={"memory": memory})
         corpus = Corpus(1000, 10, 50.0, np.full(100, 20), {})
-        return "\n".join(
-            make_plan(config, Cluster(1, 2, "cpu", device, table.assumed, False), corpus, models_of(config)).advice
-        )
+        cluster = Cluster(1, 2, "cpu", device, table.assumed, is_bf16=False)
+        return "\n".join(make_plan(config, cluster, corpus, models_of(config)).advice)
 
     return advise
 

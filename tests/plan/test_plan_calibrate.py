@@ -27,6 +27,7 @@ import plan
 
 said = {}
 for name, (code, patience) in json.loads(sys.argv[2]).items():
+    plan.BETWEEN_LOOKS = 2.0 if name == "together" else 0.02
     try:
         plan.run_ranks([sys.executable, "-c", code], dict(os.environ), 3, Path(sys.argv[1]), patience)
         said[name] = None
@@ -40,7 +41,7 @@ RANKS = {  # what each of three ranks does, and how long it may take
     "well": (RANK + "print('x' * 200_000)", 60),
     "knows": (WAITS + "print('step 1'); sys.exit('error: no room for that')", 60),
     "silent": (WAITS + "os._exit(7)", 60),
-    "together": (RANK + "time.sleep(0.2); print(rank); os._exit(1 + (rank == 1))", 60),
+    "together": (RANK + "print(rank, flush=True); os._exit(1 + (rank == 1))", 60),
     "slow": (WAITS, 1.5),
 }
 
@@ -62,6 +63,10 @@ def test_ranks_that_print_more_than_a_pipe_holds_end_well(said):
 def test_the_first_rank_that_fails_is_the_one_that_is_heard(said):
     assert said["knows"] == "calibration failed here, on rank 2: no room for that"
     assert said["silent"] == "calibration failed here, on rank 2: exit code 7, and nothing was printed"
+
+
+def test_of_ranks_that_fail_together_the_one_that_knows_what_to_mend_is_heard(said):
+    assert said["together"] == "calibration failed here, on rank 1: 1"
 
 
 def test_a_rank_that_takes_too_long_is_one_line(said):
