@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 def free_port() -> int:

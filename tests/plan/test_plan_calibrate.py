@@ -51,7 +51,7 @@ def said(tmp_path_factory):
     """What launcher/plan.py says of ranks that calibrate and fail."""
     arguments = [sys.executable, "-c", RUNS, str(tmp_path_factory.mktemp("ranks")), json.dumps(RANKS)]
     environment = os.environ | {"PYTHONPATH": f"{LAUNCHER}:{ROOT}"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=50)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
