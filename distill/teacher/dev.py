@@ -5,18 +5,18 @@ from __future__ import annotations
 import fcntl
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distill.config import RunConfig
-from distill.evaluation import dev_score
-from distill.evaluation.encode import Encode
-from distill.evaluation.sts import Pairs, read_dev
 from distill.files import write_json
 from distill.stages import read_json
 from distill.training.distributed import from_rank_0, rank
+
+if TYPE_CHECKING:  # evaluation's libraries cost every task of a precompute 250 MB and four seconds
+    from distill.evaluation.encode import Encode
 
 TEACHER_DEV = "teacher_dev.json"  # in precompute/: {"sts": evaluate.sts, "STSB-dev": ..}
 
@@ -31,6 +31,8 @@ def keep_dev_score(config: RunConfig, encode: Encode, device: torch.device) -> N
         told = from_rank_0(_pairs(config.evaluate.sts, path, lock) if rank() == 0 else None, device)
         if told is None:
             return
+        from distill.evaluation.sts import Pairs, dev_score
+
         first, second, gold = told
         value = dev_score(encode, Pairs(first, second, np.array(gold)))
         if rank() == 0:
@@ -41,6 +43,8 @@ def _pairs(sts: str | None, path: Path, lock: IO[str]) -> tuple[list[str], list[
     """The dev set, JSON-able, if its score is wanted and nobody else is at it. One that cannot be read is said, no more."""
     if sts is None or (read_json(path) or {}).get("sts") == sts:
         return None
+    from distill.evaluation.sts import read_dev
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         pairs = read_dev(sts)
