@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -555,11 +555,17 @@ def _explain(problem: Any) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+    section: type[Section] = RunConfig
     for part in location:
         if part.isdigit():
             continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        inner = section_of(section.model_fields[part].annotation)
+        assert inner is not None, location
+        section = inner
     return list(section.model_fields)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, alone or in a list; None for a key that holds none."""
+    candidates = (annotation, *get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)

@@ -35,7 +35,7 @@ def check_model_folder(path: Path) -> None:
     """Raises ValueError naming what a folder lacks to be an encoder that loads without running code."""
     if not path.is_dir():
         raise ValueError(f"no model at {path}: no such folder")
-    inner, needs_config = _first_module(path)
+    inner, needs_config = first_module(path)
     if needs_config and not (inner / "config.json").is_file():
         raise ValueError(f"no model at {path}: it has no config.json")
     if not any((inner / weights).is_file() for weights in WEIGHTS):
@@ -46,7 +46,7 @@ def check_model_folder(path: Path) -> None:
 def num_layers(name: str) -> int | None:
     """The layers of an encoder; None for a hub name, or where its config does not say. Raises as `resolve_model`."""
     path = Path(resolve_model(name))
-    folder = _first_module(path)[0] if path.is_dir() else path
+    folder = first_module(path)[0] if path.is_dir() else path
     if not (folder / "config.json").is_file():
         return None
     from transformers import AutoConfig
@@ -54,7 +54,7 @@ def num_layers(name: str) -> int | None:
     return getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", None)  # whatever the family calls it
 
 
-def _first_module(path: Path) -> tuple[Path, bool]:
+def first_module(path: Path) -> tuple[Path, bool]:
     """Where a folder's weights lie (in the first module of modules.json, else in itself); whether they are a transformer's."""
     if not (path / "modules.json").is_file():
         return path, True

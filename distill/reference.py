@@ -11,7 +11,7 @@ from typing import Any, Literal, Union
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from distill.config import RunConfig, Section
+from distill.config import RunConfig, Section, section_of
 
 PREFACE = """# Every key of a config
 
@@ -28,7 +28,7 @@ def reference() -> str:
     """The whole page."""
     parts = [PREFACE, f"## The run\n\n{_docstring(RunConfig)}\n", _table(RunConfig, "")]
     for name, field in RunConfig.model_fields.items():
-        if section := _section(field.annotation):
+        if section := section_of(field.annotation):
             parts += [
                 f"## {name}\n\n{_docstring(section)}\n",
                 _table(section, f"{name}.", None if field.is_required() else field.default),
@@ -43,7 +43,7 @@ def _table(section: type[Section], prefix: str, defaults: Any = None) -> str:
 def _rows(section: type[Section], prefix: str, defaults: Any) -> Iterator[str]:
     """`defaults`: the section's value where the config does not name it; None for a section that must be named."""
     for name, field in section.model_fields.items():
-        inner = _section(field.annotation)
+        inner = section_of(field.annotation)
         if inner and not prefix:
             continue  # a chapter of its own
         value = field.default if defaults is None else getattr(defaults, name)
@@ -100,11 +100,6 @@ def _words(annotation: Any) -> list[str]:
     if typing.get_origin(annotation) is Literal:
         return [f"`{word}`" for word in typing.get_args(annotation)]
     return [word for part in typing.get_args(annotation) for word in _words(part)]
-
-
-def _section(annotation: Any) -> type[Section] | None:
-    candidates = (annotation, *typing.get_args(annotation))
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
 
 
 def _docstring(section: type[Section]) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 from distill.config import RunConfig, SourceConfig
 from distill.doctor.findings import size
 from distill.models import resolve_model
+from distill.plan.corpus import raw_count
+from distill.plan.encoders import architecture_of
 from distill.stages import source_files, trained_stages
 
 SENTENCE_BYTES = 110  # of English text
-COMPRESSION = 3.5  # of .gz, .zst and .parquet
 STATE_BYTES = 12  # a parameter and Adam's two moments, in fp32
 LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
 
@@ -43,19 +44,10 @@ def _shard_bytes(config: RunConfig) -> int | None:
 
 def num_sentences(config: RunConfig) -> int | None:
     """About how many sentences are embedded."""
-    counts = [_num_in(config, source) for source in config.text.sources]
+    counts = [raw_count(source, SENTENCE_BYTES) for source in config.text.sources]
     most = None if None in counts else sum(count for count in counts if count is not None)
     limits = [number for number in (most, config.text.max_sentences) if number is not None]
     return min(limits) + config.text.held_out if limits else None
-
-
-def _num_in(config: RunConfig, source: SourceConfig) -> int | None:
-    if source.type != "file":
-        return source.limit
-    files = files_of(config, source)
-    packed = (".gz", ".zst", ".parquet")
-    num_bytes = sum(length * (COMPRESSION if path.endswith(packed) else 1) for path, length in files)
-    return min(source.limit or math.inf, math.ceil(num_bytes / SENTENCE_BYTES)) if files else source.limit  # type: ignore[return-value]
 
 
 def files_of(config: RunConfig, source: SourceConfig) -> list[tuple[str, int]]:
@@ -66,20 +58,11 @@ def files_of(config: RunConfig, source: SourceConfig) -> list[tuple[str, int]]:
 
 
 def teacher_width(config: RunConfig) -> int | None:
-    """Dimensions of the teacher's vectors."""
-    widths = [_width(model.model) for model in config.teacher.models]
-    return None if None in widths else sum(width for width in widths if width is not None)
-
-
-def _width(model: str | None) -> int | None:
-    folder = _folder(model)
-    configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts)) if folder else []
-    for path in configs:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("hidden_size", "d_model", "dim", "n_embd"):
-            if isinstance(described.get(key), int):
-                return described[key]
-    return None
+    """Dimensions of the teacher's vectors; None where they cannot be known here."""
+    try:
+        return sum(architecture_of(model.model or "", model.revision).dim for model in config.teacher.models)
+    except ValueError:  # which another check names
+        return None
 
 
 def _training_bytes(config: RunConfig) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import zstandard
 
 from distill.config import RunConfig, SourceConfig
@@ -104,7 +105,7 @@ def _count(
         how["sentences"], how["text"] = f"counted in {config.precompute_dir / 'text'}", "counted"
         kept = text["counts"]["kept"]
         return kept, text["held_out"]["rows"], sum(piece["bytes"] for piece in text["pieces"]) / kept - 1  # without line breaks
-    raw = [_raw_count(source, text_bytes) for source in config.text.sources]
+    raw = [raw_count(source, text_bytes) for source in config.text.sources]
     known = [number for number in raw if number is not None]
     if len(known) == len(raw):
         kept = int(sum(known) * assumed.text_kept * (1 - 1 / HELD_OUT_MODULUS))
@@ -122,12 +123,18 @@ def _count(
     return kept, min(config.text.held_out, kept // HELD_OUT_MODULUS), text_bytes
 
 
-def _raw_count(source: SourceConfig, text_bytes: float) -> int | None:
-    """About how many sentences a source has; None if that cannot be told from here."""
+def raw_count(source: SourceConfig, text_bytes: float) -> int | None:
+    """About how many sentences a source has, of so many bytes each; None if that cannot be told from here."""
     if source.type != "file":
         return source.limit
-    lines = sum(path.stat().st_size * _expansion(path) for path in matching_files(source)) / (text_bytes + 1)
+    lines = sum(_lines_in(path, text_bytes) for path in matching_files(source))
     return int(min(lines, source.limit or lines)) or source.limit
+
+
+def _lines_in(path: Path, text_bytes: float) -> float:
+    if path.suffix == ".parquet":
+        return parquet.read_metadata(path).num_rows
+    return path.stat().st_size * _expansion(path) / (text_bytes + 1)
 
 
 def _expansion(path: Path, part: int = 1 << 20) -> float:

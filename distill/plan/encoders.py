@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from distill.models import resolve_model
+from distill.models import first_module, resolve_model
 from distill.plan.devices import TABLES
 from distill.student.encoder import encoder_class
 
@@ -57,7 +57,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
     try:
         if files is None:
             raise FileNotFoundError("it is not downloaded")
-        config = AutoConfig.from_pretrained(_transformer_of(files), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(first_module(files)[0], local_files_only=True, trust_remote_code=False)
         dim = _dim_of(files)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -84,14 +84,6 @@ def _from_table(name: str, words: dict[str, Any]) -> Architecture:
     config = AutoConfig.for_model(words.pop("model_type"), **words)
     plain = Architecture(name, config, 0, stored != "float32", None)
     return Architecture(name, config, dim or plain.hidden_size, plain.is_16_bit, None)
-
-
-def _transformer_of(folder: Path) -> str:
-    """The folder of config.json: the first module's, in a sentence-transformers folder."""
-    modules = folder / "modules.json"
-    if not modules.is_file():
-        return str(folder)
-    return str(folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"])
 
 
 def _dim_of(folder: Path) -> int | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distill.config import TRAINING_STAGES, FinetuneConfig, RunConfig, TrainConfig
+from distill.corpus import read_rows
 from distill.plan.corpus import Corpus
 from distill.plan.encoders import Architecture, architecture_of
 from distill.plan.memory import Memory, rank_memory
@@ -29,9 +31,9 @@ WORTH_CHECKPOINTING = 32  # rows: with fewer in a micro-batch, matrices are too 
 
 @dataclass(frozen=True)
 class Models:
-    """What the config names, without weights. teacher is None where vectors are given."""
+    """What the config names, without weights. teachers: none where vectors are given. dim: of their vectors, side by side."""
 
-    teacher: Architecture | None
+    teachers: list[Architecture]
     student: Architecture
     dim: int
 
@@ -96,25 +98,27 @@ def models_of(config: RunConfig) -> Models:
         dim = ImportedVectors(teacher).dim
     init = config.student.init
     student = encoders[0] if init == "teacher" else architecture_of(init, config.student.revision)
-    return Models(encoders[0] if encoders else None, student, dim)
+    return Models(encoders, student, dim)
 
 
 def make_plan(config: RunConfig, cluster: Cluster, corpus: Corpus, models: Models) -> Plan:
     """Everything of a run but calibration. Raises ValueError for what cannot be run so."""
     teacher, operations, seconds = None, 0.0, 0.0
-    if models.teacher is not None:
-        teacher, operations, seconds = _teacher(config, cluster, corpus)
+    if models.teachers:
+        teacher, operations, seconds = _teacher(config, cluster, corpus, models.teachers)
     stages = [_stage(config, name, cluster, corpus, models) for name in config.stages if name in TRAINING_STAGES]
     shard_bytes = corpus.shard_bytes(models.dim, config.shards.rows, config.shards.block_rows)
     plan = Plan(config, cluster, corpus, models, shard_bytes, teacher, operations, seconds, stages)
     return replace(plan, advice=_advice(plan))
 
 
-def _teacher(config: RunConfig, cluster: Cluster, corpus: Corpus) -> tuple[TeacherShape, float, float]:
+def _teacher(
+    config: RunConfig, cluster: Cluster, corpus: Corpus, teachers: list[Architecture]
+) -> tuple[TeacherShape, float, float]:
     total: TeacherShape | None = None
     operations = seconds = 0.0
-    for each in config.teacher.models:
-        shape = teacher_shape(architecture_of(each.model or "", each.revision), is_bf16=cluster.is_bf16)
+    for each, architecture in zip(config.teacher.models, teachers, strict=True):
+        shape = teacher_shape(architecture, is_bf16=cluster.is_bf16)
         lengths = np.minimum(corpus.lengths, each.max_length or 512).tolist()
         more = teacher_seconds(shape.flops, lengths, corpus.sentences + corpus.held_out, cluster)
         operations, seconds = operations + more[0], seconds + more[1]
@@ -205,9 +209,13 @@ def num_steps(train: TrainConfig, rows: int) -> int:
 def _rows(train: TrainConfig, corpus: Corpus) -> int:
     if not isinstance(train, FinetuneConfig):
         return corpus.sentences
-    if train.triplets or train.dataset:
-        return train.limit or max(train.global_batch, 275_601)
-    return min(train.num_mined, corpus.sentences)
+    if train.triplets:
+        return sum(1 for _ in islice(read_rows(train.triplets, train.fields), train.limit))
+    if train.dataset is None:
+        return min(train.num_mined, corpus.sentences)
+    if train.limit is None:
+        raise ValueError(f"how many triplets {train.dataset} has is not known here: give finetune.limit=N")
+    return train.limit
 
 
 def _dev_seconds(config: RunConfig, shape: TaskShape, cluster: Cluster, corpus: Corpus) -> float:

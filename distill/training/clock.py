@@ -60,7 +60,7 @@ class Clock:
 def forward_flops(student: Student) -> tuple[float, float]:
     """(a, b): a sentence of w tokens takes a w + b w^2 operations (2 x multiply-adds) in one forward pass, and those of its
     head, which are few."""
-    were_training = {module: module.training for module in student.modules()}
+    was_training = student.training
     student.eval()
     device, counts = next(student.parameters()).device, []
     for width in WIDTHS:
@@ -68,8 +68,7 @@ def forward_flops(student: Student) -> tuple[float, float]:
         with FlopCounterMode(display=False) as counter:
             student(tokens)
         counts.append(counter.get_total_flops())
-    for module, was_training in were_training.items():
-        module.training = was_training  # as it was found: an encoder that was loaded is not in its Student's mode
+    student.train(was_training)
     square, linear, _ = np.polyfit(WIDTHS, counts, 2).tolist()
     return linear, square
 

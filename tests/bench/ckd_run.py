@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import multiprocessing
 import os
@@ -32,6 +33,20 @@ from distill.training.ckd import CkdRecipe
 CPU = torch.device("cpu")
 PIPELINE = Path(__file__).parents[2] / "launcher" / "pipeline.py"
 NEVER = 10**9
+
+
+def run_parser(description: str | None, *, sentences: int, global_batch: int, micro_batch: int) -> argparse.ArgumentParser:
+    """Options of a run of `embedded_run`, with these defaults, and where its figures go."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
+    made.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
+    made.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
+    made.add_argument("--sentences", type=int, default=sentences)
+    made.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
+    made.add_argument("--global-batch", type=int, default=global_batch)
+    made.add_argument("--micro-batch", type=int, default=micro_batch)
+    made.add_argument("--out", type=Path, help="where the figures go as JSON")
+    return made
 
 
 def embedded_run(

@@ -11,14 +11,12 @@ Timed from outside by wrapping what the loop calls, as ckd_run.py does. Nothing 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from ckd_run import CPU, StepClock, begin_again, embedded_run, on_ranks
+from ckd_run import CPU, StepClock, begin_again, embedded_run, on_ranks, run_parser
 from ckd_run import join_ranks as join
 
 from distill.config import RunConfig
@@ -51,19 +49,11 @@ def rank_of(rank: int, world_size: int, port: int, threads: int, config: RunConf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
-    parser.add_argument("--sentences", type=int, default=20_000)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
+    parser = run_parser(__doc__, sentences=20_000, global_batch=256, micro_batch=64)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--global-batch", type=int, default=256)
-    parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--queue", type=int, default=16_384)
     parser.add_argument("--steps", type=int, default=110)
     parser.add_argument("--log-every", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": options.queue, "prefill": True}
     ckd |= {"epochs": 1e6, "max_steps": options.steps, "log_every": options.log_every}

@@ -11,7 +11,6 @@ All take turns; the medians count. Nothing else may run meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,14 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import torch
-from ckd_run import CPU, embedded_run
+from ckd_run import CPU, embedded_run, run_parser
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
@@ -69,17 +67,9 @@ def rate(work: Callable[[], int]) -> float:
 
 def main() -> None:
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
-    parser.add_argument("--sentences", type=int, default=50_000)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
-    parser.add_argument("--global-batch", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=256)
+    parser = run_parser(__doc__, sentences=50_000, global_batch=1024, micro_batch=256)
     parser.add_argument("--train-steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": 0}
     config = embedded_run(options.work, options.model, options.text, options.sentences, layers=options.layers, ckd=ckd)

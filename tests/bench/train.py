@@ -15,7 +15,6 @@ take turns; the medians count. Nothing else may run meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks
+from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks, run_parser
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
@@ -165,19 +164,11 @@ class Peer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
-    parser.add_argument("--sentences", type=int, default=50_000)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
+    parser = run_parser(__doc__, sentences=50_000, global_batch=1024, micro_batch=512)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--global-batch", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=512)
     parser.add_argument("--queue", type=int, default=16_384)
     parser.add_argument("--peer-batch", type=int, default=256, help="sentences a device and step")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": options.queue}

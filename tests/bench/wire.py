@@ -17,7 +17,6 @@ adds 66 bytes to every 1,448.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks
+from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks, run_parser
 
 from distill.config import RunConfig
 from distill.precision import autocast_dtype
@@ -169,14 +168,7 @@ def bits_a_second(rate: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a sentence-transformers folder: the teacher, and the student's layers")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--work", type=Path, required=True, help="where the embedded text is kept for the next time")
-    parser.add_argument("--sentences", type=int, default=20_000)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 5])
-    parser.add_argument("--global-batch", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=256)
+    parser = run_parser(__doc__, sentences=20_000, global_batch=1024, micro_batch=256)
     parser.add_argument("--queue", type=int, default=16_384)
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="the ZeRO stage of the whole steps")
     parser.add_argument("--steps", type=int, default=30)
@@ -185,7 +177,6 @@ def main() -> None:
         "--addresses", nargs=2, default=["10.231.0.1", "10.231.0.2"], help="of the two ends; of one /24 network"
     )
     parser.add_argument("--rate", help="of the link, in each direction: 100mbit; as fast as the kernel without it")
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": options.queue}
     config = embedded_run(

@@ -117,7 +117,7 @@ def test_needs_are_those_of_the_models_and_the_text(config, tiny_encoder):
     assert num_parameters(load_config(config, ["student.layers=null"])) == whole
     assert num_parameters(run) == whole - layer  # layers 0 and 2 of three
     assert teacher_width(run) == 32
-    in_file = sum(len(line) + 1 for line in sentences(600)) / 110
+    in_file = sum(len(line) + 1 for line in sentences(600)) / (110 + 1)  # with line breaks
     assert num_sentences(run) == pytest.approx(in_file + run.text.held_out, abs=2)
     assert num_sentences(load_config(config, ["text.max_sentences=5"])) == 5 + run.text.held_out
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cells import write_set
 from conftest import sentences
 from plan.counted import NEVER, count_step, start_deepspeed, start_fake
@@ -38,6 +39,7 @@ def layouts(config: RunConfig, names: tuple[str, ...]) -> list[RunConfig]:
 
 
 def count_all(configs: list[RunConfig], fake_ranks: int | None = None) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)  # a forked process has not the other threads of its parent
     if fake_ranks is not None:
         start_fake(fake_ranks)
     start_deepspeed()

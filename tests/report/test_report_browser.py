@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
+import browser
 import pytest
+from browser import OPTIONS
 from pages import copy_of, spoil
 
 from distill.report import write_report
 
 pytestmark = pytest.mark.slow
-PROGRAM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update"),
-    *("--allow-file-access-from-files", "--enable-logging=stderr"),  # so that the frame may look, and we hear the console
-]
+FLAGS = ["--headless", *OPTIONS, "--allow-file-access-from-files", "--enable-logging=stderr"]  # the frame looks, we hear
 FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><iframe src="file://{page}" width="{width}"></iframe>
 <script>
 addEventListener("load", () => {{
@@ -45,11 +41,10 @@ def run(finished, tmp_path_factory):
 @pytest.fixture
 def chromium(tmp_path):
     """Runs the browser on a page; returns what it printed and what its console heard."""
-    if PROGRAM is None:
-        pytest.skip("no Chromium here")
+    program = browser.chromium()
 
     def run(*arguments):
-        command = [PROGRAM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *map(str, arguments)]
+        command = [program, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
