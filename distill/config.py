@@ -277,7 +277,7 @@ class CkdConfig(KeysConfig):
     """Contrastive knowledge distillation (DistilCSE), as a weighted sum with a term that keeps the geometry."""
 
     weights: dict[Literal["ckd", "congen", "cosine", "mse"], float] = Field(  # type: ignore[assignment]
-        default={"ckd": 1.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
+        default={"ckd": 1.0, "cosine": 10.0}, description="the loss is this weighted sum; {ckd: 1} is the paper's"
     )
     projection: Literal["auto", "linear", "pca", "procrustes", "none"] = Field(
         "auto",
