@@ -149,6 +149,7 @@ def late_clock(folder: Path) -> Path | None:
 
 def test_changed_code_and_names_that_are_loopback(ask, tmp_path):
     shutil.copytree(ROOT / "distill", tmp_path / "copy/distill", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", tmp_path / "copy/configs")
     with (tmp_path / "copy/distill/sampling.py").open("a") as file:
         file.write("\nCHANGED = True\n")
     hosts = f"{tmp_path}/{{node}}.hosts"

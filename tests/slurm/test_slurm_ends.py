@@ -61,6 +61,7 @@ def test_what_is_cancelled_stays_cancelled(cluster, embedded_copy):
 def changed_code(folder: Path, more: dict[str, str]) -> dict[str, str]:
     """The environment in which `distill` is a copy of ours, with more at the end of some of its files."""
     shutil.copytree(ROOT / "distill", folder / "changed/distill", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", folder / "changed/configs")
     for name, text in more.items():
         with (folder / "changed/distill" / name).open("a") as file:
             file.write(text)
