@@ -108,6 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     from distill.evaluation import Encoded, encoder_of
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
+    tasks: Tasks | None
     if not command.rank_is_one_of_many():
         tasks = read(args)
         encoder = encoder_of(args.model, device=args.device, progress=sys.stderr.isatty(), **options)
@@ -126,10 +127,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
             progress = rank == 0 and sys.stderr.isatty()
             encoder = encoder_of(args.model, device=args.device or str(device), progress=progress, **options)
             sentences = tasks.sentences if tasks is not None else []
-            vectors = encode_over_ranks(encoder, sentences, device)
+            gathered = encode_over_ranks(encoder, sentences, device)
         torch.distributed.destroy_process_group()
-        if tasks is None:
+        if tasks is None or gathered is None:
             return None
+        vectors = gathered
     size = {"dim": encoder.dim, "params": encoder.params, "bytes_per_vector": 4 * encoder.dim}
     return size | tasks.measure(Encoded(sentences, vectors), bootstrap=args.bootstrap, seed=args.seed)
 

@@ -189,6 +189,7 @@ def run_all(
         if signals.stop.is_asked and not passed_on:
             passed_on = True
             if stops_by_file:
+                assert signals.stop.file is not None
                 signals.stop.file.touch()
             else:
                 send(processes, ASKS_TO_STOP)
