@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 COVERED = re.compile(r"covered by ([\w./-]+)(?:::(\w+))?")
 LIMIT = 3600  # seconds for a block
-OVER_OWN = "import sys; from distill.config import load_config; load_config('configs/own.yaml', over=sys.argv[1])"
+OVER_OWN = "import pathlib, sys; from distill.config import load_config; load_config('configs/own.yaml', over=pathlib.Path(sys.argv[1]))"
 SUPPLIES = """
 import itertools, pathlib, shutil
 from distill.corpus.docstrings import read_docstrings
@@ -83,7 +83,7 @@ class Clone:
 
     def run(self, block: Block) -> int:
         """The exit code of a block."""
-        if "path/to/" in block.text and not (self.folder / "path/to/text.txt").exists() and self.python.exists():
+        if "path/to/" in block.text and not (self.folder / "path/to/text.txt").exists():
             self.supply()
         if block.language == "bash":
             before = f"[ ! -f {self.state} ] || source {self.state}\nset -euo pipefail\n"
@@ -98,8 +98,9 @@ class Clone:
         return self.call(str(self.python), "-c", OVER_OWN, str(path))
 
     def supply(self) -> None:
+        """What lies in path/to. It is taken from what installation brings, which is therefore here before the first block."""
         (self.folder / "path/to").mkdir(parents=True, exist_ok=True)
-        if self.call(str(self.python), "-c", SUPPLIES):
+        if self.call("bash", "launcher/install.sh") or self.call(str(self.python), "-c", SUPPLIES):
             raise SystemExit("what a stranger must bring could not be made")
 
     def call(self, *arguments: str) -> int:
