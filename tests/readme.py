@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 COVERED = re.compile(r"covered by ([\w./-]+)(?:::(\w+))?")
 LIMIT = 3600  # seconds for a block
-OVER_OWN = "import pathlib, sys; from distill.config import load_config; load_config('configs/own.yaml', over=pathlib.Path(sys.argv[1]))"
+OVER_OWN = """
+import pathlib, sys
+from distill.config import load_config
+load_config("configs/own.yaml", over=pathlib.Path(sys.argv[1]))
+"""
 SUPPLIES = """
 import itertools, pathlib, shutil
 from distill.corpus.docstrings import read_docstrings
