@@ -336,7 +336,8 @@ class SimcseConfig(ContrastConfig):
 class HpdConfig(KeysConfig):
     """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's.
 
-    The head begins as the ridge regression of the targets on the student's vectors.
+    The head begins as the teacher's components after CKD's projection, where there was one to learn, else as the ridge
+    regression of the targets on the student's vectors.
     """
 
     weights: dict[Literal["pca", "cosine", "ckd", "congen"], float] = Field(  # type: ignore[assignment]

@@ -33,6 +33,11 @@ def every_pair(cells: Sequence[C]) -> list[C]:
     return chosen
 
 
+def launches(cells: Sequence[C], most: int = 48) -> list[Sequence[C]]:
+    """The cells in parts that one launch of ranks has time for."""
+    return [cells[start : start + most] for start in range(0, len(cells), most)]
+
+
 def write_set(folder: Path, texts: list[str], dim: int) -> Path:
     """A shard set of 100 rows a shard with random unit vectors [len(texts), dim]."""
     hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)

@@ -18,18 +18,30 @@ from distill.training.batches import MicroBatch
 from distill.training.ckd import CkdTask
 from distill.training.projection import ridge_regression, set_linear
 
+LinearMap = tuple[np.ndarray, np.ndarray]
 
-def fit_head(student: Student, sentences: list[str], targets: np.ndarray) -> None:
-    """Sets the head to the ridge regression of `targets` [n, dim] on the student's vectors, which training then refines."""
+
+def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, known: LinearMap | None = None) -> None:
+    """Sets the head near `targets` [n, dim], which training then refines.
+
+    known: (weight [dim, d_s], bias [dim]), the way from the student's vectors to the targets' directions if an earlier stage
+    has learned one, taken with the factor that brings it nearest; else the ridge regression on the student's vectors.
+    """
     head = student.head
     assert head is not None
     student.head = None
     vectors = student.encode(sentences, normalize=False).astype(np.float64)
     student.head = head
     wanted = np.arctanh(targets.clip(-0.999, 0.999)) if len(head) > 1 else targets
+    if known is None:
+        weight, bias = ridge_regression(vectors, wanted)
+    else:
+        reached = vectors @ known[0].T + known[1]
+        factor = np.vdot(reached, wanted) / np.vdot(reached, reached)
+        weight, bias = factor * known[0], factor * known[1]
     linear = head[0]
     assert isinstance(linear, nn.Linear)
-    set_linear(linear, *ridge_regression(vectors, wanted))
+    set_linear(linear, weight, bias)
 
 
 class HpdTask(CkdTask):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -31,7 +32,7 @@ from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
-from distill.training.hpd import HpdTask, fit_head
+from distill.training.hpd import HpdTask, LinearMap, fit_head
 from distill.training.instruments import Instruments
 from distill.training.loop import Trainer
 from distill.training.origin import texts
@@ -152,7 +153,8 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         student.add_head(config.hpd.dim, config.hpd.head, config.seed)
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
         sentences, vectors = fit_sample(reader, config.seed)
-        fit_head(student, sentences, vectors @ components.numpy().T)
+        known = compact_way(config, student, reader, components.double().numpy())
+        fit_head(student, sentences, vectors @ components.numpy().T, known=known)
         hpd_task = HpdTask(student, components, config.hpd, amp, seed=config.seed)
         return CkdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
     assert isinstance(train, ContrastConfig)
@@ -203,6 +205,22 @@ def teacher_space(config: RunConfig, init: str, student: Student, reader: ShardR
             " trained: begin with the student of ckd (init: ckd), or leave teacher_weight at 0"
         )
     return {}
+
+
+def compact_way(config: RunConfig, student: Student, reader: ShardReader, components: np.ndarray) -> LinearMap | None:
+    """C P, the components [dim, d] after CKD's projection of the student's vectors, or C where CKD needed none.
+
+    None if the student has no way to the teacher's space that was learned: there was no CKD, or what followed dropped it.
+    """
+    init = config.hpd.init
+    kept = {} if init == "student" else load_extra(config.run_dir / init / "student")
+    if "projection.weight" in kept:
+        weight, bias = kept["projection.weight"].double().numpy(), kept["projection.bias"].double().numpy()
+        return components @ weight, components @ bias
+    while init not in ("ckd", "student"):
+        init = getattr(config, init).init
+    as_is = init == "ckd" and build_projection(student.width, reader.dim, config.ckd) is None
+    return (components, np.zeros(len(components))) if as_is else None
 
 
 def build_dev(config: RunConfig, amp: torch.dtype | None) -> Dev | None:

@@ -59,6 +59,7 @@ TUNED: dict[str, dict[str, Any]] = {
 MORE = [  # objective, sentences, passes over them, whether by the tuned recipe
     ("three-layers", "CKD + cosine", 51_200, 1, True),
     ("three-layers", "CKD + cosine", 150_000, 1, True),
+    ("three-layers", "CKD + cosine", 128_000, 2, True),
     ("one-layer", "CKD + cosine", 51_200, 1, True),
     ("one-layer", "CKD + cosine", 150_000, 1, True),
     ("bert-tiny", "MSE", 128_000, 1, True),  # which it does not bear

@@ -91,6 +91,20 @@ def test_the_head_begins_where_it_is_better_than_chance(shards, tiny_encoder, he
     assert after < np.square(targets - targets.mean(axis=0)).mean() < before
 
 
+def test_a_known_way_is_kept_but_for_its_size(shards, tiny_encoder):
+    recipe = new_recipe(shards, tiny_encoder, {"pca": 1.0})
+    student, reader = recipe.student, ShardReader(shards)
+    texts = reader.texts(range(len(reader)))
+    weight, bias = np.random.default_rng(0).normal(size=(COMPACT, student.width)), np.ones(COMPACT)
+    targets = reader.vectors(range(len(reader))).astype(np.float64) @ recipe.task.components.numpy().T
+    fit_head(student, texts, targets, known=(weight, bias))
+    linear = student.head[0]
+    factor = linear.bias[0].item()
+    assert np.allclose(linear.weight.detach().numpy(), factor * weight, rtol=1e-5)
+    found = student.encode(texts, normalize=False)
+    assert abs(np.vdot(targets - found, found)) < 1e-4 * np.vdot(found, found)  # no other factor brings it nearer
+
+
 @pytest.mark.slow
 def test_it_may_begin_with_the_bare_encoder(embedded_copy):
     config, directory = embedded_copy

@@ -15,6 +15,7 @@ from distill.student.encoder import build_encoder
 from distill.student.student import TeacherSpace, load_extra
 from distill.teacher.precompute import run_precompute
 from distill.training.projection import build_projection, fit_projection, ridge_regression
+from distill.training.stage import build_recipe, build_student, compact_way
 
 CPU = torch.device("cpu")
 
@@ -108,3 +109,25 @@ def test_questions_of_a_trained_student_find_the_vectors_that_the_teacher_stored
         projection, vectors, *_ = fitted(config, how)  # vectors without the direction that layer norm takes away
         kept = load_extra(folder)["projection.weight"]
         assert np.allclose(vectors @ kept.numpy().T, vectors @ projection.weight.numpy().T, atol=1e-4)
+
+
+def test_a_compact_head_begins_with_the_way_that_ckd_learned(run, tiny_encoder):
+    path, config = run
+    own = ["name=way", f"shards_from={config.name}", "ckd.projection=linear", "hpd.init=ckd", "hpd.dim=8", "hpd.nested=[4]"]
+    on_ranks(1, train, path, *own, "ckd.max_steps=5", "ckd.save_every=100")
+    trained = load_config(path, [*own, "hpd.head=linear"])
+    reader = ShardReader(config.run_dir / "shards")
+    components = reader.moments.pca(8)[0]
+    student = build_recipe(trained, "hpd", trained.run_dir / "hpd", CPU, None).task.student
+    texts = reader.texts(np.arange(200))
+    found, wanted = student.encode(texts), TeacherSpace(trained.run_dir / "ckd/student").encode(texts) @ components.T
+    assert np.allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-4)
+
+    bare = load_config(path, [*own, "hpd.init=student"])
+    assert compact_way(bare, build_student(bare, "hpd"), reader, components) is None
+    layers = f"student={{init: {tiny_encoder}, layers: [0, 2]}}"
+    as_wide = load_config(path, [*own, layers, "name=wide", "ckd.projection=none", "finetune.init=ckd", "hpd.init=finetune"])
+    student = build_student(as_wide.model_copy(update={"hpd": bare.hpd}), "hpd")
+    student.save(as_wide.run_dir / "finetune/student", student.state_dict())
+    weight, bias = compact_way(as_wide, student, reader, components)
+    assert (weight == components).all() and not bias.any()
