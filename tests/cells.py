@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from ranks import on_ranks
 from shards.shard_sets import TEACHER, unit_vectors
 
 from distill.corpus import text_hash
 from distill.shards import fingerprint, finish, write_shard
 
 C = TypeVar("C")
+Trained = tuple[Sequence[float], Sequence[dict[str, np.ndarray]]]
+"""The losses of some steps, and the parameters after each."""
 
 
 def every_pair(cells: Sequence[C]) -> list[C]:
@@ -33,9 +36,27 @@ def every_pair(cells: Sequence[C]) -> list[C]:
     return chosen
 
 
-def launches(cells: Sequence[C], most: int = 48) -> list[Sequence[C]]:
-    """The cells in parts that one launch of ranks has time for."""
-    return [cells[start : start + most] for start in range(0, len(cells), most)]
+def results_of(cells: Sequence[C], world_size: int, run: Callable[..., list[Any]], *arguments: Any) -> Iterator[tuple[C, Any]]:
+    """Each cell with the result of every rank in turn: of `run(cells, *arguments)`, for as many as a launch has time for."""
+    for start in range(0, len(cells), 48):
+        some = cells[start : start + 48]
+        for results in on_ranks(world_size, run, some, *arguments):
+            yield from zip(some, results, strict=True)
+
+
+def errors_within_rounding(cell: Any, found: Trained, expected: Trained, start: dict[str, np.ndarray]) -> tuple[float, float]:
+    """The largest error of a loss, a share of it, and of a parameter, a share of its largest change since `start` so far."""
+    worst_loss = np.abs(np.array(found[0]) / expected[0] - 1).max()
+    assert worst_loss < 2e-6, (cell, found[0], expected[0])
+    worst_update = 0.0
+    for state, wanted in zip(found[1], expected[1], strict=True):
+        assert state.keys() == wanted.keys()
+        for name, values in wanted.items():
+            update = max(np.abs(values - start[name]).max(), 0.01)
+            error = np.abs(state[name] - values).max()
+            assert error <= 1e-4 * update, (cell, name, error, update)
+            worst_update = max(worst_update, error / update)
+    return worst_loss, worst_update
 
 
 def write_set(folder: Path, texts: list[str], dim: int) -> Path:

@@ -159,11 +159,7 @@ class TeacherSpace(nn.Module):
         """Raises ValueError if there is no student in `folder`."""
         super().__init__()
         self.student = Student.load(folder).eval()
-        kept = load_extra(folder)
-        weight = kept.get("projection.weight")
-        self.projection = nn.Identity() if weight is None else nn.Linear(weight.shape[1], weight.shape[0])
-        if weight is not None:
-            self.projection.load_state_dict({"weight": weight, "bias": kept["projection.bias"]})
+        self.projection = load_projection(folder) or nn.Identity()
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
@@ -176,6 +172,17 @@ def load_extra(folder: Path) -> dict[str, Tensor]:
     """What training kept beside a student: projection.weight, projection.bias, logit_scale; empty if nothing."""
     path = folder / "heads.safetensors"
     return {k: v for k, v in load_file(path).items() if not k.startswith("head.")} if path.is_file() else {}
+
+
+def load_projection(folder: Path) -> nn.Linear | None:
+    """The projection [d_s -> d_t] that CKD trained with the student in `folder`, or None if there is none beside it."""
+    kept = load_extra(folder)
+    if "projection.weight" not in kept:
+        return None
+    width, teacher_dim = reversed(kept["projection.weight"].shape)
+    projection = nn.Linear(width, teacher_dim)
+    projection.load_state_dict({"weight": kept["projection.weight"], "bias": kept["projection.bias"]})
+    return projection
 
 
 def _longest_input(encoder: PreTrainedModel) -> int:

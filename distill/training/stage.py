@@ -21,7 +21,7 @@ from distill.shards import ShardReader
 from distill.stages import Stage, plain, read_json, stage_of
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
-from distill.student.student import load_extra
+from distill.student.student import load_projection
 from distill.teacher.dev import TEACHER_DEV
 from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
@@ -194,10 +194,8 @@ def teacher_space(config: RunConfig, init: str, student: Student, reader: ShardR
     """
     if student.head is not None:
         return {"components": torch.from_numpy(reader.moments.pca(student.dim)[0]).float()}
-    kept = load_extra(config.run_dir / init / "student")
-    if "projection.weight" in kept:
-        projection = torch.nn.Linear(student.dim, reader.dim)
-        projection.load_state_dict({"weight": kept["projection.weight"], "bias": kept["projection.bias"]})
+    projection = load_projection(config.run_dir / init / "student")
+    if projection is not None:
         return {"projection": projection}
     if student.dim != reader.dim:
         raise ValueError(
@@ -208,14 +206,14 @@ def teacher_space(config: RunConfig, init: str, student: Student, reader: ShardR
 
 
 def compact_way(config: RunConfig, student: Student, reader: ShardReader, components: np.ndarray) -> LinearMap | None:
-    """C P, the components [dim, d] after CKD's projection of the student's vectors, or C where CKD needed none.
+    """(weight [dim, d_s], bias [dim]) of C P, the components [dim, d] after CKD's projection, or of C where CKD needed none.
 
     None if the student has no way to the teacher's space that was learned: there was no CKD, or what followed dropped it.
     """
     init = config.hpd.init
-    kept = {} if init == "student" else load_extra(config.run_dir / init / "student")
-    if "projection.weight" in kept:
-        weight, bias = kept["projection.weight"].double().numpy(), kept["projection.bias"].double().numpy()
+    projection = None if init == "student" else load_projection(config.run_dir / init / "student")
+    if projection is not None:
+        weight, bias = (parameter.detach().double().numpy() for parameter in (projection.weight, projection.bias))
         return components @ weight, components @ bias
     while init not in ("ckd", "student"):
         init = getattr(config, init).init
