@@ -212,6 +212,13 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="on matrices only; not on biases, norms or the temperature")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the rate rises from 0")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    merge: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of the weights that are kept, so large a share is the trained ones and the rest those that the stage began"
+        " with: an encoder that was good before forgets less (WiSE-FT, LM-Cocktail); null keeps the trained ones",
+    )
     dev_every: int = Field(100, gt=0, description="steps between dev evaluations")
     patience: int | None = Field(None, gt=0, description="stop after so many dev evaluations without a better one")
     save_every: int = Field(100, gt=0, description="steps between checkpoints")

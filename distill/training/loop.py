@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from distill.config import TrainConfig
 from distill.files import flush
+from distill.student import Student
 from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import ended_well
@@ -48,8 +49,11 @@ class Progress:
 
 
 class Trainer:
-    """One training stage. After `run`, the best student lies in `student_dir`.
+    """One training stage. After `run`, the best student lies in `student_dir`: as it was trained, or merged with its origin,
 
+        theta = theta_0 + merge (theta_best - theta_0)                  WiSE-FT (arXiv 2109.01903), LM-Cocktail (2311.13534)
+
+    theta_0: with what the stage began. Dev evaluations before the last are of the student in training, and choose the best.
     asked_to_stop: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
     """
 
@@ -81,6 +85,7 @@ class Trainer:
         self.asked_to_stop = asked_to_stop
         self.num_steps = self._num_steps()
         self.progress = Progress()
+        self._origin = whole_state(engine) if train.merge is not None else {}
         self._mend_student()
         restored = checkpoints.load(engine)
         if restored is not None:
@@ -202,6 +207,10 @@ class Trainer:
     def _log_best(self) -> None:
         """The figures of the student that was kept, by which runs compare."""
         progress = self.progress
+        if self.train.merge is not None and self.dev is not None:
+            progress.best_figures = self.dev(Student.load(self.student_dir).to(self.device))
+            progress.best_score = self._score(progress.best_figures)
+            self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_figures)
         figures = progress.best_figures | {"score": progress.best_score, "step": float(progress.best_step)}
         self.metrics.log(progress.step, {f"best/{name}": figure for name, figure in figures.items()})
         self.metrics.add(progress.step, ended_well())
@@ -233,7 +242,7 @@ class Trainer:
         progress = self.progress
         progress.evaluated = progress.step
         figures = self.dev(self.recipe.student) if self.dev else {}
-        value = score(figures, by_sts=self.name in ("finetune", "simcse")) if figures else float(progress.step)
+        value = self._score(figures) if figures else float(progress.step)
         better = from_rank_0(value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
@@ -247,13 +256,22 @@ class Trainer:
             self.metrics.log(progress.step, {"dev/score": value})
         if owed and self._has_stopped_early() and not self.metrics.has("best/score", progress.step):
             self._log_best()
+        of = f"step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
+        self._show(of, figures, "  best" if better else "")
+
+    def _score(self, figures: dict[str, float]) -> float:
+        return score(figures, by_sts=self.name in ("finetune", "simcse"))
+
+    def _show(self, of: str, figures: dict[str, float], end: str = "") -> None:
         if rank() == 0:
             shown = "".join(f"  {name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
-            of = f"{self.name}: step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
-            tqdm.write(f"{of}{shown}{'  best' if better else ''}", file=sys.stderr)
+            tqdm.write(f"{self.name}: {of}{shown}{end}", file=sys.stderr)
 
     def _keep_student(self) -> None:
         state = whole_state(self.engine)
+        if self.train.merge is not None:
+            for name, origin in self._origin.items():
+                state[name] = torch.lerp(origin.double(), state[name].double(), self.train.merge).to(origin.dtype)
         if rank() == 0:
             part = self.student_dir.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
