@@ -347,16 +347,19 @@ class HpdConfig(KeysConfig):
     regression of the targets on the student's vectors.
     """
 
-    weights: dict[Literal["pca", "cosine", "ckd", "congen"], float] = Field(  # type: ignore[assignment]
+    weights: dict[Literal["pca", "cosine", "relational", "ckd", "congen"], float] = Field(  # type: ignore[assignment]
         default={"pca": 1.0},
-        description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; ckd, congen:"
-        " as in the section ckd, against the teacher's compact vectors",
+        description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; relational:"
+        " how like a batch's sentences are to each other, at every nested size as the teacher's whole vectors have it, with"
+        " congen's temperatures; ckd, congen: as in the section ckd, against the teacher's compact vectors",
     )
     init: Literal["student", "ckd", "simcse", "finetune"] = Field(
         "finetune", description="the stage whose student is compressed; student: the encoder that the section student describes"
     )
     dim: int = Field(128, gt=0, description="dimensions of the compact vectors")
-    nested: list[int] = Field([64, 32], description="sizes below `dim` that cosine trains, and that are evaluated and exported")
+    nested: list[int] = Field(
+        [64, 32], description="sizes below `dim` that cosine and relational train, and that are evaluated and exported"
+    )
     head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
     freeze_encoder: bool = Field(False, description="train the head alone")
 

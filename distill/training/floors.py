@@ -1,6 +1,6 @@
 """The floor of a loss: the line that its curve is read against.
 
-congen           the entropy of the soft labels: no student goes below it
+congen           the entropy of the soft labels: no student goes below it; relational too
 ckd              what a student would have whose every vector is the teacher's own. No bound: a student may step away from
                  negatives that the teacher keeps near, and go below it
 cosine, mse, pca, teacher      0

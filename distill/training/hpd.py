@@ -2,9 +2,15 @@
 
 It is the CKD stage in another space: where that one projects the student's vectors to the teacher's width, this one brings the
 teacher's to the student's. So the contrastive terms, the queue (of compact vectors) and what is gathered are the same.
+
+The relational term alone holds students against each other, those of the whole global batch however it is dealt. With one
+micro-batch a rank they are gathered in forward; with several, gradients are cached as in contrast.py.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +19,12 @@ from torch import Tensor, nn
 from distill.config import HpdConfig
 from distill.objectives.ckd import cosine_losses
 from distill.objectives.hpd import hpd_losses
+from distill.objectives.relational import relational_losses
 from distill.student import Student
 from distill.training.batches import MicroBatch
-from distill.training.ckd import CkdTask
+from distill.training.ckd import CkdRecipe, CkdTask
+from distill.training.distributed import add_over_ranks, gather_dealt_rows, gather_with_gradient
+from distill.training.keys import Keys
 from distill.training.projection import ridge_regression, set_linear
 
 LinearMap = tuple[np.ndarray, np.ndarray]
@@ -44,8 +53,18 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, kno
     set_linear(linear, weight, bias)
 
 
+class Relation(NamedTuple):
+    """What the first pass leaves for a micro-batch: the relational losses of its rows and the entropies of their labels, [b];
+    and the gradient of all rows' relational losses at its vectors, [b, dim]."""
+
+    losses: Tensor
+    floors: Tensor
+    gradients: Tensor
+
+
 class HpdTask(CkdTask):
-    """L = sum_i [ w_pca mean((z_i - C t_i)^2) + w_cosine mean_k (1 - cos(z_i[:k], (C t_i)[:k])) + w_ckd CKD_i + w_congen CG_i ]
+    """L = sum_i [ w_pca mean((z_i - C t_i)^2) + w_cosine mean_k (1 - cos(z_i[:k], (C t_i)[:k])) + w_relational R_i
+                   + w_ckd CKD_i + w_congen ConGen_i ]
 
     z_i [dim]: the student with its head. C [dim, d_t]: the components of the teacher's PCA. k: dim and the nested sizes.
     """
@@ -56,6 +75,7 @@ class HpdTask(CkdTask):
         super().__init__(student, None, config, amp, seed=seed)
         self.components = components
         self.sizes = [config.dim, *config.nested]
+        self.relations: deque[Relation] = deque()
         if config.freeze_encoder:
             student.encoder.requires_grad_(False)
 
@@ -74,10 +94,57 @@ class HpdTask(CkdTask):
         if "cosine" in self.weights:
             parts = [_cosine_losses(vectors_bd[:, :size], targets_bd[:, :size]) for size in self.sizes]
             losses["cosine"] = torch.stack(parts).mean(dim=0)
+        if "relational" in self.weights:
+            losses["relational"] = self._relational_losses(vectors_bd, micro)
         return losses
+
+    def _relational_losses(self, vectors_bd: Tensor, micro: MicroBatch) -> Tensor:
+        if self.relations:
+            relation = self.relations.popleft()
+            surrogate_b = (vectors_bd * relation.gradients).sum(dim=1)  # its gradient is the cached one, its value the loss's
+            losses_b, floors_b = surrogate_b - surrogate_b.detach() + relation.losses, relation.floors
+        else:
+            dealt = micro.positions.argsort()
+            vectors_gd = gather_with_gradient(vectors_bd[dealt], self.config.global_batch)
+            teacher_gd = gather_dealt_rows(micro.teacher[dealt], self.config.global_batch)
+            losses_b, floors_b = self.relational(vectors_gd, teacher_gd, micro.positions)
+        if self.measuring:
+            self.observe({"floor/relational": floors_b})
+        return losses_b
+
+    def relational(self, vectors_gd: Tensor, teacher_gd: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        temperatures = {name: getattr(self.config, name) for name in ("student_temperature", "teacher_temperature")}
+        return relational_losses(vectors_gd, teacher_gd, rows, sizes=self.sizes, **temperatures)
 
     def _targets(self, teacher: Tensor) -> Tensor:
         return teacher.float() @ self.components.T.to(teacher.device)
+
+
+class HpdRecipe(CkdRecipe):
+    task: HpdTask
+
+    def share(self, step: int, micro: list[MicroBatch]) -> Keys | None:
+        if "relational" in self.task.weights and len(micro) > 1:
+            self.task.relations = relate(self.task, micro)
+        return super().share(step, micro)
+
+
+def relate(task: HpdTask, micro: list[MicroBatch]) -> deque[Relation]:
+    """The first pass of a step with several micro-batches; a collective, with the same calls on every rank."""
+    total = task.config.global_batch
+    dealt = torch.cat([part.positions for part in micro]).argsort()
+    with torch.no_grad():
+        own = torch.cat([task.embed(part)[: len(part.positions)] for part in micro])
+    vectors_gd = gather_dealt_rows(own[dealt], total).requires_grad_()
+    teacher_gd = gather_dealt_rows(torch.cat([part.teacher for part in micro])[dealt], total)
+    asked_gd = torch.zeros_like(vectors_gd)
+    found: list[tuple[Tensor, Tensor]] = []
+    for part in micro:
+        losses_b, floors_b = task.relational(vectors_gd, teacher_gd, part.positions)
+        asked_gd += torch.autograd.grad(losses_b.sum(), vectors_gd)[0]
+        found.append((losses_b.detach(), floors_b))
+    asked_of_all = add_over_ranks(asked_gd)
+    return deque(Relation(*of_rows, asked_of_all[part.positions]) for part, of_rows in zip(micro, found, strict=True))
 
 
 def _cosine_losses(vectors: Tensor, targets: Tensor) -> Tensor:

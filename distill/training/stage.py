@@ -32,7 +32,7 @@ from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
-from distill.training.hpd import HpdTask, LinearMap, fit_head
+from distill.training.hpd import HpdRecipe, HpdTask, LinearMap, fit_head
 from distill.training.instruments import Instruments
 from distill.training.loop import Trainer
 from distill.training.origin import texts
@@ -156,7 +156,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         known = compact_way(config, student, reader, components.double().numpy())
         fit_head(student, sentences, vectors @ components.numpy().T, known=known)
         hpd_task = HpdTask(student, components, config.hpd, amp, seed=config.seed)
-        return CkdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
+        return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
     assert isinstance(train, ContrastConfig)
     if train.dropout is None or train.dropout > 0:
         set_dropout(student.encoder, own_dropout(student) if train.dropout is None else train.dropout)

@@ -1,18 +1,19 @@
 """What small vectors keep and what they save: a teacher's float32 vectors against a student's float32, int8 and binary ones.
 
-    python tests/bench/retrieval.py --teacher MODELS/mpnet-base --student runs/mine/export/hpd --retrieval DATA/retrieval/* \
-        --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench --out retrieval.json
+    python tests/bench/retrieval.py --teacher MODELS/mpnet-base --student runs/mine/export/hpd --whole runs/mine/export/ckd \
+        --retrieval DATA/retrieval/* --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench --out retrieval.json
 
-quality   nDCG@10 on every retrieval set, the mean, its share of the teacher's, and the 95% interval of the difference of means
-          from the resamples of queries that all share; bytes a vector, and how many times fewer than the teacher's:
-          of what is searched, and with what rescoring looks up (of 4 x as many candidates as are wanted)
+quality   nDCG@10 on every retrieval set, the mean, its share of the teacher's and of that of --whole, the student before it was
+          compressed, and the 95% interval of the difference of means to the teacher's from the resamples of queries that all
+          share; bytes a vector, and how many times fewer than the teacher's: of what is searched, and with what rescoring
+          looks up (of 4 x as many candidates as are wanted)
 million   the sentences of --text, put into an exact index --copies times over: one query at a time, its ten nearest; an index's
           MB are without what rescoring looks up
 graph     the same sentences once, in an HNSW: build, one query at a time, and the share of the exact ten nearest it finds
 
 faiss on one thread throughout. Copies stand in for size, never for quality: a scan takes as long whatever the vectors hold, so
-only its speed is measured on them. Queries are those of the retrieval sets. Vectors are kept under --work block by block: a
-second run, or one after a kill, goes on from there.
+only its speed is measured on them. Queries are those of the retrieval sets. Vectors are computed in bf16 where the processor
+has it, and kept under --work block by block: a second run, or one after a kill, goes on from there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distill.evaluation import Encoded, encoder_of, read_tasks, retrieval_scores
 from distill.evaluation.bootstrap import difference
@@ -34,7 +36,8 @@ from distill.evaluation.index import Form, forms_of, measured
 from distill.evaluation.report import between, figure, table
 from distill.evaluation.retrieval import COMPARED, exact_search
 from distill.evaluation.tasks import Tasks
-from distill.files import publish
+from distill.files import publish, sha256_of
+from distill.precision import autocast_dtype
 from distill.shards import fingerprint
 
 BLOCK = 5_000
@@ -51,6 +54,8 @@ class Model:
         self.truncate_dim = truncate_dim
         self.work = work
         self.encoder: Any = None
+        weights = sorted(Path(name).rglob("*.safetensors"))  # none where it is a hub name
+        self.of = {"model": [sha256_of(path) for path in weights] or name}
 
     def __call__(self, sentences: Sequence[str]) -> np.ndarray:
         """float32 [n, d], L2-normalised."""
@@ -59,12 +64,15 @@ class Model:
         return unit(vectors[:, : self.truncate_dim]).astype(np.float32)
 
     def _block(self, sentences: Sequence[str], which: str) -> np.ndarray:
-        path = self.work / f"{fingerprint({'model': self.name, 'sentences': list(sentences)})[:24]}.npy"
+        path = self.work / f"{fingerprint(self.of | {'sentences': list(sentences)})[:24]}.npy"
         if not path.exists():
             self.encoder = self.encoder or encoder_of(self.name)
             print(f"{self.name}: encoding block {which}", flush=True)
+            dtype = autocast_dtype("auto", self.encoder.model.device)
+            with torch.autocast(self.encoder.model.device.type, dtype, enabled=dtype is not None):
+                vectors = self.encoder(sentences)
             with publish(path) as file:
-                np.lib.format.write_array(file, self.encoder(sentences), allow_pickle=False)
+                np.lib.format.write_array(file, vectors, allow_pickle=False)
         return np.load(path, allow_pickle=False)
 
 
@@ -79,6 +87,7 @@ def quality(models: dict[str, tuple[Encoded, tuple[Form, ...]]], tasks: Tasks) -
             some = next(iter(scores.values()))
             rows.append(
                 {
+                    "model": model,
                     "vectors": f"{model} {form.name}",
                     "bytes": some["bytes_per_vector"],
                     "rescore_bytes": some.get("rescore_bytes_per_vector", 0),
@@ -88,7 +97,9 @@ def quality(models: dict[str, tuple[Encoded, tuple[Form, ...]]], tasks: Tasks) -
                 }
             )
     teacher, teacher_resamples = rows[0], rows[0]["resamples"]
+    whole = next((row["mean"] for row in rows if row["model"] == "whole"), None)
     for row in rows:
+        row["share_of_whole"] = row["mean"] / whole if whole else None
         row["fewer_searched"] = teacher["bytes"] / row["bytes"]
         row["fewer_stored"] = teacher["bytes"] / (row["bytes"] + row["rescore_bytes"])
         row["share"] = row["mean"] / teacher["mean"]
@@ -143,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a sentence-transformers folder or hub name")
     parser.add_argument("--student", required=True, help="another")
+    parser.add_argument("--whole", help="the student before it was compressed")
     parser.add_argument("--truncate-dim", type=int, help="the student's first so many dimensions")
     parser.add_argument("--retrieval", nargs="+", required=True, help="folders in BEIR's layout, or hub:OWNER/NAME")
     parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
@@ -169,6 +181,9 @@ def main() -> None:
         encoded = Encoded(sentences, model(sentences))
         measuring[role] = encoded, forms
         searched[role] = encoded(asked), model(texts), forms
+    if options.whole:
+        whole = Model(options.whole, None, options.work)
+        measuring["whole"] = Encoded(tasks.sentences, whole(tasks.sentences)), TEACHER_FORMS
     rows = quality(measuring, tasks)
     million = speed(searched, options.copies)
     exact = {role: exact_search(queries, documents, NEAREST) for role, (queries, documents, _) in searched.items()}
@@ -185,6 +200,7 @@ def main() -> None:
         **by_set,
         "mean": figure("mean", form="{:.4f}"),
         "of teacher": figure("share", form="{:.1%}"),
+        "of whole": figure("share_of_whole", form="{:.1%}"),
         "difference": figure("difference", form="{:+.4f}"),
         "95%": between("interval", "{:+.4f}"),
     }

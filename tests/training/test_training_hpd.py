@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from cells import write_set
 from commands import launch
 from conftest import sentences
+from ranks import on_ranks
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from distill.config import HpdConfig, StudentConfig
@@ -19,11 +21,11 @@ from distill.stages import read_json
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.training.batches import ShardBatches
-from distill.training.ckd import CkdRecipe
-from distill.training.hpd import HpdTask, fit_head
+from distill.training.distributed import add_over_ranks, rank, world_size
+from distill.training.hpd import HpdRecipe, HpdTask, fit_head
 
 GLOBAL_BATCH, QUEUE, DIM, COMPACT = 32, 50, 24, 8
-WEIGHTS = {"pca": 2.0, "cosine": 0.7, "ckd": 0.3, "congen": 0.4}
+WEIGHTS = {"pca": 2.0, "cosine": 0.7, "relational": 0.6, "ckd": 0.3, "congen": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def shards(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("set"), sentences(300), DIM)
 
 
-def new_recipe(shards: Path, encoder_folder: Path, weights: dict[str, float], *, head: str = "linear") -> CkdRecipe:
+def new_recipe(
+    shards: Path, encoder_folder: Path, weights: dict[str, float], *, head: str = "linear", micro_batch: int = 8
+) -> HpdRecipe:
     reader = ShardReader(shards)
     encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
@@ -42,8 +46,8 @@ def new_recipe(shards: Path, encoder_folder: Path, weights: dict[str, float], *,
     )
     components = torch.from_numpy(reader.moments.pca(COMPACT)[0]).float()
     order = GlobalOrder(reader.shard_rows, global_batch=GLOBAL_BATCH, seed=0)
-    batches = ShardBatches(reader, order, student, micro_batch=8, rank=0, world_size=1)
-    return CkdRecipe(HpdTask(student, components, config, None), batches, torch.device("cpu"))
+    batches = ShardBatches(reader, order, student, micro_batch=micro_batch, rank=rank(), world_size=world_size())
+    return HpdRecipe(HpdTask(student, components, config, None), batches, torch.device("cpu"))
 
 
 def test_the_loss_is_the_sum_of_its_formulas(shards, tiny_encoder):
@@ -60,10 +64,19 @@ def test_the_loss_is_the_sum_of_its_formulas(shards, tiny_encoder):
     vectors, own = task.student(task.student.tokenize(reader.texts(rows))), targets[:GLOBAL_BATCH]
     queries, compact = normalize(vectors, dim=1), normalize(targets, dim=1)
     soft = torch.softmax(compact[:GLOBAL_BATCH] @ compact.T / 0.05, dim=1)
+    others = ~torch.eye(GLOBAL_BATCH, dtype=torch.bool)
+    whole = torch.from_numpy(reader.vectors(rows)).float()
+    like = torch.softmax((whole @ whole.T / 0.05)[others].view(GLOBAL_BATCH, -1), dim=1)
+
+    def relations(size: int) -> torch.Tensor:
+        cut = normalize(vectors[:, :size], dim=1)
+        return cross_entropy((cut @ cut.T / 0.05)[others].view(GLOBAL_BATCH, -1), like, reduction="sum")
+
     scale = task.temperature()
     terms = {
         "pca": (vectors - own).square().mean(dim=1).sum(),
         "cosine": sum((1 - cosine_similarity(vectors[:, :k], own[:, :k])).sum() for k in (8, 4, 2)) / 3,
+        "relational": sum(relations(k) for k in (8, 4, 2)) / 3,
         "ckd": cross_entropy(scale * queries @ compact.T, torch.arange(GLOBAL_BATCH), reduction="sum"),
         "congen": cross_entropy(queries @ compact.T / 0.05, soft, reduction="sum"),
     }
@@ -77,6 +90,39 @@ def test_the_papers_loss_needs_no_keys(shards, tiny_encoder):
     assert recipe.share(0, micro) is None and len(recipe.queue) == 0
     loss, _ = recipe.task(micro[0], None)
     assert loss.item() > 0
+
+
+def relational_step(shards: Path, encoder_folder: Path, micro_batch: int) -> tuple[float, np.ndarray]:
+    """The loss of a step's rows on all ranks and its gradient, as one vector."""
+    torch.manual_seed(0)
+    recipe = new_recipe(shards, encoder_folder, {"relational": 1.0}, micro_batch=micro_batch)
+    recipe.task.measuring = True
+    micro = recipe.load(1)
+    shared = recipe.share(1, micro)
+    loss = sum(recipe.task(part, shared)[0] for part in micro)
+    loss.backward()
+    trained = [parameter for parameter in recipe.student.parameters() if parameter.grad is not None]
+    gradient = add_over_ranks(torch.cat([parameter.grad.flatten() for parameter in trained]))
+    floors = recipe.task.take_observed()["floor/relational"]
+    assert len(floors) == sum(len(part.positions) for part in micro) and bool((floors > 0).all())
+    return add_over_ranks(loss.detach().double()).item(), gradient.numpy()
+
+
+@pytest.mark.parametrize("micro_batch", [32, 5])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_relations_are_of_the_whole_batch_however_it_is_dealt(shards, tiny_encoder, num_ranks, micro_batch):
+    """Against the loss of all rows at once, in one graph."""
+    recipe = new_recipe(shards, tiny_encoder, {"relational": 1.0})
+    reader, rows = ShardReader(shards), recipe.load.rows(1)
+    vectors = recipe.student(recipe.student.tokenize(reader.texts(rows)))
+    whole = torch.from_numpy(reader.vectors(rows)).float()
+    expected = recipe.task.relational(vectors, whole, torch.arange(GLOBAL_BATCH))[0].sum()
+    expected.backward()
+    gradient = torch.cat([p.grad.flatten() for p in recipe.student.parameters() if p.grad is not None]).numpy()
+    for loss, found in on_ranks(num_ranks, partial(relational_step, shards, tiny_encoder, micro_batch)):
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert found.shape == gradient.shape
+        assert np.abs(found - gradient).max() < 1e-4 * np.abs(gradient).max()
 
 
 @pytest.mark.parametrize("head", ["tanh", "linear"])

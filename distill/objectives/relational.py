@@ -1,0 +1,48 @@
+"""Relations between students: how like the sentences of a batch are to each other, as the teacher sees it.
+
+    L_i = - sum_j  softmax_j(t_i.t_j / tau_t)  log softmax_j(z_i.z_j / tau_s)        j: the batch without i
+
+z: the students' vectors, cut to one of the nested sizes and L2-normalised; the mean over sizes. t: the teacher's, at full
+width, so that a short vector learns what it should keep, not what the first components happen to hold. Other than with the
+teacher's vectors as keys (ConGen), both sides move, and the axes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+
+def relational_losses(
+    vectors: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    *,
+    sizes: Sequence[int],
+    student_temperature: float,
+    teacher_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses of the rows asked for, [B], whose gradients reach all vectors; and the entropies of their labels, [B], below
+    which no student gets.
+
+    vectors [G, d], not normalised; teacher [G, d_t], L2-normalised; rows [B] int64: which of the G.
+    """
+    own = torch.zeros(len(rows), len(vectors), dtype=torch.bool, device=vectors.device)
+    own[torch.arange(len(rows), device=rows.device), rows] = True
+    lowest = torch.finfo(vectors.dtype).min  # -inf times a label of 0 is no number
+
+    def among_others(similarities_bg: Tensor, temperature: float) -> Tensor:
+        return (similarities_bg / temperature).masked_fill(own, lowest)
+
+    teacher = teacher.to(vectors.dtype)
+    label_logits_bg = among_others(teacher[rows] @ teacher.T, teacher_temperature)
+    labels_bg = label_logits_bg.softmax(dim=1)
+    of_sizes = []
+    for size in sizes:
+        cut_gd = normalize(vectors[:, :size], dim=1)
+        logits_bg = among_others(cut_gd[rows] @ cut_gd.T, student_temperature)
+        of_sizes.append(cross_entropy(logits_bg, labels_bg, reduction="none"))
+    return torch.stack(of_sizes).mean(dim=0), cross_entropy(label_logits_bg, labels_bg, reduction="none")
