@@ -54,7 +54,8 @@ def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Mo
     yield Model("teacher", None, of, lambda: _teacher(first, device), pca=sizes)
     untrained: dict[str, str] = {}
     for config in configs:
-        start = fingerprint({"student": config.student.model_dump(mode="json"), "seed": config.seed, "teacher": of})
+        encoder = config.student.model_dump(mode="json", exclude={"freeze_embeddings"})
+        start = fingerprint({"student": encoder, "seed": config.seed, "teacher": of})
         if start not in untrained:
             name = _name_of_start(config)
             untrained[start] = f"{name}-{config.name}" if name in untrained.values() else name

@@ -39,7 +39,7 @@ def folder(tmp_path_factory, tiny_encoder):
     (folder / "configs").mkdir()
     (folder / "configs/base.yaml").write_text(BASE.format(**of))
     write(folder, "cosine", "stages: [precompute, ckd, hpd, export]")
-    write(folder, "mse", "ckd: {weights: {mse: 1.0}}")
+    write(folder, "mse", "ckd: {weights: {mse: 1.0}}", "student: {freeze_embeddings: true}")
     write(folder, "one-layer", "student: {layers: [1]}")
     return folder
 
