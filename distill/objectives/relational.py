@@ -1,4 +1,5 @@
-"""Relations between students: how like the sentences of a batch are to each other, as the teacher sees it.
+"""Relations between students: how like the sentences of a batch are to each other, as the teacher sees it. Relational
+knowledge distillation (arXiv 1904.05068), of distributions as in ConGen:
 
     L_i = - sum_j  softmax_j(t_i.t_j / tau_t)  log softmax_j(z_i.z_j / tau_s)        j: the batch without i
 

@@ -204,13 +204,15 @@ class Trainer:
                     cosines = rows[rows.isfinite()].float().cpu().numpy()
                     self.metrics.log_cosines(step, name.replace("similarity/", "cosines/"), cosines)
 
-    def _log_best(self) -> None:
-        """The figures of the student that was kept, by which runs compare."""
+    def _log_best(self, *, owed: bool = False) -> None:
+        """The figures of the student that was kept, by which runs compare. All ranks call it. owed: as in _evaluate."""
         progress = self.progress
         if self.train.merge is not None and self.dev is not None:
             progress.best_figures = self.dev(Student.load(self.student_dir).to(self.device))
             progress.best_score = self._score(progress.best_figures)
             self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_figures)
+        if owed and self.metrics.has("best/score", progress.step):
+            return
         figures = progress.best_figures | {"score": progress.best_score, "step": float(progress.best_step)}
         self.metrics.log(progress.step, {f"best/{name}": figure for name, figure in figures.items()})
         self.metrics.add(progress.step, ended_well())
@@ -254,8 +256,8 @@ class Trainer:
             line = self.dev.teacher_line if self.dev else {}
             self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | line)
             self.metrics.log(progress.step, {"dev/score": value})
-        if owed and self._has_stopped_early() and not self.metrics.has("best/score", progress.step):
-            self._log_best()
+        if owed and self._has_stopped_early():
+            self._log_best(owed=True)
         of = f"step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
         self._show(of, figures, "  best" if better else "")
 

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -19,6 +20,7 @@ from distill.teacher.precompute import run_precompute
 from distill.training.batches import prefetch
 from distill.training.dev import SMALLEST_DEV, split_held_out
 from distill.training.engine import learning_rate
+from distill.training.stopping import Stopped
 
 CPU = torch.device("cpu")
 
@@ -114,7 +116,7 @@ def embedded(tmp_path_factory, tiny_encoder):
     return config
 
 
-def train_stage(path, *overrides):
+def train_stage(path, *overrides, stop_at=None):
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -122,7 +124,10 @@ def train_stage(path, *overrides):
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    return run_stage(load_config(path, list(overrides)), "ckd", CPU)
+    try:
+        return run_stage(load_config(path, list(overrides)), "ckd", CPU, lambda step: step == stop_at)
+    except Stopped:
+        return None
 
 
 def test_a_stage_that_stopped_early_and_was_killed_before_it_said_so_ends_where_it_stopped(embedded):
@@ -137,3 +142,19 @@ def test_a_stage_that_stopped_early_and_was_killed_before_it_said_so_ends_where_
     (again,) = on_ranks(1, train_stage, embedded, *overrides)
     assert again == results
     assert read_json(run / "patient/ckd/DONE.json")["results"]["steps"] == 6
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_evaluation_that_a_stop_did_not_wait_for_may_end_the_stage_and_report_the_merged_student(embedded, num_ranks):
+    name = f"owed-{num_ranks}"
+    overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=2", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
+    run = embedded.parent / "runs"
+    (run / name).mkdir()
+    (run / name / "shards").symlink_to(run / "tiny/shards")
+    assert on_ranks(num_ranks, partial(train_stage, stop_at=6), embedded, *overrides) == [None] * num_ranks
+    found = []
+    for _ in range(2):  # the second time its figures are in the record already
+        found += on_ranks(num_ranks, train_stage, embedded, *overrides)
+        (run / name / "ckd/DONE.json").unlink()
+    assert all(results["steps"] == 6 and results["best_step"] == 2 for results in found)
+    assert {results["best_score"] for results in found} == {found[0]["best_score"]}
