@@ -17,8 +17,10 @@ from typing import Any, BinaryIO
 def publish(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not.
 
-    Whoever races for the same path writes to a file of their own; the last rename wins, and each is whole.
+    Whoever races for the same path writes to a file of their own; the last rename wins, and each is whole. Once `path` is seen
+    its folder may be given another name: what is still flushed is the folder, not its name.
     """
+    folder = os.open(path.parent, os.O_RDONLY)
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
@@ -26,12 +28,14 @@ def publish(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        os.fsync(folder)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    flush(path.parent)
+    finally:
+        os.close(folder)
 
 
 def sweep(directory: Path, *, older_than: float = 3600.0) -> None:

@@ -160,6 +160,20 @@ def test_a_file_is_complete_or_absent(tmp_path: Path) -> None:
     assert path.read_bytes() == b"slow" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_whoever_sees_a_published_file_may_rename_its_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = tmp_path / "step.part", Path.replace
+    folder.mkdir()
+
+    def replace_and_be_overtaken(part: Path, path: Path) -> None:
+        replace(part, path)
+        folder.rename(tmp_path / "step")
+
+    monkeypatch.setattr(Path, "replace", replace_and_be_overtaken)
+    with publish(folder / "rank-00001.json") as file:
+        file.write(b"written")
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["rank-00001.json"]
+
+
 def test_what_a_killed_writer_left_is_swept_up_when_it_is_old(tmp_path: Path) -> None:
     make_set(tmp_path)
     for name, age in ((".000000.tar.1-ab.part", 7200), (".000000.tar.2-cd.part", 60)):
