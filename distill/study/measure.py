@@ -66,7 +66,8 @@ class Bench:
             name = model.name if size == dim else f"{model.name}-{size}"
             yield name, same | own | {"shortened": size != dim} | self._figures(encoded.truncated(size))
         if model.pca:
-            components, _ = Moments.of(encode(self.training)).pca(max(model.pca))
+            moments = model.moments() if model.moments else Moments.of(encode(self.training))
+            components, _ = moments.pca(max(model.pca))
             projected = Encoded(self.sentences, encoded(self.sentences) @ components.T.astype(np.float32))
             by_pca = {"origin": model.name, "family": f"{model.name}, PCA", "shortened": True}
             for size in model.pca:

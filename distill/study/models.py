@@ -13,6 +13,7 @@ from distill.config import RunConfig
 from distill.evaluation.encode import Encode, encoder_of
 from distill.precision import autocast_dtype
 from distill.shards import ShardReader, fingerprint
+from distill.shards.moments import Moments
 from distill.stages import fingerprint_of, read_json, trained_stages
 from distill.teacher.encoder import Teacher
 from distill.training.stage import build_student
@@ -34,6 +35,7 @@ class Model(NamedTuple):
     of      what changes when it does
     nested  sizes below its own, by truncation
     pca     sizes below its own, by the PCA of its vectors
+    moments those that its PCA follows from, where they are known
     minutes its training took
     """
 
@@ -43,6 +45,7 @@ class Model(NamedTuple):
     load: Callable[[], Loaded]
     nested: Sequence[int] = ()
     pca: Sequence[int] = ()
+    moments: Callable[[], Moments] | None = None
     minutes: float | None = None
 
 
@@ -50,8 +53,9 @@ def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Mo
     """All models, in the table's order; those of runs that have not been exported yet are left out."""
     first = configs[0]
     sizes = sorted({size for config in configs if "hpd" in config.stages for size in _sizes(config)}, reverse=True)
-    of = fingerprint({"teacher": ShardReader(first.shards_dir, verify=False).manifest.teacher})
-    yield Model("teacher", None, of, lambda: _teacher(first, device), pca=sizes)
+    shards = ShardReader(first.shards_dir, verify=False)
+    of = fingerprint({"teacher": shards.manifest.teacher})
+    yield Model("teacher", None, of, lambda: _teacher(first, device), pca=sizes, moments=lambda: shards.moments)
     untrained: dict[str, str] = {}
     for config in configs:
         encoder = config.student.model_dump(mode="json", exclude={"freeze_embeddings"})

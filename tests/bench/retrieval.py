@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.evaluation import Encoded, encoder_of, read_tasks, retrieval_scores
+from distill.config import TeacherConfig
+from distill.evaluation import Encoded, read_tasks, retrieval_scores
 from distill.evaluation.bootstrap import difference
 from distill.evaluation.encode import unit
 from distill.evaluation.index import Form, forms_of, measured
@@ -37,8 +38,10 @@ from distill.evaluation.report import between, figure, table
 from distill.evaluation.retrieval import COMPARED, exact_search
 from distill.evaluation.tasks import Tasks
 from distill.files import publish, sha256_of
+from distill.memory import keep_freed_memory
 from distill.precision import autocast_dtype
 from distill.shards import fingerprint
+from distill.teacher.encoder import Teacher
 
 BLOCK = 5_000
 NEAREST = 10
@@ -68,12 +71,17 @@ class Model:
         if not path.exists():
             self.encoder = self.encoder or encoder_of(self.name)
             print(f"{self.name}: encoding block {which}", flush=True)
-            dtype = autocast_dtype("auto", self.encoder.model.device)
-            with torch.autocast(self.encoder.model.device.type, dtype, enabled=dtype is not None):
-                vectors = self.encoder(sentences)
+            vectors = self.encoder(sentences)
             with publish(path) as file:
                 np.lib.format.write_array(file, vectors, allow_pickle=False)
         return np.load(path, allow_pickle=False)
+
+
+def encoder_of(name: str) -> Teacher:
+    """As precompute encodes: in bf16 where there is such, in batches of like length: on a CPU, as much as its cache holds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TeacherConfig(model=name) if device.type == "cuda" else TeacherConfig(model=name, tokens_per_batch=2048)
+    return Teacher(config, device, autocast_dtype("auto", device))
 
 
 def quality(models: dict[str, tuple[Encoded, tuple[Form, ...]]], tasks: Tasks) -> list[dict[str, Any]]:
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--rescore", type=int, default=4, help="times as many candidates as are wanted")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
+    keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
     student_forms = tuple(form for form in forms_of(["exact"], SMALL, options.rescore) if form.rescored != "float32")
     graphs = tuple(form._replace(kind="hnsw") for form in student_forms)
