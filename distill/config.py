@@ -362,6 +362,13 @@ class HpdConfig(KeysConfig):
     )
     head: Literal["tanh", "linear"] = Field("tanh", description="linear + tanh is the paper's; linear has no activation")
     freeze_encoder: bool = Field(False, description="train the head alone")
+    whitening: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="relational: the teacher's directions are divided by their standard deviation to this power before one"
+        " looks how like sentences are; 0.25 is better for search, and no worse for STS",
+    )
 
     @model_validator(mode="after")
     def _nested_sizes_fit(self) -> HpdConfig:

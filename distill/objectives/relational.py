@@ -6,6 +6,9 @@ knowledge distillation (arXiv 1904.05068), of distributions as in ConGen:
 z: the students' vectors, cut to one of the nested sizes and L2-normalised; the mean over sizes. t: the teacher's, at full
 width, so that a short vector learns what it should keep, not what the first components happen to hold. Other than with the
 teacher's vectors as keys (ConGen), both sides move, and the axes with them.
+
+The teacher's likeness may be taken with its directions more alike than they are, which tells near neighbours apart by more of
+them: partial whitening (arXiv 2103.15316 whitens in full), `whitening_map`.
 """
 
 from __future__ import annotations
@@ -47,3 +50,13 @@ def relational_losses(
         logits_bg = among_others(cut_gd[rows] @ cut_gd.T, student_temperature)
         of_sizes.append(cross_entropy(logits_bg, labels_bg, reduction="none"))
     return torch.stack(of_sizes).mean(dim=0), cross_entropy(label_logits_bg, labels_bg, reduction="none")
+
+
+def whitening_map(components: Tensor, eigenvalues: Tensor, power: float) -> Tensor:
+    """M [d, d], for x -> M x: the directions of the x, each divided by its standard deviation to this power; 1 whitens.
+
+    components [d, d], eigenvalues [d]: the whole PCA of the x, largest first. Directions in which the x hardly differ, those
+    below a millionth of the largest variance, count as that: they hold rounding alone.
+    """
+    deviations = eigenvalues.clamp(min=1e-6 * float(eigenvalues[0])).sqrt()
+    return components / deviations[:, None] ** power

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from distill.config import HpdConfig
 from distill.objectives.ckd import cosine_losses
 from distill.objectives.hpd import hpd_losses
-from distill.objectives.relational import relational_losses
+from distill.objectives.relational import relational_losses, whitening_map
+from distill.shards import ShardReader
 from distill.student import Student
 from distill.training.batches import MicroBatch
 from distill.training.ckd import CkdRecipe, CkdTask
@@ -53,6 +54,14 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, kno
     set_linear(linear, weight, bias)
 
 
+def whitening_of(config: HpdConfig, reader: ShardReader) -> Tensor | None:
+    """float32 [d_t, d_t], from the moments of all teacher vectors; None where the relational term takes them as they are."""
+    if not config.whitening or not config.weights.get("relational"):
+        return None
+    components, eigenvalues = map(torch.from_numpy, reader.moments.pca(reader.dim))
+    return whitening_map(components, eigenvalues, config.whitening).float()
+
+
 class Relation(NamedTuple):
     """What the first pass leaves for a micro-batch: the relational losses of its rows and the entropies of their labels, [b];
     and the gradient of all rows' relational losses at its vectors, [b, dim]."""
@@ -67,13 +76,22 @@ class HpdTask(CkdTask):
                    + w_ckd CKD_i + w_congen ConGen_i ]
 
     z_i [dim]: the student with its head. C [dim, d_t]: the components of the teacher's PCA. k: dim and the nested sizes.
+    whitening: a map [d_t, d_t] of the teacher's vectors before R_i is taken (relational.whitening_map).
     """
 
     def __init__(
-        self, student: Student, components: Tensor, config: HpdConfig, amp: torch.dtype | None, *, seed: int = 0
+        self,
+        student: Student,
+        components: Tensor,
+        config: HpdConfig,
+        amp: torch.dtype | None,
+        *,
+        whitening: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(student, None, config, amp, seed=seed)
         self.components = components
+        self.whitening = whitening
         self.sizes = [config.dim, *config.nested]
         self.relations: deque[Relation] = deque()
         if config.freeze_encoder:
@@ -114,6 +132,8 @@ class HpdTask(CkdTask):
 
     def relational(self, vectors_gd: Tensor, teacher_gd: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         temperatures = {name: getattr(self.config, name) for name in ("student_temperature", "teacher_temperature")}
+        if self.whitening is not None:
+            teacher_gd = nn.functional.normalize(teacher_gd.float() @ self.whitening.T.to(teacher_gd.device), dim=-1)
         return relational_losses(vectors_gd, teacher_gd, rows, sizes=self.sizes, **temperatures)
 
     def _targets(self, teacher: Tensor) -> Tensor:

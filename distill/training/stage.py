@@ -32,7 +32,7 @@ from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
 from distill.training.engine import build_engine
-from distill.training.hpd import HpdRecipe, HpdTask, LinearMap, fit_head
+from distill.training.hpd import HpdRecipe, HpdTask, LinearMap, fit_head, whitening_of
 from distill.training.instruments import Instruments
 from distill.training.loop import Trainer
 from distill.training.origin import texts
@@ -155,7 +155,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         sentences, vectors = fit_sample(reader, config.seed)
         known = compact_way(config, student, reader, components.double().numpy())
         fit_head(student, sentences, vectors @ components.numpy().T, known=known)
-        hpd_task = HpdTask(student, components, config.hpd, amp, seed=config.seed)
+        hpd_task = HpdTask(student, components, config.hpd, amp, whitening=whitening_of(config.hpd, reader), seed=config.seed)
         return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
     assert isinstance(train, ContrastConfig)
     if train.dropout is None or train.dropout > 0:

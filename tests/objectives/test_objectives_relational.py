@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from distill.objectives.relational import relational_losses
+from distill.objectives.relational import relational_losses, whitening_map
 
 TEMPERATURES = {"student_temperature": 0.05, "teacher_temperature": 0.05}
 
@@ -52,3 +52,14 @@ def test_gradients_reach_both_sides():
     assert torch.autograd.gradcheck(loss, vectors)
     (gradient,) = torch.autograd.grad(loss(vectors).sum(), vectors)
     assert bool((gradient.norm(dim=1) > 0).all())
+
+
+def test_whitening_makes_directions_alike_by_degrees():
+    vectors = drawn(500, 4) * torch.tensor([5.0, 3.0, 1.0, 0.2]) @ torch.linalg.qr(drawn(4, 4, seed=1))[0] + 1
+    rising, columns = torch.linalg.eigh(torch.cov(vectors.T))
+    eigenvalues, components = rising.flip(0), columns.T.flip(0)
+    for power in (0.0, 0.25, 1.0):
+        whitened = vectors @ whitening_map(components, eigenvalues, power).T
+        torch.testing.assert_close(torch.cov(whitened.T), torch.diag(eigenvalues ** (1 - power)))
+    empty = torch.cat([eigenvalues[:3], torch.zeros(1, dtype=torch.float64)])
+    assert bool((whitening_map(components, empty, 1.0)[3].norm() <= 1001 / eigenvalues[0].sqrt()).all())

@@ -22,7 +22,7 @@ from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.training.batches import ShardBatches
 from distill.training.distributed import add_over_ranks, rank, world_size
-from distill.training.hpd import HpdRecipe, HpdTask, fit_head
+from distill.training.hpd import HpdRecipe, HpdTask, fit_head, whitening_of
 
 GLOBAL_BATCH, QUEUE, DIM, COMPACT = 32, 50, 24, 8
 WEIGHTS = {"pca": 2.0, "cosine": 0.7, "relational": 0.6, "ckd": 0.3, "congen": 0.4}
@@ -123,6 +123,23 @@ def test_relations_are_of_the_whole_batch_however_it_is_dealt(shards, tiny_encod
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert found.shape == gradient.shape
         assert np.abs(found - gradient).max() < 1e-4 * np.abs(gradient).max()
+
+
+def test_the_teacher_may_be_whitened_before_relations_are_taken_and_only_there(shards, tiny_encoder):
+    reader = ShardReader(shards)
+    teacher = reader.vectors(np.arange(GLOBAL_BATCH)).astype(np.float64)
+    stored = reader.vectors(np.arange(len(reader))).astype(np.float64)
+    eigenvalues, columns = np.linalg.eigh(np.cov(stored.T, bias=True))
+    likened = torch.from_numpy(teacher @ columns / eigenvalues**0.125).float()
+    config = HpdConfig(dim=COMPACT, nested=[4], weights={"relational": 1.0}, whitening=0.25)
+    assert whitening_of(config.model_copy(update={"whitening": 0.0}), reader) is None
+    assert whitening_of(config.model_copy(update={"weights": {"pca": 1.0}}), reader) is None
+    task = new_recipe(shards, tiny_encoder, {"relational": 1.0}).task
+    vectors, rows = torch.randn(GLOBAL_BATCH, COMPACT), torch.arange(GLOBAL_BATCH)
+    expected = task.relational(vectors, normalize(likened, dim=1), rows)
+    task.whitening = whitening_of(config, reader)
+    for found, wanted in zip(task.relational(vectors, torch.from_numpy(teacher), rows), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["tanh", "linear"])
