@@ -88,8 +88,11 @@ class Student(nn.Module):
     def forward(self, *chunks: Tokens) -> Tensor:
         """Chunks of tokens, [B_c, L_c] each and padded on the right, to [B, dim] float32 vectors of all their rows, in order.
 
-        Tokens of all chunks are looked up at once: the backward pass of a lookup writes the whole table.
+        Tokens of all chunks are looked up at once: the backward pass of a lookup writes the whole table. Chunks of vectors,
+        [B_c, d_s] each, are what a frozen encoder has made of their tokens before, and go to the head as they are.
         """
+        if "vectors" in chunks[0]:
+            return self._headed(torch.cat([chunk["vectors"] for chunk in chunks]))
         lookup = self.encoder.get_input_embeddings()
         embedded_td = lookup(torch.cat([chunk["input_ids"].flatten() for chunk in chunks]))
         parts = embedded_td.split([chunk["input_ids"].numel() for chunk in chunks])
@@ -97,7 +100,9 @@ class Student(nn.Module):
             self._pooled(part.view(*chunk["input_ids"].shape, -1), chunk["attention_mask"])
             for part, chunk in zip(parts, chunks, strict=True)
         ]
-        vectors_bd = torch.cat(vectors)
+        return self._headed(torch.cat(vectors))
+
+    def _headed(self, vectors_bd: Tensor) -> Tensor:
         return vectors_bd if self.head is None else self.head(vectors_bd)
 
     def _pooled(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:

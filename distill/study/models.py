@@ -12,6 +12,7 @@ import torch
 from distill.config import RunConfig
 from distill.evaluation.encode import Encode, encoder_of
 from distill.precision import autocast_dtype
+from distill.sessions import read_sessions
 from distill.shards import ShardReader, fingerprint
 from distill.shards.moments import Moments
 from distill.stages import fingerprint_of, read_json, trained_stages
@@ -77,7 +78,7 @@ def models_of(configs: Sequence[RunConfig], device: torch.device) -> Iterator[Mo
                 lambda folder=config.run_dir / "export" / stage: _exported(str(folder), device),  # type: ignore[misc]
                 nested=_sizes(config)[1:] if stage == "hpd" else (),
                 pca=_sizes(config) if compressed else (),
-                minutes=done["results"]["seconds"] / 60,
+                minutes=(done["results"]["seconds"] + _seconds_encoding(config.run_dir / stage)) / 60,
             )
 
 
@@ -92,6 +93,11 @@ def _name_of_start(config: RunConfig) -> str:
     layers = [student.layers] if isinstance(student.layers, int) else student.layers or []
     encoder = Path(student.init if student.init != "teacher" else str(config.teacher.model)).name
     return "-".join(["untrained", encoder, *map(str, layers)])
+
+
+def _seconds_encoding(stage: Path) -> float:
+    """Of a frozen encoder, before its head was trained."""
+    return sum(line["seconds"] for line in read_sessions(stage) if line["work"] == "encode")
 
 
 def _sizes(config: RunConfig) -> list[int]:

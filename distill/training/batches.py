@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ class Tokenizer(Protocol):
     def pad(self, token_ids: list[list[int]]) -> Tokens: ...
 
 
+class Inputs(Protocol):
+    """What a student reads of the shards' rows."""
+
+    def read(self, rows: np.ndarray) -> list[Any]:
+        """Of each row [n], something that has a length."""
+        ...
+
+    def pad(self, read: list[Any]) -> Tokens:
+        """A chunk of some of what `read` returned; of a placeholder where there is none."""
+        ...
+
+
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
 
@@ -36,7 +48,8 @@ PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row
 class MicroBatch:
     """b rows of one backward pass.
 
-    tokens: chunks of rows of like length, input_ids and attention_mask [b_c, L_c] each, b rows in all; positions [b] int64: the
+    tokens: chunks of rows of like length, input_ids and attention_mask [b_c, L_c] each, b rows in all, or the vectors that a
+    frozen encoder made of them; positions [b] int64: the
     rows' places in dealt order; teacher [b, d_t] fp16; hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
     most_rows: the b of the rank that has most, which is b or b + 1.
     """
@@ -53,15 +66,40 @@ class MicroBatch:
         return replace(self, tokens=tokens, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
+class Tokenized:
+    """Tokens, of texts that are read and tokenized as they are needed."""
+
+    def __init__(self, reader: ShardReader, tokenizer: Tokenizer) -> None:
+        self._reader = reader
+        self._tokenizer = tokenizer
+
+    def read(self, rows: np.ndarray) -> list[list[int]]:
+        return self._tokenizer.token_ids(self._reader.texts(rows))
+
+    def pad(self, read: list[list[int]]) -> Tokens:
+        return self._tokenizer.pad(read or self._tokenizer.token_ids([PLACEHOLDER]))
+
+
 class ShardBatches:
-    """The steps of a global order over a shard set, as one rank sees them."""
+    """The steps of a global order over a shard set, as one rank sees them.
+
+    encoded: what a frozen encoder has made of the sentences before (encoded.py), instead of their tokens.
+    """
 
     def __init__(
-        self, reader: ShardReader, order: GlobalOrder, tokenizer: Tokenizer, *, micro_batch: int, rank: int, world_size: int
+        self,
+        reader: ShardReader,
+        order: GlobalOrder,
+        tokenizer: Tokenizer,
+        *,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        encoded: Inputs | None = None,
     ) -> None:
         self.reader = reader
         self.order = order
-        self._tokenizer = tokenizer
+        self._inputs = encoded or Tokenized(reader, tokenizer)
         self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch)
         share = -(-order.global_batch // world_size)
         self._most_rows = [len(rows) for rows in np.array_split(np.arange(share), -(-share // micro_batch))]
@@ -82,24 +120,21 @@ class ShardBatches:
         sizes = [[len(chunk) for chunk in chunks] for chunks in parts]
         # rows are dealt by their bytes, which every rank knows; a rank then lays its own by their tokens
         own = np.concatenate([chunk for chunks in parts for chunk in chunks])
-        token_ids = self._tokenizer.token_ids(self.reader.texts(dealt[own]))
-        falling = dealt_order(np.array([len(ids) for ids in token_ids], dtype=np.int64))
+        read = self._inputs.read(dealt[own])
+        falling = dealt_order(np.array([len(row) for row in read], dtype=np.int64))
         ends = np.cumsum([sum(chunks) for chunks in sizes])
         return [
-            self._micro_batch(dealt, own[rows], [token_ids[row] for row in rows], chunks, most)
+            self._micro_batch(dealt, own[rows], [read[row] for row in rows], chunks, most)
             for rows, chunks, most in zip(np.split(falling, ends[:-1]), sizes, self._most_rows, strict=True)
         ]
 
     def _micro_batch(
-        self, dealt: np.ndarray, positions: np.ndarray, token_ids: list[list[int]], chunks: list[int], most_rows: int
+        self, dealt: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int], most_rows: int
     ) -> MicroBatch:
         rows = dealt[positions]
         starts = np.cumsum([0, *chunks]).tolist()
         return MicroBatch(
-            [
-                self._tokenizer.pad(token_ids[start:stop] or self._tokenizer.token_ids([PLACEHOLDER]))
-                for start, stop in pairwise(starts)
-            ],
+            [self._inputs.pad(read[start:stop]) for start, stop in pairwise(starts)],
             torch.from_numpy(positions),
             torch.from_numpy(self.reader.vectors(rows)),
             torch.from_numpy(self.reader.hashes(rows)),

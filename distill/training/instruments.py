@@ -43,6 +43,8 @@ class Instruments:
         self._steps += 1
         for part in micro:
             for chunk in part.tokens if len(part.positions) else []:
+                if "attention_mask" not in chunk:  # a frozen encoder's vectors
+                    continue
                 lengths = chunk["attention_mask"].sum(dim=1)
                 self._tokens += int(lengths.sum())
                 self._squares += int(lengths.square().sum())

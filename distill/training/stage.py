@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from distill.training.contrast import ContrastRecipe, ContrastTask
 from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
+from distill.training.encoded import ENCODED, Encoded, encode_all
 from distill.training.engine import build_engine
 from distill.training.hpd import HpdRecipe, HpdTask, LinearMap, fit_head, whitening_of
 from distill.training.instruments import Instruments
@@ -94,6 +96,7 @@ def run_stage(
     with session(stage.directory, "train", device):
         results = trainer.run()
     if rank() == 0:
+        shutil.rmtree(stage.directory / ENCODED, ignore_errors=True)
         student = stage.directory / "student"
         held_out = config.shards_dir / "held_out"
         if (held_out / "manifest.json").exists():
@@ -150,13 +153,17 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     if name == "hpd":
         if config.hpd.dim > min(reader.dim, len(reader) - 1):
             raise ValueError(f"hpd.dim {config.hpd.dim} is above what the teacher's {len(reader)} x {reader.dim} vectors have")
+        encoded = None
+        if config.hpd.freeze_encoder:
+            with session(directory, "encode", device):
+                encoded = encode_all(student.to(device), reader, directory / ENCODED, amp)
         student.add_head(config.hpd.dim, config.hpd.head, config.seed)
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
         sentences, vectors = fit_sample(reader, config.seed)
         known = compact_way(config, student, reader, components.double().numpy())
         fit_head(student, sentences, vectors @ components.numpy().T, known=known)
         hpd_task = HpdTask(student, components, config.hpd, amp, whitening=whitening_of(config.hpd, reader), seed=config.seed)
-        return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed), device)
+        return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed, encoded), device)
     assert isinstance(train, ContrastConfig)
     if train.dropout is None or train.dropout > 0:
         set_dropout(student.encoder, own_dropout(student) if train.dropout is None else train.dropout)
@@ -175,9 +182,12 @@ def build_student(config: RunConfig, name: str) -> Student:
     return Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
 
 
-def shard_batches(reader: ShardReader, student: Student, train: TrainConfig, seed: int) -> ShardBatches:
+def shard_batches(
+    reader: ShardReader, student: Student, train: TrainConfig, seed: int, encoded: Encoded | None = None
+) -> ShardBatches:
     order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=seed)
-    return ShardBatches(reader, order, student, micro_batch=train.micro_batch, rank=rank(), world_size=world_size())
+    part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
+    return ShardBatches(reader, order, student, **part, encoded=encoded)
 
 
 def own_dropout(student: Student) -> float:
