@@ -92,7 +92,7 @@ def test_a_step_has_the_same_rows_in_the_same_places_with_vectors_for_tokens(sha
     torch.testing.assert_close(outputs[0][1], outputs[1][1], rtol=2e-3, atol=1e-3)
 
 
-def test_a_rank_without_a_row_still_has_a_chunk(shards, tiny_encoder):
+def test_a_rank_without_a_row_still_has_a_chunk():
     encoded = Encoded([np.zeros((4, 6), dtype=np.float16)])
     assert encoded.pad([])["vectors"].shape == (1, 6)
 
@@ -113,7 +113,7 @@ def test_a_head_on_a_frozen_encoder_is_the_same_after_a_stop_and_on_two_ranks(em
             assert launch("train.py", *place).returncode == 75
             assert list((stage / ENCODED).rglob("*.npy"))
         if name == "ranks":
-            command = deepspeed(2, *place[:2], *place[2:], "engine.deepspeed=configs/deepspeed/zero3.json", port=free_port())
+            command = deepspeed(2, *place, "engine.deepspeed=configs/deepspeed/zero3.json", port=free_port())
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
         else:
             done = launch("train.py", *place)
@@ -123,7 +123,8 @@ def test_a_head_on_a_frozen_encoder_is_the_same_after_a_stop_and_on_two_ranks(em
         students.append(load_file(stage / "student/heads.safetensors"))
     began = build_student(load_config(config, list(steps)), "hpd").encoder.state_dict()
     kept = load_file(stage / "student/model.safetensors")
-    assert all(torch.equal(kept[name], tensor) for name, tensor in began.items() if name in kept) and kept
+    same = began.keys() & kept.keys()
+    assert len(same) > len(kept) / 2 and all(torch.equal(kept[name], began[name]) for name in same)
     for other in students[1:]:
         for name, tensor in students[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
