@@ -376,6 +376,12 @@ class HpdConfig(KeysConfig):
             raise ValueError(f"hpd.nested {self.nested} must lie between 0 and hpd.dim {self.dim}")
         return self
 
+    @model_validator(mode="after")
+    def _whitening_has_relations(self) -> HpdConfig:
+        if self.whitening and not self.weights.get("relational"):
+            raise ValueError("hpd.whitening changes the relational term alone, which hpd.weights does not have")
+        return self
+
 
 class EngineConfig(Section):
     """How training is spread over ranks: it changes speed and memory, and the student by no more than rounding."""

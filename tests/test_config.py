@@ -29,6 +29,7 @@ def path(tmp_path):
         (["teacher={vectors: a.npy}"], "name an encoder in student.init"),
         (["finetune.init=hpd"], "each waits for the other"),
         (["hpd.nested=[256]"], "must lie between 0 and hpd.dim 128"),
+        (["hpd.whitening=0.5"], "changes the relational term alone"),
         (["ckd.weights={ckd: 0}"], "at least one above 0"),
         (["student.layers=[1, 1]"], "distinct"),
         (["student.layers=0"], "1 or more"),

@@ -44,7 +44,8 @@ class _Enough(Exception):
 def calibrated(plan: Plan, report: Callable[[str], object], measure: Measure) -> Plan:
     """measure(config, ranks): runs `run_rank` on so many ranks of this machine; returns what each of them did.
 
-    Raises ValueError where the run has no stage that begins with the encoder itself, or its models are not on this machine.
+    Raises ValueError where the run has no stage that trains the encoder itself from its beginning, or its models are not on
+    this machine.
     """
     stage = _first(plan)
     train: TrainConfig = getattr(plan.config, stage.name)
@@ -72,9 +73,10 @@ def check_device(cluster: Cluster, here: str, num_here: int) -> None:
 
 def _first(plan: Plan) -> StagePlan:
     for stage in plan.stages:
-        if stage.name == "ckd" or getattr(plan.config, stage.name).init == "student":
+        begins_with_it = stage.name == "ckd" or getattr(plan.config, stage.name).init == "student"
+        if begins_with_it and stage.step.compute > 0:  # none, where it is frozen
             return stage
-    raise ValueError("nothing to calibrate: no stage of this config begins with the encoder of section student")
+    raise ValueError("nothing to calibrate: no stage of this config trains the encoder of section student from its beginning")
 
 
 def calibration_run(config: RunConfig, name: str, global_batch: int, plan: Plan, folder: Path) -> RunConfig:

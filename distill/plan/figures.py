@@ -49,6 +49,7 @@ def _stage_json(stage: StagePlan, cluster: Cluster) -> dict[str, Any]:
         "steps": stage.steps,
         "seconds_a_step": asdict(stage.step) | {"total": stage.step.total},
         "seconds": stage.seconds,
+        "once": {"seconds": stage.once_seconds, "bytes": stage.once_bytes},
         "dollars": stage.dollars,
         "deepspeed": stage.chosen.name,
         "variants": {

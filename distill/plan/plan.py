@@ -15,8 +15,8 @@ from distill.config import TRAINING_STAGES, FinetuneConfig, RunConfig, TrainConf
 from distill.corpus import read_rows
 from distill.plan.corpus import Corpus
 from distill.plan.encoders import Architecture, architecture_of
-from distill.plan.memory import Memory, rank_memory
-from distill.plan.shapes import Chunks, TaskShape, TeacherShape, task_shape, teacher_shape
+from distill.plan.memory import HALF, Memory, rank_memory
+from distill.plan.shapes import NOTHING, Chunks, TaskShape, TeacherShape, task_shape, teacher_shape
 from distill.plan.time import Cluster, StepTime, step_time, teacher_seconds
 from distill.plan.wire import Sent, sent_in_a_step
 from distill.sampling import deal, dealt_order
@@ -51,6 +51,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class StagePlan:
+    """once_seconds and once_bytes: of a frozen encoder's pass over the text and its vectors on disk; in `seconds` too."""
+
     name: str
     shape: TaskShape
     steps: int
@@ -59,6 +61,8 @@ class StagePlan:
     dollars: float
     chosen: Variant
     variants: list[Variant]
+    once_seconds: float = 0.0
+    once_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,14 @@ def _stage(config: RunConfig, name: str, cluster: Cluster, corpus: Corpus, model
     chosen = next(variant for variant in variants if variant.name == own.stem)
     steps = num_steps(train, _rows(train, corpus))
     evaluations = steps // train.dev_every + 1
-    seconds = steps * chosen.step.total + evaluations * _dev_seconds(config, shape, cluster, corpus)
-    return StagePlan(name, shape, steps, chosen.step, seconds, cluster.dollars(seconds), chosen, variants)
+    seconds = steps * chosen.step.total + evaluations * _encode_seconds(config.evaluate.dev_sentences, shape, cluster, corpus)
+    once_seconds = once_bytes = 0.0
+    if shape.once != NOTHING:
+        once_seconds = _encode_seconds(corpus.sentences, shape, cluster, corpus)
+        once_bytes = float(HALF * shape.encoder_width * corpus.sentences)
+    seconds += once_seconds
+    dollars = cluster.dollars(seconds)
+    return StagePlan(name, shape, steps, chosen.step, seconds, dollars, chosen, variants, once_seconds, once_bytes)
 
 
 def _variant(
@@ -218,11 +228,11 @@ def _rows(train: TrainConfig, corpus: Corpus) -> int:
     return train.limit
 
 
-def _dev_seconds(config: RunConfig, shape: TaskShape, cluster: Cluster, corpus: Corpus) -> float:
-    """Of a dev evaluation: a forward pass over its sentences."""
-    chunks = [(config.evaluate.dev_sentences, corpus.tokens)]
+def _encode_seconds(sentences: int, shape: TaskShape, cluster: Cluster, corpus: Corpus) -> float:
+    """Of a forward pass of the whole student, on all ranks."""
+    chunks = [(sentences, corpus.tokens)]
     device = cluster.device
-    return shape.flops(chunks) / cluster.ranks / (device.peak(cluster.is_bf16) * device.student)
+    return (shape.flops(chunks) + shape.once(chunks)) / cluster.ranks / (device.peak(cluster.is_bf16) * device.student)
 
 
 def _advice(plan: Plan) -> list[str]:

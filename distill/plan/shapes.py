@@ -49,6 +49,9 @@ class Growth:
         return cls(first - 8 * row, (row - square * 16**2) / 16, square)
 
 
+NOTHING = Growth(0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """is_used: it gets a gradient. group: 0 matrices, 1 vectors, 2 the temperature, as the optimizer has them."""
@@ -61,17 +64,22 @@ class Parameter:
 
 @dataclass(frozen=True)
 class TaskShape:
-    """What a stage trains. flops: of a forward pass; activations: bytes that it leaves for the backward pass; layer: of these
-    what one layer has, where they are computed again. width: of its vectors; key_width: of keys; views: sentences of a row
-    that are held against each other; encoded: those and what is replayed; layers: of the encoder; passes: forward passes that
-    a step's arithmetic is worth."""
+    """What a stage trains. flops: of a forward pass in a step; once: of that of a frozen encoder, which reads each sentence
+    before the first step, and of which nothing is in flops and activations then (a head takes next to none); activations:
+    bytes that the pass leaves for the backward pass; layer: of these what one layer has, where they are computed again. width:
+    of its vectors; encoder_width: before any head; key_width: of keys; teacher_width: of the teacher's vectors; views:
+    sentences of a row that are held against each other; encoded: those and what is replayed; layers: of the encoder that a
+    step passes; passes: forward passes that a step's arithmetic is worth."""
 
     parameters: tuple[Parameter, ...]
     flops: Growth
+    once: Growth
     activations: Growth
     layer: Growth
     width: int
+    encoder_width: int
     key_width: int
+    teacher_width: int
     views: int
     encoded: int
     layers: int
@@ -129,7 +137,8 @@ def task_shape(
             task["projection"] = nn.Linear(student.width, teacher_dim)  # trained, whatever it was in ckd
         task["temperature"] = Temperature(train.temperature)  # type: ignore[attr-defined]
         student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
-        if isinstance(train, HpdConfig) and train.freeze_encoder:
+        is_frozen = isinstance(train, HpdConfig) and train.freeze_encoder
+        if is_frozen:
             student.encoder.requires_grad_(False)
         student.encoder.set_attn_implementation("eager")  # whose operations torch counts
         flops, activations = _passes(student, is_bf16)
@@ -145,7 +154,13 @@ def task_shape(
     layer = Growth(0.0, activations.linear / layers, activations.square / layers)
     if config.engine.activation_checkpointing and worth > 1:
         activations = Growth(activations.constant, layers * architecture.hidden_size * 4.0, 0.0)
-    return TaskShape(parameters, flops, activations, layer, student.dim, key_width, views, encoded, layers, worth)
+    once = NOTHING
+    if is_frozen:
+        flops, once, activations, layer, layers = NOTHING, flops, NOTHING, NOTHING, 0
+    return TaskShape(
+        parameters, flops, once, activations, layer, student.dim, student.width, key_width, teacher_dim, views, encoded, layers,
+        worth,
+    )  # fmt: skip
 
 
 def _begins_with(config: RunConfig, name: str, width: int, teacher_dim: int) -> tuple[int | None, bool]:

@@ -60,10 +60,19 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
     train: TrainConfig = getattr(plan.config, stage.name)
     step, total = stage.step, stage.step.total
     shares = {"forward and backward": step.compute, "loss": step.loss, "optimizer": step.optimizer, "wire": step.collectives}
+    once = ""
+    if stage.once_bytes:
+        once = (
+            f"its frozen encoder reads the text once, {duration(stage.once_seconds)} of that; its vectors take"
+            f" {size(stage.once_bytes)} of disk until the stage is done\n"
+        )
     return (
         f"{stage.name}: {stage.shape.numel() / 1e6:,.1f}M parameters, {stage.shape.numel(trained=True) / 1e6:,.1f}M trained;"
         f" {stage.steps:,} steps of {train.global_batch:,}, {duration(stage.seconds)}{_cost(stage.dollars)}\n"
-        f"a step: {duration(total)} = " + ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items()) + "\n"
+        + once
+        + f"a step: {duration(total)} = "
+        + ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items())
+        + "\n"
         f"bytes of a rank at micro_batch {_rows(plan, train)}, every sentence of {plan.config.student.max_length} tokens;"
         f" > is the config's\n"
         + aligned([_HEAD, *(_variant(plan, variant, variant.name == stage.chosen.name) for variant in stage.variants)])

@@ -1,9 +1,10 @@
 """Seconds of a step and of embedding, and what they cost.
 
-forward and backward   F = 3 x forward (1 x of a frozen encoder; and 1 x more each with activation checkpointing and with
-                       cached gradients) / (peak x MFU)
+forward and backward   F = 3 x forward (and 1 x more each with activation checkpointing and with cached gradients)
+                       / (peak x MFU); nothing of a frozen encoder, which reads all sentences once before the first step
                        no chunk of a micro-batch takes less than launch x layers
 loss                   4 k b N d operations, in float32, / (float32 peak x MFU)      N = G + K keys, two products a tile
+                       relational: b G (2 d_t + 6 (d_1 + d_2 ...)), the teacher's likeness and each nested size's
 optimizer              28 bytes a trained number of this rank / the memory's bandwidth; 28 + 8 over the host's, offloaded
 collectives            the slower of a link's bytes / its rate, inside and between nodes, + latency each; nothing overlaps
 teacher                2 x multiply-adds of all tokens, padding too / (peak x MFU x devices)
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config import KeysConfig, TrainConfig
+from distill.config import HpdConfig, KeysConfig, TrainConfig
 from distill.plan.devices import Assumed, Device
 from distill.plan.memory import kinds
 from distill.plan.shapes import Chunks, Growth, TaskShape
@@ -91,7 +92,10 @@ def loss_operations(shape: TaskShape, train: TrainConfig, rows: int) -> float:
     if not isinstance(train, KeysConfig):
         return 6.0 * rows * train.global_batch * (shape.views - 1) * shape.width
     keys = train.global_batch + train.queue if train.needs_keys else 0
-    return 4.0 * kinds(train) * rows * keys * shape.key_width
+    against_keys = 4.0 * kinds(train) * rows * keys * shape.key_width
+    if not isinstance(train, HpdConfig) or not train.weights.get("relational"):
+        return against_keys
+    return against_keys + rows * train.global_batch * (2.0 * shape.teacher_width + 6.0 * (train.dim + sum(train.nested)))
 
 
 def _seconds(sent: Sent, cluster: Cluster) -> float:

@@ -56,7 +56,7 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, kno
 
 def whitening_of(config: HpdConfig, reader: ShardReader) -> Tensor | None:
     """float32 [d_t, d_t], from the moments of all teacher vectors; None where the relational term takes them as they are."""
-    if not config.whitening or not config.weights.get("relational"):
+    if not config.whitening:
         return None
     components, eigenvalues = map(torch.from_numpy, reader.moments.pca(reader.dim))
     return whitening_map(components, eigenvalues, config.whitening).float()

@@ -15,6 +15,7 @@ from ranks import free_port
 
 pytestmark = pytest.mark.slow
 SLOW = "is not back after 13 s"  # an import, where this machine is busy
+SOON = 40  # seconds; 20 are promised where nothing else runs, and without limits of its own it would wait for minutes
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_alone_all_is_well_in_one_line(config):
     started = time.monotonic()
     done = launch("doctor.py", "--config", config)
     assert done.returncode == 0 and done.stdout == "doctor: 1 node, 1 process: all is well\n", done.stdout
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < SOON
     assert not (config.parent / "runs/tiny/.doctor").exists()
 
 
@@ -82,11 +83,11 @@ def ended(config: Path, rank: int, address: str) -> tuple[subprocess.CompletedPr
 
 def test_rank_0_names_who_is_missing_and_an_address_that_is_not_its_own(config):
     done, seconds = ended(config, 0, "192.0.2.1")  # an address that nobody has
-    assert done.returncode == 1 and seconds < 20
+    assert done.returncode == 1 and seconds < SOON
     assert "rank 0 cannot serve 192.0.2.1:" in done.stdout and "rank 1: has not reported within" in done.stdout, done.stdout
 
 
 def test_a_rank_that_waits_for_rank_0_in_vain_says_so_itself(config):
     done, seconds = ended(config, 1, "127.0.0.1")
-    assert done.returncode == 1 and seconds < 20
+    assert done.returncode == 1 and seconds < SOON
     assert "nothing heard of rank 0" in done.stderr and done.stdout == "", done

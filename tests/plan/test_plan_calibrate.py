@@ -83,6 +83,15 @@ def test_only_the_device_that_is_here_is_measured_and_no_more_ranks_than_fit():
         calibrate.check_device(of["cpu"], "cpu", 2)
 
 
+def test_a_head_on_a_frozen_encoder_says_nothing_of_a_devices_rate(tiny_encoder, tmp_path):
+    frozen = ["stages=[precompute,hpd]", "hpd.init=student", "hpd.freeze_encoder=true"]
+    config, table = load_config(write_config(tmp_path, tiny_encoder), frozen), load_devices()
+    cluster = Cluster(1, 2, "cpu", table.devices["cpu"], table.assumed, is_bf16=False)
+    plan = make_plan(config, cluster, look_at_corpus(config, table.assumed, tokens=9), models_of(config))
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        calibrate.calibrated(plan, print, lambda made, ranks: [])
+
+
 def rank(config: RunConfig):
     start_deepspeed()
     return calibrate.run_rank(config, CPU)

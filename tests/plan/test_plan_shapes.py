@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_config
@@ -9,11 +10,13 @@ from encoders import FAMILIES, save_family
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import load_config
+from distill.plan.corpus import Corpus
 from distill.plan.devices import load_devices
 from distill.plan.encoders import architecture_of
 from distill.plan.memory import keys_bytes, loss_bytes
+from distill.plan.plan import make_plan, models_of
 from distill.plan.shapes import Growth, task_shape, teacher_shape
-from distill.plan.time import Cluster, loss_operations, step_time
+from distill.plan.time import Cluster, loss_operations
 from distill.plan.wire import sent_in_a_step
 from distill.student.encoder import load_encoder
 
@@ -93,12 +96,21 @@ def test_replayed_sentences_are_encoded_and_held_against_no_others(tiny_encoder,
     assert sent[0] == sent[1]
 
 
-def test_a_frozen_encoder_passes_forward_alone(tiny_encoder, tmp_path):
+def test_a_frozen_encoder_reads_the_text_once_and_its_head_alone_takes_steps(tiny_encoder, tmp_path):
     table = load_devices()
     cluster = Cluster(1, 2, "cpu", table.devices["cpu"], table.assumed, is_bf16=False)
-    seconds = []
-    for frozen in ("true", "false"):
-        overrides = (f"hpd.freeze_encoder={frozen}", "engine.activation_checkpointing=true")
-        config, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides)
-        seconds.append(step_time(shape, config.hpd, {}, cluster, [], [[(8, 16.0)]], checkpointing=True).compute)
-    assert seconds[1] == pytest.approx(4 * seconds[0])
+    frozen, plans = {}, {}
+    for is_frozen in (True, False):
+        overrides = (f"hpd.freeze_encoder={is_frozen}", "hpd.weights={relational: 1}", "hpd.global_batch=64")
+        config, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides, "hpd.epochs=3", "hpd.max_steps=null")
+        corpus = Corpus(640, 0, 50.0, np.full(100, 12), {"sentences": "given", "tokens": "given", "text": "given"})
+        frozen[is_frozen] = shape
+        hpd_only = config.model_copy(update={"stages": ["hpd"]})
+        plans[is_frozen] = make_plan(hpd_only, cluster, corpus, models_of(config)).stages[0]
+    once, always = plans[True], plans[False]
+    assert frozen[True].once == frozen[False].flops and frozen[True].activations([(8, 16.0)]) == 0
+    assert once.steps == always.steps == 30 and once.step.compute == 0 and always.step.compute > 0
+    assert once.step.loss == always.step.loss > 0
+    assert once.once_bytes == 640 * 32 * 2 and always.once_bytes == always.once_seconds == 0
+    evaluated = once.seconds - once.once_seconds - once.steps * once.step.total
+    assert evaluated > 0 and always.seconds == pytest.approx(evaluated + always.steps * always.step.total)

@@ -133,7 +133,6 @@ def test_the_teacher_may_be_whitened_before_relations_are_taken_and_only_there(s
     likened = torch.from_numpy(teacher @ columns / eigenvalues**0.125).float()
     config = HpdConfig(dim=COMPACT, nested=[4], weights={"relational": 1.0}, whitening=0.25)
     assert whitening_of(config.model_copy(update={"whitening": 0.0}), reader) is None
-    assert whitening_of(config.model_copy(update={"weights": {"pca": 1.0}}), reader) is None
     task = new_recipe(shards, tiny_encoder, {"relational": 1.0}).task
     vectors, rows = torch.randn(GLOBAL_BATCH, COMPACT), torch.arange(GLOBAL_BATCH)
     expected = task.relational(vectors, normalize(likened, dim=1), rows)
