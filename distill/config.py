@@ -379,7 +379,9 @@ class HpdConfig(KeysConfig):
     @model_validator(mode="after")
     def _whitening_has_relations(self) -> HpdConfig:
         if self.whitening and not self.weights.get("relational"):
-            raise ValueError("hpd.whitening changes the relational term alone, which hpd.weights does not have")
+            raise ValueError(
+                "hpd.whitening changes the relational term alone: add `relational` to hpd.weights, or leave it out"
+            )
         return self
 
 

@@ -76,7 +76,9 @@ def _first(plan: Plan) -> StagePlan:
         begins_with_it = stage.name == "ckd" or getattr(plan.config, stage.name).init == "student"
         if begins_with_it and stage.step.compute > 0:  # none, where it is frozen
             return stage
-    raise ValueError("nothing to calibrate: no stage of this config trains the encoder of section student from its beginning")
+    raise ValueError(
+        "nothing to calibrate: no stage trains the encoder of section student from its beginning: leave --calibrate out"
+    )
 
 
 def calibration_run(config: RunConfig, name: str, global_batch: int, plan: Plan, folder: Path) -> RunConfig:

@@ -16,7 +16,7 @@ from distill.corpus import read_rows
 from distill.plan.corpus import Corpus
 from distill.plan.encoders import Architecture, architecture_of
 from distill.plan.memory import HALF, Memory, rank_memory
-from distill.plan.shapes import NOTHING, Chunks, TaskShape, TeacherShape, task_shape, teacher_shape
+from distill.plan.shapes import Chunks, Growth, TaskShape, TeacherShape, task_shape, teacher_shape
 from distill.plan.time import Cluster, StepTime, step_time, teacher_seconds
 from distill.plan.wire import Sent, sent_in_a_step
 from distill.sampling import deal, dealt_order
@@ -61,8 +61,8 @@ class StagePlan:
     dollars: float
     chosen: Variant
     variants: list[Variant]
-    once_seconds: float = 0.0
-    once_bytes: float = 0.0
+    once_seconds: float
+    once_bytes: float
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,11 @@ def _stage(config: RunConfig, name: str, cluster: Cluster, corpus: Corpus, model
     chosen = next(variant for variant in variants if variant.name == own.stem)
     steps = num_steps(train, _rows(train, corpus))
     evaluations = steps // train.dev_every + 1
-    seconds = steps * chosen.step.total + evaluations * _encode_seconds(config.evaluate.dev_sentences, shape, cluster, corpus)
-    once_seconds = once_bytes = 0.0
-    if shape.once != NOTHING:
-        once_seconds = _encode_seconds(corpus.sentences, shape, cluster, corpus)
-        once_bytes = float(HALF * shape.encoder_width * corpus.sentences)
-    seconds += once_seconds
+    evaluated = evaluations * config.evaluate.dev_sentences
+    once_seconds = _pass_seconds(shape.once, corpus.sentences, cluster, corpus)
+    once_bytes = float(HALF * shape.once_width * corpus.sentences)
+    seconds = steps * chosen.step.total + once_seconds
+    seconds += sum(_pass_seconds(flops, evaluated, cluster, corpus) for flops in (shape.flops, shape.once))
     dollars = cluster.dollars(seconds)
     return StagePlan(name, shape, steps, chosen.step, seconds, dollars, chosen, variants, once_seconds, once_bytes)
 
@@ -228,11 +227,10 @@ def _rows(train: TrainConfig, corpus: Corpus) -> int:
     return train.limit
 
 
-def _encode_seconds(sentences: int, shape: TaskShape, cluster: Cluster, corpus: Corpus) -> float:
-    """Of a forward pass of the whole student, on all ranks."""
-    chunks = [(sentences, corpus.tokens)]
+def _pass_seconds(flops: Growth, sentences: int, cluster: Cluster, corpus: Corpus) -> float:
+    """Of a forward pass of so many sentences, on all ranks."""
     device = cluster.device
-    return (shape.flops(chunks) + shape.once(chunks)) / cluster.ranks / (device.peak(cluster.is_bf16) * device.student)
+    return flops([(sentences, corpus.tokens)]) / cluster.ranks / (device.peak(cluster.is_bf16) * device.student)
 
 
 def _advice(plan: Plan) -> list[str]:

@@ -67,9 +67,9 @@ class TaskShape:
     """What a stage trains. flops: of a forward pass in a step; once: of that of a frozen encoder, which reads each sentence
     before the first step, and of which nothing is in flops and activations then (a head takes next to none); activations:
     bytes that the pass leaves for the backward pass; layer: of these what one layer has, where they are computed again. width:
-    of its vectors; encoder_width: before any head; key_width: of keys; teacher_width: of the teacher's vectors; views:
-    sentences of a row that are held against each other; encoded: those and what is replayed; layers: of the encoder that a
-    step passes; passes: forward passes that a step's arithmetic is worth."""
+    of its vectors; once_width: of those that the frozen encoder leaves, 0 without one; key_width: of keys; teacher_width: of
+    the teacher's vectors; views: sentences of a row that are held against each other; encoded: those and what is replayed;
+    layers: of the encoder that a step passes; passes: forward passes that a step's arithmetic is worth."""
 
     parameters: tuple[Parameter, ...]
     flops: Growth
@@ -77,7 +77,7 @@ class TaskShape:
     activations: Growth
     layer: Growth
     width: int
-    encoder_width: int
+    once_width: int
     key_width: int
     teacher_width: int
     views: int
@@ -154,11 +154,11 @@ def task_shape(
     layer = Growth(0.0, activations.linear / layers, activations.square / layers)
     if config.engine.activation_checkpointing and worth > 1:
         activations = Growth(activations.constant, layers * architecture.hidden_size * 4.0, 0.0)
-    once = NOTHING
+    once, once_width = NOTHING, 0
     if is_frozen:
-        flops, once, activations, layer, layers = NOTHING, flops, NOTHING, NOTHING, 0
+        flops, once, once_width, activations, layer, layers = NOTHING, flops, student.width, NOTHING, NOTHING, 0
     return TaskShape(
-        parameters, flops, once, activations, layer, student.dim, student.width, key_width, teacher_dim, views, encoded, layers,
+        parameters, flops, once, activations, layer, student.dim, once_width, key_width, teacher_dim, views, encoded, layers,
         worth,
     )  # fmt: skip
 

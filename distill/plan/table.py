@@ -60,6 +60,7 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
     train: TrainConfig = getattr(plan.config, stage.name)
     step, total = stage.step, stage.step.total
     shares = {"forward and backward": step.compute, "loss": step.loss, "optimizer": step.optimizer, "wire": step.collectives}
+    divided = ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items())
     once = ""
     if stage.once_bytes:
         once = (
@@ -69,10 +70,7 @@ def _stage(plan: Plan, stage: StagePlan) -> str:
     return (
         f"{stage.name}: {stage.shape.numel() / 1e6:,.1f}M parameters, {stage.shape.numel(trained=True) / 1e6:,.1f}M trained;"
         f" {stage.steps:,} steps of {train.global_batch:,}, {duration(stage.seconds)}{_cost(stage.dollars)}\n"
-        + once
-        + f"a step: {duration(total)} = "
-        + ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items())
-        + "\n"
+        f"{once}a step: {duration(total)} = {divided}\n"
         f"bytes of a rank at micro_batch {_rows(plan, train)}, every sentence of {plan.config.student.max_length} tokens;"
         f" > is the config's\n"
         + aligned([_HEAD, *(_variant(plan, variant, variant.name == stage.chosen.name) for variant in stage.variants)])
