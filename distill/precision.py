@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# cuDNN's attention makes a plan for every new shape, up to a second each, and texts come in hundreds of shapes
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bfloat16 or None (float32): what `precision` means on this device. auto: bf16 where the processor has it."""

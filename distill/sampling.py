@@ -15,6 +15,7 @@ import numpy as np
 
 WINDOW_ROWS = 1 << 20
 CHUNK_ROWS = 8
+CHUNK_ROWS_ON_GPU = 512  # fewer, and starting kernels takes longer than running them
 LENGTH_RATIO = 0.9
 
 
@@ -88,7 +89,9 @@ def dealt_order(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
 
 
-def deal(lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int) -> list[list[np.ndarray]]:
+def deal(
+    lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int, chunk_rows: int = CHUNK_ROWS
+) -> list[list[np.ndarray]]:
     """One rank's share of a global batch: the positions, in dealt order, of each chunk of each micro-batch.
 
     lengths [G]: in dealt order, so never rising. Rank r takes every W-th row, so that ranks get like work; shares differ by at
@@ -101,16 +104,16 @@ def deal(lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int) -
     num_micro = -(-largest_share // micro_batch)
     dealt: list[list[np.ndarray]] = []
     for rows in np.array_split(np.arange(largest_share), num_micro):
-        cuts = _cut_by_length(lengths[rows * world_size])
+        cuts = _cut_by_length(lengths[rows * world_size], chunk_rows)
         positions = [chunk * world_size + rank for chunk in np.split(rows, cuts)]
         dealt.append([chunk[chunk < global_batch] for chunk in positions])
     return dealt
 
 
-def _cut_by_length(lengths: np.ndarray) -> list[int]:
-    """Where to cut rows of falling length: every chunk but the last a multiple of CHUNK_ROWS, none shorter than that."""
+def _cut_by_length(lengths: np.ndarray, chunk_rows: int) -> list[int]:
+    """Where to cut rows of falling length: every chunk but the last a multiple of `chunk_rows`, none shorter than that."""
     cuts, start = [], 0
-    for row in range(CHUNK_ROWS, len(lengths) - CHUNK_ROWS + 1, CHUNK_ROWS):
+    for row in range(chunk_rows, len(lengths) - chunk_rows + 1, chunk_rows):
         if lengths[row] < LENGTH_RATIO * lengths[start]:
             cuts.append(row)
             start = row

@@ -146,6 +146,8 @@ def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
         return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
     script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
     ranks = ranks_a_node(config)
+    if (config.engine.num_ranks or 0) > ranks:
+        print(f"{name}: one rank for each of the {ranks} GPUs of this node, instead of {config.engine.num_ranks}", flush=True)
     check_batch(config, name, ranks * int(os.environ["SLURM_JOB_NUM_NODES"] if arguments.srun else 1))
     if arguments.srun:
         srun, threads = job.srun_python(ranks, wait=END_OF_RANKS)

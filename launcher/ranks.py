@@ -61,11 +61,15 @@ def start_process_group(timeout: float) -> Any:
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
-    # gloo alone: the shared-memory extension would be compiled for a minute and leave its buffers in /dev/shm
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"there is no GPU for local rank {local}: this node has {gpus}; start one rank a GPU")
+        torch.cuda.set_device(local)
+    else:
+        # gloo alone: the shared-memory extension would be compiled for a minute and leave its buffers in /dev/shm
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ and os.environ["WORLD_SIZE"] != "1":
         os.environ |= job.meeting_place()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

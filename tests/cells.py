@@ -36,11 +36,13 @@ def every_pair(cells: Sequence[C]) -> list[C]:
     return chosen
 
 
-def results_of(cells: Sequence[C], world_size: int, run: Callable[..., list[Any]], *arguments: Any) -> Iterator[tuple[C, Any]]:
+def results_of(
+    cells: Sequence[C], world_size: int, run: Callable[..., list[Any]], *arguments: Any, backend: str = "gloo"
+) -> Iterator[tuple[C, Any]]:
     """Each cell with the result of every rank in turn: of `run(cells, *arguments)`, for as many as a launch has time for."""
     for start in range(0, len(cells), 48):
         some = cells[start : start + 48]
-        for results in on_ranks(world_size, run, some, *arguments):
+        for results in on_ranks(world_size, run, some, *arguments, backend=backend):
             yield from zip(some, results, strict=True)
 
 

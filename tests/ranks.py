@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks in forked processes: `on_ranks(2, function, *arguments)` -> their results."""
+"""Runs a function on several ranks, processes with gloo or with NCCL: `on_ranks(2, function, *arguments)` -> their results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _work(function: Callable[..., Any], rank: int, size: int, port: int, pipe: Connection, arguments: tuple[Any, ...]) -> None:
+def _work(
+    function: Callable[..., Any], rank: int, size: int, port: int, pipe: Connection, arguments: tuple[Any, ...], backend: str
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
         pipe.send((True, function(*arguments)))
         dist.barrier()
         dist.destroy_process_group()
@@ -39,15 +41,15 @@ def _work(function: Callable[..., Any], rank: int, size: int, port: int, pipe: C
 
 
 def start_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any
+    size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo"
 ) -> tuple[list[multiprocessing.Process], list[Connection]]:
     """Starts `function(*arguments)` on each of `size` ranks; each sends (whether it went well, its result or traceback)."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("fork" if backend == "gloo" else "spawn")  # CUDA does not outlive a fork
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(function, rank, size, port, theirs, arguments))
+        process = context.Process(target=_work, args=(function, rank, size, port, theirs, arguments, backend))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -55,9 +57,9 @@ def start_ranks(
     return processes, pipes
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """`function(*arguments)` on each of `size` ranks; results in rank order. A rank's exception is raised here."""
-    processes, pipes = start_ranks(size, function, *arguments)
+    processes, pipes = start_ranks(size, function, *arguments, backend=backend)
     results, failures = [], []
     for rank, pipe in enumerate(pipes):
         try:

@@ -19,7 +19,7 @@ from distill.plan.memory import HALF, Memory, rank_memory
 from distill.plan.shapes import Chunks, Growth, TaskShape, TeacherShape, task_shape, teacher_shape
 from distill.plan.time import Cluster, StepTime, step_time, teacher_seconds
 from distill.plan.wire import Sent, sent_in_a_step
-from distill.sampling import deal, dealt_order
+from distill.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, deal, dealt_order
 from distill.student.student import PAD_TO
 from distill.training.zero import find_deepspeed_config
 
@@ -131,13 +131,13 @@ def _teacher(
     return total, operations, seconds
 
 
-def deal_batch(corpus: Corpus, train: TrainConfig, ranks: int, micro_batch: int | None = None) -> list[list[tuple[int, float]]]:
+def deal_batch(corpus: Corpus, train: TrainConfig, ranks: int, chunk_rows: int = CHUNK_ROWS) -> list[list[tuple[int, float]]]:
     """The chunks (rows, padded tokens) of each of rank 0's micro-batches of a typical global batch."""
     count = train.global_batch
     places = (np.arange(count) + 0.5) * len(corpus.lengths) / count
     lengths = corpus.lengths[places.astype(np.int64)]
     lengths = lengths[dealt_order(lengths)]
-    parts = deal(lengths, rank=0, world_size=ranks, micro_batch=micro_batch or train.micro_batch)
+    parts = deal(lengths, rank=0, world_size=ranks, micro_batch=train.micro_batch, chunk_rows=chunk_rows)
     return [[(len(c), float(-(-lengths[c].max() // PAD_TO) * PAD_TO)) for c in chunks if len(c)] for chunks in parts]
 
 
@@ -181,7 +181,7 @@ def _variant(
     zero: dict[str, Any],
 ) -> Variant:
     ranks, checkpointing = cluster.ranks, config.engine.activation_checkpointing
-    micro = deal_batch(corpus, train, ranks)
+    micro = deal_batch(corpus, train, ranks, CHUNK_ROWS if cluster.name == "cpu" else CHUNK_ROWS_ON_GPU)
     sent = sent_in_a_step(shape, train, zero, ranks, len(micro))
     rows = sum(b for b, _ in micro[0])
     longest = [(rows * shape.encoded, float(config.student.max_length))]

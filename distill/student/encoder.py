@@ -63,7 +63,7 @@ def load_encoder(
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     cls = encoder_class(config)
     if from_scratch:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = cls.from_config(config) if cls is AutoModel else cls(config)
         absent = []

@@ -60,7 +60,7 @@ class Student(nn.Module):
 
     def add_head(self, dim: int, activation: str, seed: int) -> None:
         """A compact head, Linear(d_s -> dim) with or without Tanh."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             linear = nn.Linear(self.width, dim)
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.sampling import GlobalOrder, deal, dealt_order
+from distill.sampling import CHUNK_ROWS, GlobalOrder, deal, dealt_order
 from distill.shards import ShardReader
 from distill.student.student import Tokens
 
@@ -95,12 +95,13 @@ class ShardBatches:
         micro_batch: int,
         rank: int,
         world_size: int,
+        chunk_rows: int = CHUNK_ROWS,
         encoded: Inputs | None = None,
     ) -> None:
         self.reader = reader
         self.order = order
         self._inputs = encoded or Tokenized(reader, tokenizer)
-        self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
         share = -(-order.global_batch // world_size)
         self._most_rows = [len(rows) for rows in np.array_split(np.arange(share), -(-share // micro_batch))]
 

@@ -38,7 +38,7 @@ from distill.training.floors import contrast_floor
 from distill.training.recipe import Task
 from distill.training.rows import Rows
 
-VIEW_ROWS = 32  # of a chunk, in one forward pass: views are of like length only as far as their rows are
+VIEW_ROWS = 32  # the most of a chunk, in one forward pass: views are of like length only as far as their rows are
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,11 @@ class ContrastTask(Task):
 class ContrastRecipe:
     """Rows of a step in dealt order, longest first; rank r takes every W-th. `replay`: shards, where the teacher is heard."""
 
-    def __init__(self, task: ContrastTask, rows: Rows, replay: ShardReader | None, *, seed: int) -> None:
+    def __init__(
+        self, task: ContrastTask, rows: Rows, replay: ShardReader | None, *, seed: int, view_rows: int = VIEW_ROWS
+    ) -> None:
         self.task = task
+        self.view_rows = view_rows
         self.student = task.student
         self.rows = rows
         self.replay = replay
@@ -188,7 +191,7 @@ class ContrastRecipe:
     def _chunks(self, sentences: list[str], most: int) -> list[Tokens]:
         """Neighbours in dealt order are of like length. Every rank makes as many chunks, none of them empty."""
         sentences = sentences or [PLACEHOLDER]
-        starts = np.linspace(0, len(sentences), max(1, (most - 1) // VIEW_ROWS) + 1).astype(int)
+        starts = np.linspace(0, len(sentences), max(1, (most - 1) // self.view_rows) + 1).astype(int)
         return [self.student.tokenize(sentences[start:stop]) for start, stop in pairwise(starts)]
 
     def restore(self, step: int) -> None:

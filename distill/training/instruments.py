@@ -34,6 +34,8 @@ class Instruments:
             worth = passes(task.student.encoder)
             self._linear, self._square = (worth * count for count in forward_flops(task.student))
             self._peak = world_size() * matmul_peak(device, task.amp, seconds=0.05)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # those products are larger than many a student
         self._steps = self._tokens = self._squares = 0
         self._received: dict[str, int] = {}
         self.clock.take()

@@ -16,7 +16,7 @@ from distill.corpus import held_out_sources
 from distill.evaluation.sts import read_dev
 from distill.files import sha256_of
 from distill.precision import autocast_dtype
-from distill.sampling import GlobalOrder
+from distill.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.sessions import session
 from distill.shards import ShardReader
 from distill.stages import Stage, plain, read_json, stage_of
@@ -28,7 +28,7 @@ from distill.teacher.identity import check_teacher
 from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
 from distill.training.ckd import CkdRecipe, CkdTask
-from distill.training.contrast import ContrastRecipe, ContrastTask
+from distill.training.contrast import VIEW_ROWS, ContrastRecipe, ContrastTask
 from distill.training.dashboard import layout, settings
 from distill.training.dev import Dev, split_held_out
 from distill.training.distributed import barrier, rank, world_size
@@ -142,6 +142,7 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
     student.encoder.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     if config.engine.activation_checkpointing:
         student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    student.to(device)
     if device.type == "cpu":
         student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
     if name == "ckd":
@@ -149,28 +150,30 @@ def build_recipe(config: RunConfig, name: str, directory: Path, device: torch.de
         if projection is not None:
             fit_projection(projection, student, reader, config.ckd, config.seed)
         task = CkdTask(student, projection, config.ckd, amp, seed=config.seed)
-        return CkdRecipe(task, shard_batches(reader, student, train, config.seed), device)
+        return CkdRecipe(task, shard_batches(reader, student, train, config.seed, device), device)
     if name == "hpd":
         if config.hpd.dim > min(reader.dim, len(reader) - 1):
             raise ValueError(f"hpd.dim {config.hpd.dim} is above what the teacher's {len(reader)} x {reader.dim} vectors have")
         encoded = None
         if config.hpd.freeze_encoder:
             with session(directory, "encode", device):
-                encoded = encode_all(student.to(device), reader, directory / ENCODED, amp)
+                encoded = encode_all(student, reader, directory / ENCODED, amp)
         student.add_head(config.hpd.dim, config.hpd.head, config.seed)
         components = torch.from_numpy(reader.moments.pca(config.hpd.dim)[0]).float()
         sentences, vectors = fit_sample(reader, config.seed)
         known = compact_way(config, student, reader, components.double().numpy())
         fit_head(student, sentences, vectors @ components.numpy().T, known=known)
         hpd_task = HpdTask(student, components, config.hpd, amp, whitening=whitening_of(config.hpd, reader), seed=config.seed)
-        return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed, encoded), device)
+        return HpdRecipe(hpd_task, shard_batches(reader, student, train, config.seed, device, encoded), device)
     assert isinstance(train, ContrastConfig)
     if train.dropout is None or train.dropout > 0:
         set_dropout(student.encoder, own_dropout(student) if train.dropout is None else train.dropout)
     rows = load_triplets(config, reader, directory) if name == "finetune" else Sentences(reader)
     space = teacher_space(config, train.init, student, reader) if train.teacher_weight else {}  # type: ignore[attr-defined]
     contrast_task = ContrastTask(student, train, amp, num_views=rows.num_views, **space)
-    return ContrastRecipe(contrast_task, rows, reader if train.teacher_weight else None, seed=config.seed)
+    replay = reader if train.teacher_weight else None
+    view_rows = VIEW_ROWS if device.type == "cpu" else CHUNK_ROWS_ON_GPU
+    return ContrastRecipe(contrast_task, rows, replay, seed=config.seed, view_rows=view_rows)
 
 
 def build_student(config: RunConfig, name: str) -> Student:
@@ -183,10 +186,11 @@ def build_student(config: RunConfig, name: str) -> Student:
 
 
 def shard_batches(
-    reader: ShardReader, student: Student, train: TrainConfig, seed: int, encoded: Encoded | None = None
+    reader: ShardReader, student: Student, train: TrainConfig, seed: int, device: torch.device, encoded: Encoded | None = None
 ) -> ShardBatches:
     order = GlobalOrder(reader.shard_rows, global_batch=train.global_batch, seed=seed)
     part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
+    part["chunk_rows"] = CHUNK_ROWS if device.type == "cpu" else CHUNK_ROWS_ON_GPU
     return ShardBatches(reader, order, student, **part, encoded=encoded)
 
 

@@ -70,7 +70,9 @@ def config_of(pooling: str, options: argparse.Namespace) -> RunConfig:
 
 
 def mean_of_sets(student: Student, options: argparse.Namespace) -> float:
-    scores = sts_scores(student.eval().encode, read_sets(options.sts), bootstrap=0)["sts"]
+    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    sets = read_sets(options.sts)
+    scores = sts_scores(student.encode, {name: sets[name] for name in SETS}, bootstrap=0)["sts"]
     return sum(scores[name] for name in SETS) / len(SETS)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from functools import partial
@@ -21,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from distill.config import TeacherConfig
+from distill.precision import autocast_dtype
 from distill.teacher.encoder import Teacher, Work
 from distill.teacher.timing import matmul_peak
 
@@ -45,14 +47,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", model_max_length=512)
 
 
-def save(folder: Path, model: torch.nn.Module, modules: list[torch.nn.Module]) -> None:
-    """A sentence-transformers folder of a transformer with random weights."""
-    inner = folder / "inner"
-    model.save_pretrained(inner)  # type: ignore[operator]
-    tokenizer().save_pretrained(inner)
-    SentenceTransformer(modules=[Transformer(str(inner), model_kwargs={"dtype": torch.bfloat16}), *modules], device="cpu").save(
-        str(folder / "model")
-    )
+def save_encoder(folder: Path, encoder: PreTrainedModel) -> Path:
+    """A transformers folder; at 10 GB of weights, one copy is enough."""
+    encoder.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_model(folder: Path, encoder: PreTrainedModel) -> Path:
+    """A sentence-transformers folder."""
+    inner = Transformer(str(save_encoder(folder / "inner", encoder)), model_kwargs={"dtype": torch.bfloat16})
+    pooling = Pooling(encoder.config.hidden_size, "mean")
+    SentenceTransformer(modules=[inner, pooling, Normalize()], device="cpu").save(str(folder / "model"))
+    return folder / "model"
 
 
 def sentences(count: int, tokens: int, spread: bool) -> list[str]:
@@ -78,8 +85,9 @@ def timed(encode: Any, texts: list[str], device: torch.device) -> float:
 def measure(
     model: Path, texts: list[str], max_length: int, tokens_per_batch: int, device: torch.device, peak: float
 ) -> dict[str, Any]:
-    config = TeacherConfig(model=str(model), max_length=max_length, tokens_per_batch=tokens_per_batch)
-    teacher = Teacher(config, device, torch.bfloat16)
+    pooling = None if (model / "modules.json").exists() else "mean"
+    config = TeacherConfig(model=str(model), pooling=pooling, max_length=max_length, tokens_per_batch=tokens_per_batch)
+    teacher = Teacher(config, device, autocast_dtype("bf16", device))
     read = teacher.read(texts)
     teacher.encode(read)
     teacher.work = Work()
@@ -108,10 +116,16 @@ def best_of_sentence_transformers(model: Path, texts: list[str], device: torch.d
     return {"best": name, "sentences_per_second": rates[name], "all": rates}
 
 
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tokens-per-batch", type=int, nargs="+", default=[16384, 65536, 131072])
+    parser.add_argument("--sentences", type=int, default=60_000, help="of MiniLM and BERT-base")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,34 +146,30 @@ def main() -> None:
                 T5Config(vocab_size=vocabulary, feed_forward_proj="relu", **(TINY_T5 if options.tiny else T5_XXL))
             )
         torch.set_default_dtype(torch.float32)
-        width = t5.config.d_model
-        save(
-            folder / "t5",
-            t5,
-            [Pooling(width, "mean"), Dense(width, 768, bias=False, activation_function=torch.nn.Identity()), Normalize()],
-        )
+        model = save_encoder(folder / "t5", t5)
         del t5
         for length in (64, 256):
             count = 64 if options.tiny else 2**19 // length
             for budget in options.tokens_per_batch:
-                figures = measure(folder / "t5/model", sentences(count, length, False), length, budget, device, peak)
+                figures = measure(model, sentences(count, length, False), length, budget, device, peak)
                 result[f"sentence-t5-xxl, length {length}, {budget} tokens a batch"] = figures
                 print(length, budget, figures, flush=True)
+                keep(result, options.out)
+        shutil.rmtree(model)
         for label, shape in (("all-MiniLM", MINILM), ("BERT-base", BERT_BASE)):
             bert = BertModel(BertConfig(vocab_size=vocabulary, pad_token_id=0, **(TINY_BERT if options.tiny else shape)))
-            save(folder / label, bert, [Pooling(bert.config.hidden_size, "mean"), Normalize()])
-            texts = sentences(200 if options.tiny else 60_000, 64, True)
+            model = save_model(folder / label, bert)
+            texts = sentences(200 if options.tiny else options.sentences, 64, True)
             ours = max(
-                (measure(folder / label / "model", texts, 64, budget, device, peak) for budget in options.tokens_per_batch),
+                (measure(model, texts, 64, budget, device, peak) for budget in options.tokens_per_batch),
                 key=lambda figures: figures["sentences_per_second"],
             )
-            peer = best_of_sentence_transformers(folder / label / "model", texts, device)
+            peer = best_of_sentence_transformers(model, texts, device)
             ratio = round(ours["sentences_per_second"] / peer["sentences_per_second"], 2)
             result[label] = {"ours": ours, "sentence-transformers": peer, "ratio": ratio}
             print(label, result[label], flush=True)
+            keep(result, options.out)
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

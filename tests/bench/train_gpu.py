@@ -11,7 +11,9 @@ nothing of the loss, against a large bf16 matrix product measured on the same de
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
+import itertools
 import json
 import os
 import time
@@ -27,6 +29,7 @@ from transformers import BertConfig, BertModel
 
 from distill.config import CkdConfig, EngineConfig
 from distill.objectives.queue import KeyQueue
+from distill.precision import autocast_dtype
 from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.teacher.encoder import PACKED_FLOPS
@@ -41,13 +44,13 @@ VOCABULARY = 30_522  # of BERT; the tokenizer is never asked
 LR = 1e-4
 
 
-def build_task(shape: dict[str, int], queue: int, device: torch.device) -> CkdTask:
+def build_task(shape: dict[str, int], queue: int, tile: int, device: torch.device) -> CkdTask:
     torch.manual_seed(0)
     encoder = BertModel(BertConfig(vocab_size=VOCABULARY, **shape), add_pooling_layer=False)
     set_dropout(encoder, 0.0)
     student = Student(encoder, tokenizer(), pooling="mean", max_length=LENGTH)
-    config = CkdConfig(global_batch=2, queue=queue, lr=LR)
-    return CkdTask(student, None, config, torch.bfloat16).to(device).train()
+    config = CkdConfig(global_batch=2, queue=queue, tile=tile, lr=LR)
+    return CkdTask(student, None, config, autocast_dtype("bf16", device)).to(device).train()
 
 
 def make_batch(rows: int, width: int, queue: int, device: torch.device) -> tuple[MicroBatch, Keys]:
@@ -84,7 +87,8 @@ def engine_step(task: CkdTask, rows: int, device: torch.device) -> Step:
 
     from distill.training.engine import build_engine
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     train = CkdConfig(global_batch=rows, micro_batch=rows, queue=0, lr=LR)
@@ -121,12 +125,20 @@ def forward_flops(task: CkdTask, micro: MicroBatch) -> int:
     return counter.get_total_flops()
 
 
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--queue", type=int, default=65_536)
     parser.add_argument("--keys", type=int, nargs="+", default=[1 << 20, 1 << 23], help="of the loss alone")
+    parser.add_argument(
+        "--tiles", type=int, nargs="+", default=[4096, 65_536], help="keys held at a time; steps take the largest"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3, help="of the loss alone")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
@@ -149,7 +161,7 @@ def main() -> None:
     for rows in options.micro_batches:
         batch = make_batch(rows, width, options.queue, device)
         for name in ("plain", "engine") if has_deepspeed else ("plain",):
-            task = build_task(TINY_BERT if options.tiny else BERT_BASE, options.queue, device)
+            task = build_task(TINY_BERT if options.tiny else BERT_BASE, options.queue, max(options.tiles), device)
             flops = forward_flops(task, batch[0])
             step = plain_step(task) if name == "plain" else engine_step(task, rows, device)
             if device.type == "cuda":
@@ -166,17 +178,19 @@ def main() -> None:
                 figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
             result["steps"][f"{name}, {rows} sentences"] = figures
             print(name, rows, figures, flush=True)
+            keep(result, options.out)
             del task, step
-    loss_options = argparse.Namespace(
-        device=device.type, dtype="stored", tile=None, threads=os.cpu_count(), rounds=options.rounds
-    )
-    for num_keys in options.keys:
-        figures = measure(["ours"], (1024, width, num_keys), loss_options)["ours"]
-        result["loss"][f"1024 queries, {num_keys} keys of {width}"] = figures
-        print(num_keys, figures, flush=True)
+            gc.collect()  # an engine is a ring of references
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        del batch
+    shared = {"device": device.type, "dtype": "stored", "threads": os.cpu_count(), "rounds": options.rounds}
+    for num_keys, tile in itertools.product(options.keys, options.tiles):
+        figures = measure(["ours"], (1024, width, num_keys), argparse.Namespace(**shared, tile=tile))["ours"]
+        result["loss"][f"1024 queries, {num_keys} keys of {width}, tiles of {tile}"] = figures
+        print(num_keys, tile, figures, flush=True)
+        keep(result, options.out)
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
