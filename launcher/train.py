@@ -77,6 +77,7 @@ def main() -> int:
                     stop.obeyed()
                     if rank == 0:
                         print(f"{stopped}; {command.GOES_ON}", file=sys.stderr, flush=True)
+                    torch.distributed.destroy_process_group()
                     return command.INTERRUPTED if signals.interrupted else command.STOPPED
 
     torch.distributed.destroy_process_group()

@@ -17,7 +17,8 @@ LAUNCHER = ROOT / "launcher"
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    set_by_tests = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
+    kept = {name: value for name, value in os.environ.items() if name not in set_by_tests}
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port())}
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from distill.models import resolve_model
 
 logging.disable_progress_bar()
+os.environ["DS_ACCELERATOR"] = "cpu"  # of ranks in forked processes, also where there is a GPU
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 WORDS = (  # noqa: SIM905
     "the a of and to in is that for on with as by from at this are be it an was has model teacher student vector sentence "

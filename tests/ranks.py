@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,8 @@ def start_ranks(
     for rank in range(size):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(function, rank, size, port, theirs, arguments, backend))
-        process.start()
+        with patch.dict(os.environ, DS_ACCELERATOR="cpu" if backend == "gloo" else "cuda"):
+            process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)

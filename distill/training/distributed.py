@@ -45,7 +45,8 @@ def _count(tensor: Tensor, times: int = 1) -> None:
 
 def barrier() -> None:
     if is_distributed():
-        dist.barrier()
+        on_gpu = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
 def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -1,14 +1,13 @@
 """Law 2 through DeepSpeed: losses and three SGD steps against one rank in float64 that holds every pair of a row and a key.
 
 SGD and not Adam, which turns a gradient that is zero in theory into noise of the size of the learning rate. CI runs every pair
-of settings, --full the whole product; a GPU, where there is one, the same with its kernels and NCCL. Offload to NVMe is refused.
+of settings, --full the whole product; on a GPU, where there is one, with its kernels and NCCL. Offload to NVMe is refused.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,6 @@ def run_cells(
     cells: list[Cell], sets: dict[bool, Path], encoder_folder: Path, device: str = "cpu", amp: torch.dtype | None = None
 ) -> list[Any]:
     """For each cell its losses and, on rank 0, its parameters after each step."""
-    os.environ["DS_ACCELERATOR"] = device
     import deepspeed
 
     if device == "cpu":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from functools import partial
@@ -117,7 +116,6 @@ def embedded(tmp_path_factory, tiny_encoder):
 
 
 def train_stage(path, *overrides, stop_at=None):
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     from distill.training.stage import run_stage
