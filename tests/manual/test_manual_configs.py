@@ -6,6 +6,7 @@ import pytest
 from commands import ROOT
 
 from distill.config import load_config
+from distill.study.configs import configs_of
 
 CKD = {"weights": {"ckd": 1.0}, "projection": "linear", "global_batch": 4096, "micro_batch": 512, "queue": 65_536, "epochs": 20,
        "lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-8, "clip": 1.0, "warmup": 0.1 / 20, "dev_every": 125}  # fmt: skip
@@ -49,3 +50,16 @@ def test_every_config_is_in_the_table():
     table = (ROOT / "configs/README.md").read_text()
     for path in sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs/deepspeed").glob("*.json")):
         assert path.name in table, path
+
+
+STUDIES = [("study", None), ("study", "files"), ("study/large", None), ("study/large", "files-large")]
+
+
+@pytest.mark.parametrize("folder, over", STUDIES)
+def test_a_study_is_whole_from_the_hub_and_from_files(folder, over):
+    path = ROOT / f"configs/study/over/{over}.yaml" if over else None
+    students = configs_of(ROOT / "configs" / folder, path)
+    assert {"minilm", "mpnet-3-layers", "mpnet-6-layers"} <= {student.name for student in students}
+    kinds = {str(source.type) for student in students for source in student.text.sources}
+    assert kinds == ({"file"} if over else {"huggingface"})
+    assert all("hpd" in student.stages for student in students if student.name in ("minilm", "mpnet-6-layers"))
