@@ -58,14 +58,22 @@ def note(line: str) -> None:
 
 
 class _Stream(io.TextIOBase):
-    """A standard stream: to the terminal as it comes, to the log by whole lines. A progress bar's line is its last state."""
+    """A standard stream: to the terminal as it comes, to the log by whole lines. A progress bar's line is its last state.
+
+    No thread goes on with a line that another has begun: an error stays a line of its own while a library's thread prints.
+    """
 
     def __init__(self, log: RankLog, terminal: TextIO) -> None:
         self.log = log
         self._terminal = terminal
         self._begun = ""
+        self._writer = threading.get_ident()
 
     def write(self, text: str) -> int:
+        writer = threading.get_ident()
+        if self._begun and writer != self._writer and not text.startswith(("\r", "\n")):
+            text = "\n" + text
+        self._writer = writer
         if self.log.aloud:
             self._terminal.write(text)
         *lines, self._begun = (self._begun + text).split("\n")

@@ -26,6 +26,16 @@ print("error: no", file=sys.stderr, flush=True)
 os.abort() if len(sys.argv) > 3 else None
 """
 
+INTERRUPTED = """
+import sys, threading
+from pathlib import Path
+from log import RankLog
+log = RankLog(Path(sys.argv[1]), "ckd", 0)
+half = threading.Thread(target=lambda: sys.stderr.write("Exception in thread "))
+half.start(), half.join()
+print("error: no", file=sys.stderr)
+"""
+
 
 def printed_by(rank: int, folder, *more: str) -> tuple[str, list[str]]:
     """What the terminal shows, and the lines of the rank's file."""
@@ -55,6 +65,13 @@ def test_a_rank_that_crashes_leaves_where_it_was_and_a_second_start_is_added(tmp
     assert sum("beginning" in line for line in lines) == 2
     assert any(line.startswith("Fatal Python error: Aborted") for line in lines)
     assert any(re.search(r'File "<string>", line \d+', line) for line in lines)
+
+
+def test_an_error_is_a_line_of_its_own_while_another_thread_prints(tmp_path):
+    arguments = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(LAUNCHER)})
+    assert done.stderr == "Exception in thread \nerror: no\n"
+    assert (tmp_path / "ckd-rank-00000.log").read_text().splitlines()[-1].endswith("step 0: error: no")
 
 
 @pytest.mark.slow

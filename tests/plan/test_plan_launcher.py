@@ -17,7 +17,7 @@ from distill.plan.time import Cluster
 CLUSTER = ["--nodes", 2, "--gpus-per-node", 8, "--gpu", "H100"]
 
 
-OF_THE_USERS_TEXT = ("own", "compress")
+OF_THE_USERS_TEXT = ("own", "compress", "simcse")
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in OF_THE_USERS_TEXT]
 
 
