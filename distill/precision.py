@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# cuDNN's attention makes a plan for every new shape, up to a second each, and texts come in hundreds of shapes
+# cuDNN's attention makes a plan for every new shape, and texts come in hundreds of shapes
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
