@@ -72,8 +72,12 @@ class _Stream(io.TextIOBase):
     def write(self, text: str) -> int:
         writer = threading.get_ident()
         if self._begun and writer != self._writer and not text.startswith(("\r", "\n")):
-            text = "\n" + text
+            self._write("\n")
         self._writer = writer
+        self._write(text)
+        return len(text)
+
+    def _write(self, text: str) -> None:
         if self.log.aloud:
             self._terminal.write(text)
         *lines, self._begun = (self._begun + text).split("\n")
@@ -81,7 +85,6 @@ class _Stream(io.TextIOBase):
         for line in lines:
             if shown := line.rpartition("\r")[2].rstrip():
                 self.log.add(shown)
-        return len(text)
 
     def flush(self) -> None:
         self._terminal.flush()

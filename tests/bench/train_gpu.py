@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from loss import measure
-from teacher_gpu import BERT_BASE, TINY_BERT, tokenizer
+from teacher_gpu import BERT_BASE, TINY_BERT, keep, tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
@@ -123,11 +123,6 @@ def forward_flops(task: CkdTask, micro: MicroBatch) -> int:
     with torch.no_grad(), counter:
         task.embed(micro)
     return counter.get_total_flops()
-
-
-def keep(result: dict[str, Any], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(result, indent=1))
 
 
 def main() -> None:

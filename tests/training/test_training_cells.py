@@ -216,9 +216,9 @@ def test_every_pair_on_a_gpu_in_float32(sets, references, tiny_encoder):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_every_pair_in_bfloat16(device, sets, references, tiny_encoder):
-    """Against float64: the loss to 1% of itself, and all updates together to 10% of their length: bf16 has 8 bits."""
+    """Against float64: the loss to 1% of itself, and all updates together to 3% of their length: bf16 has 8 bits."""
     worst_loss, worst_update = np.max(errors_in((device, torch.bfloat16), sets, references, tiny_encoder), axis=0)
-    assert worst_loss < 1e-2 and worst_update < 0.1
+    assert worst_loss < 1e-2 and worst_update < 0.03
 
 
 def errors_in(place: tuple[str, torch.dtype | None], sets, references, tiny_encoder) -> list[tuple[float, float]]:
