@@ -1,0 +1,1 @@
+"""What every stage stands on; nothing here knows a particular stage."""
