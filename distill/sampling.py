@@ -28,12 +28,22 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def permutation(size: int, *keys: int) -> np.ndarray:
-    """A permutation of range(size), int64, that depends on the integers `keys` alone."""
+def mix(*keys: int) -> np.uint64:
+    """One number from several integers, any of which changes it."""
     state = np.uint64(0)
     for key in keys:
         state = splitmix64(np.array([key % 2**64], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
-    ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ state)
+    return state
+
+
+def seed_of(*keys: int) -> int:
+    """A seed for a random generator, 0 <= seed < 2^63, that depends on the integers `keys` alone, on any version of Python."""
+    return int(mix(*keys)) >> 1
+
+
+def permutation(size: int, *keys: int) -> np.ndarray:
+    """A permutation of range(size), int64, that depends on the integers `keys` alone."""
+    ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ mix(*keys))
     return np.argsort(ranks, kind="stable")
 
 

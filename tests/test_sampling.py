@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from distill.sampling import GlobalOrder, deal, dealt_order, permutation
+from distill.sampling import GlobalOrder, deal, dealt_order, permutation, seed_of
 
 
 def epoch_rows(order: GlobalOrder, epoch: int) -> np.ndarray:
@@ -43,6 +43,12 @@ def test_epochs_and_seeds_differ():
 def test_the_order_is_what_it_was_when_it_was_written():
     """A change of this list changes every run's batches and breaks resuming: do not."""
     assert permutation(10, 1, 2).tolist() == [0, 5, 6, 3, 9, 2, 1, 8, 4, 7]
+
+
+def test_seeds_are_what_they_were_when_they_were_written():
+    """A change of this list changes every run's dropout masks and shuffles, and breaks resuming: do not."""
+    assert [seed_of(0), seed_of(1, 2, 3), seed_of(3, 2, 1)] == [6017775124710473527, 4457002114988122575, 5007933970546577474]
+    assert all(0 <= seed_of(7, key) < 2**63 for key in range(1000))
 
 
 def test_neighbours_do_not_stay_neighbours():

@@ -12,6 +12,7 @@ from distill.config import KeysConfig, TemperatureConfig
 from distill.objectives.ckd import cosine_losses, mse_losses, shuffled_targets
 from distill.objectives.contrast import cross_entropy
 from distill.objectives.queue import KeyQueue
+from distill.sampling import seed_of
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.distributed import gather_dealt_rows, rank, world_size
@@ -127,7 +128,7 @@ class CkdTask(Task):
         return losses
 
     def _shuffled(self, micro: MicroBatch, keys: Keys) -> Tensor:
-        seeds = [hash((self.seed, keys.step, position)) % 2**63 for position in micro.positions.tolist()]
+        seeds = [seed_of(self.seed, keys.step, position) for position in micro.positions.tolist()]
         vectors = torch.cat([keys.vectors, keys.queue.keys])
         return shuffled_targets(micro.teacher, vectors, seeds, teacher_temperature=self.config.teacher_temperature)
 

@@ -27,7 +27,7 @@ from distill.config import ContrastConfig
 from distill.corpus import text_hash
 from distill.objectives.ckd import cosine_losses
 from distill.objectives.simcse import same_text, simcse_losses
-from distill.sampling import GlobalOrder, dealt_order
+from distill.sampling import GlobalOrder, dealt_order, seed_of
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.student import Tokens
@@ -200,7 +200,7 @@ class ContrastRecipe:
     def share(self, step: int, micro: list[MicroBatch]) -> deque[Cached] | None:
         """Dropout depends on (seed, step, rank, micro-batch) alone: a resumed run draws what it would have drawn, and the
         second pass of cached gradients what the first one drew."""
-        seeds = [hash((self.seed, step, rank(), number)) % 2**63 for number in range(len(micro))]
+        seeds = [seed_of(self.seed, step, rank(), number) for number in range(len(micro))]
         if len(micro) == 1:
             torch.manual_seed(seeds[0])
             return None
