@@ -40,7 +40,7 @@ def precompute(config: command.RunConfig) -> int:
     """Makes what falls to this task; returns its exit code."""
     import torch
 
-    from distill.precision import autocast_dtype
+    from distill.precision import autocast_dtype, describe_precision
     from distill.stages import open_run, stage_of
     from distill.teacher.precompute import prepare, run_precompute
 
@@ -63,6 +63,8 @@ def precompute(config: command.RunConfig) -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", local % torch.cuda.device_count())
     amp = autocast_dtype(config.teacher.precision, device)
+    if config.teacher.vectors is None and rank == 0:
+        print(f"precompute: precision: {describe_precision(config.teacher.precision, device)}", file=sys.stderr)
     heartbeats = config.precompute_dir.with_name(".precompute.ranks")
     with ending_together(heartbeats, device, config.engine.timeout, lambda: command.GOES_ON) if spread else nullcontext():
         whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))

@@ -49,6 +49,7 @@ def main() -> int:
         raise
     import torch.distributed
 
+    from distill.precision import describe_precision
     from distill.stages import checkpoint_steps, stage_of
     from distill.training.distributed import from_rank_0
     from distill.training.stage import run_stage
@@ -64,6 +65,9 @@ def main() -> int:
         reason = from_rank_0(stage.reason_to_run(), device)
         if rank == 0:
             print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
+            if reason is not None:
+                precision = describe_precision(config.engine.precision, device)
+                print(f"{stage.name}: precision: {precision}", file=sys.stderr, flush=True)
 
         def asked_to_stop(step: int) -> bool:
             watch.step = log.step = step

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from distill.config import ModelConfig
 from distill.models import resolve_model
+from distill.precision import has_bf16
 from distill.student.encoder import load_encoder
 
 
@@ -40,7 +41,7 @@ def load_model(
     elif not placed:
         _set_precision(model, amp)
         model.to(device)
-        if device.type == "cpu" and amp is not None:
+        if device.type == "cpu" and amp is not None and has_bf16(device):
             pack_linears(model)
     if config.max_length is not None:
         positions = getattr(getattr(model[0], "model", None), "config", None)

@@ -20,6 +20,7 @@ from conftest import sentences
 from torch.nn.functional import cross_entropy, normalize
 
 from distill.config import CkdConfig, StudentConfig
+from distill.precision import autocast_dtype
 from distill.sampling import GlobalOrder
 from distill.shards import ShardReader
 from distill.student import Student
@@ -215,10 +216,12 @@ def test_every_pair_on_a_gpu_in_float32(sets, references, tiny_encoder):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_every_pair_in_bfloat16(device, sets, references, tiny_encoder):
-    """Against float64: the loss to 1% of itself, and all updates together to 3% of their length: bf16 has 8 bits."""
-    worst_loss, worst_update = np.max(errors_in((device, torch.bfloat16), sets, references, tiny_encoder), axis=0)
-    assert worst_loss < 1e-2 and worst_update < 0.03
+def test_every_pair_in_the_precision_of_the_device(device, sets, references, tiny_encoder):
+    """Against float64. bf16 has 8 bits: the loss to 1% of itself, and all updates together to 3% of their length. A device
+    without bf16 instructions computes in fp32, to fp32's limits."""
+    amp = autocast_dtype("auto", torch.device(device))
+    worst_loss, worst_update = np.max(errors_in((device, amp), sets, references, tiny_encoder), axis=0)
+    assert (worst_loss < 1e-2 and worst_update < 0.03) if amp else (worst_loss < 1e-5 and worst_update < 1e-3)
 
 
 def errors_in(place: tuple[str, torch.dtype | None], sets, references, tiny_encoder) -> list[tuple[float, float]]:
