@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import environment
+from reference_times import hang_limit
 
 OPTIONS = [
     "--no-sandbox",
@@ -64,7 +65,7 @@ def tensorboard(logdir: Path) -> Iterator[str]:
         yield address.group()
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(hang_limit())
 
 
 VISIBLE_TEXT = """() => {
@@ -82,11 +83,9 @@ VISIBLE_TEXT = """() => {
 }"""
 
 
-def until_visible(
-    frame: object, wanted: set[str], ready: Callable[[list[str]], bool] = lambda found: True, seconds: float = 60
-) -> list[str]:
+def until_visible(frame: object, wanted: set[str], ready: Callable[[list[str]], bool] = lambda found: True) -> list[str]:
     """All visible pieces of text of a page or frame, in shadow roots too, once they are `ready` and have what is wanted."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + hang_limit()
     while True:
         found = frame.evaluate(VISIBLE_TEXT)
         if wanted <= set(found) and ready(found):

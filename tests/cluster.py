@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from reference_times import hang_limit
+
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests/slurm"
@@ -30,6 +32,7 @@ class Cluster:
             "SLURM_TEST_NODES": str(nodes),
             "SLURM_TEST_CPUS": str(cpus),
             "SLURM_TEST_NETNS": "1",
+            "SLURM_TEST_WAIT": str(round(hang_limit())),
         }
         self._exports: dict[str, str] = {}
 
@@ -38,7 +41,7 @@ class Cluster:
         for node in self.nodes if self._exports else ():
             self.cable(node, in_place=True)
         up = subprocess.run(
-            ["bash", str(SCRIPTS / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=180
+            ["bash", str(SCRIPTS / "up.sh")], env=os.environ | self._knobs, capture_output=True, text=True, timeout=hang_limit()
         )
         assert up.returncode == 0, up.stderr
         self._exports = dict(
@@ -52,9 +55,9 @@ class Cluster:
         in_shm = [str(path) for node in self.nodes for path in Path(f"/proc/{self._daemon(node)}/root/dev/shm").iterdir()]
         networks = [Path("/run/netns", name) for name in (self.folder / "netns").read_text().split()]
         command = ["bash", str(SCRIPTS / "down.sh"), "--purge"]
-        down = subprocess.run(command, env=os.environ | self._knobs, capture_output=True, text=True, timeout=120)
+        down = subprocess.run(command, env=os.environ | self._knobs, capture_output=True, text=True, timeout=hang_limit())
         assert down.returncode == 0 and "left over" not in down.stderr, down.stderr
-        wait_for(lambda: not self._processes(), 10, lambda: f"ended: {self._processes()}")
+        wait_for(lambda: not self._processes(), hang_limit(), lambda: f"ended: {self._processes()}")
         assert not [path for path in networks if path.exists()]
         assert not in_shm
 
@@ -73,12 +76,12 @@ class Cluster:
                     found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         return found
 
-    def __call__(self, *command: object, check: bool = True, timeout: float = 60, **environment: str) -> str:
+    def __call__(self, *command: object, check: bool = True, **environment: str) -> str:
         """Runs a client command beside the controller; returns what it prints."""
         inside = [*shlex.split(self._exports["SLURM_TEST_EXEC"]), *map(str, command)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         done = subprocess.run(
-            inside, env=kept | self._exports | environment, cwd=ROOT, text=True, timeout=timeout,
+            inside, env=kept | self._exports | environment, cwd=ROOT, text=True, timeout=hang_limit(),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command}:\n{done.stdout}"
@@ -92,10 +95,11 @@ class Cluster:
         shown = self("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, number: int, timeout: float = 180) -> dict[str, str]:
-        """The job once it has ended for good."""
+    def wait(self, number: int, limit: float | None = None) -> dict[str, str]:
+        """The job once it has ended for good, within `limit` seconds, if given."""
+        limit = 2 * hang_limit() if limit is None else limit
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-        return wait_for(lambda: (job := self.job(number))["JobState"] in ends and job, timeout, lambda: str(self.job(number)))
+        return wait_for(lambda: (job := self.job(number))["JobState"] in ends and job, limit, lambda: str(self.job(number)))
 
     def cable(self, node: str, *, in_place: bool) -> None:
         """Plugs a node's cable in, or pulls it out."""
@@ -116,10 +120,10 @@ def _uts(process: Path) -> str:
         return ""
 
 
-def wait_for(condition: Callable[[], T], timeout: float, describe: Callable[[], str] = lambda: "") -> T:
+def wait_for(condition: Callable[[], T], limit: float, describe: Callable[[], str] = lambda: "") -> T:
     """The first true value of `condition()`."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + limit
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout:g} s {describe()}"
+        assert time.monotonic() < deadline, f"not within {limit:.0f} s {describe()}"
         time.sleep(0.2)
     return value

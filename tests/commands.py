@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ranks import free_port
+from reference_times import hang_limit
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "launcher"
@@ -26,7 +27,7 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(LAUNCHER / script), *map(str, arguments)]
 
 
-def launch(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs launcher/`script` to its end; stdout and stderr come back together in `.stdout`."""
     return subprocess.run(
         command(script, *arguments),
@@ -35,7 +36,7 @@ def launch(script: str, *arguments: object, timeout: float = 240) -> subprocess.
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=timeout,
+        timeout=hang_limit(),
     )
 
 
@@ -46,10 +47,9 @@ def deepspeed(num_ranks: int, *arguments: object, port: int | None = None) -> li
     return [program, *options, str(LAUNCHER / "train.py"), *map(str, arguments)]
 
 
-def kill_group_when(
-    arguments: list[str], ready: Callable[[], bool], *, signum: int = signal.SIGKILL, timeout: float = 180
-) -> str:
+def kill_group_when(arguments: list[str], ready: Callable[[], bool], *, signum: int = signal.SIGKILL) -> str:
     """Starts a command in a process group of its own and sends `signum` to all of it once `ready()`; returns its output."""
+    limit = hang_limit()  # measured before the process runs, or it would be killed too late
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -59,11 +59,11 @@ def kill_group_when(
         cwd=ROOT,
         start_new_session=True,
     )
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + limit
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
             raise AssertionError(f"it ended or hung before it could be killed:\n{process.communicate()[0]}")
         time.sleep(0.002)
     os.killpg(process.pid, signum)
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=limit)[0]

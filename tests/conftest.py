@@ -166,7 +166,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tu
     (folder / "more.txt").write_text("\n".join(sentences(600, seed=1)) + "\n")
     more = f"{{type: file, path: {folder / 'more.txt'}}}"
     config.write_text(config.read_text().replace("sources: [", f"sources: [{more}, "))
-    done = launch("pipeline.py", "--config", config, "--traceback", timeout=900)  # six stages, each in processes of its own
+    done = launch("pipeline.py", "--config", config, "--traceback")  # six stages, each in processes of its own
     assert done.returncode == 0, done.stdout
     return config, folder / "runs/tiny", done.stdout
 

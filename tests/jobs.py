@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_for
+from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TIMEOUT = 15  # engine.timeout
@@ -36,8 +37,8 @@ class Job:
     def state(self) -> dict[str, str]:
         return self.cluster.job(self.number)
 
-    def until(self, condition: Callable[[], object], timeout: float = 300) -> None:
-        wait_for(condition, timeout, lambda: f"{self.state}\n{self.printed}")
+    def until(self, condition: Callable[[], object], limit: float | None = None) -> None:
+        wait_for(condition, hang_limit() if limit is None else limit, lambda: f"{self.state}\n{self.printed}")
 
     def until_step(self, step: int) -> None:
         self.until(lambda: newest(self.run) >= step)
@@ -56,9 +57,9 @@ class Job:
         self.until_it_came_back(before + 1)
         self.cluster.wait(urgent)
 
-    def finished(self, timeout: float = 600) -> str:
+    def finished(self) -> str:
         """What it has printed once it has ended well."""
-        ended = self.cluster.wait(self.number, timeout)
+        ended = self.cluster.wait(self.number)
         assert ended["JobState"] == "COMPLETED", f"{ended}\n{self.printed}"
         return self.printed
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from commands import ROOT, command, deepspeed, environment
 from ranks import free_port
+from reference_times import hang_limit
 
 
 class Started:
@@ -20,6 +21,7 @@ class Started:
 
     def __init__(self, commands: Sequence[list[str]], environments: Sequence[dict[str, str]], config: Path) -> None:
         self.config = config
+        self._limit = hang_limit()  # measured before the processes run
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as this object
         self._processes = [
             subprocess.Popen(
@@ -71,18 +73,19 @@ class Started:
                 found[int(variables["RANK"])] = pid
         return found
 
-    def wait_for(self, path: Path, pattern: str, limit: float = 120) -> None:
+    def wait_for(self, path: Path, pattern: str) -> None:
         """Returns once a file under `path` matches `pattern`."""
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + self._limit
         while not any(path.glob(pattern)):
             assert time.monotonic() < deadline and all(process.poll() is None for process in self._processes), self.printed
             time.sleep(0.01)
 
-    def wait(self, limit: float) -> list[int]:
-        """The exit codes of what was started, which must end within `limit` seconds and leave nothing behind."""
+    def wait(self, limit: float | None = None) -> list[int]:
+        """The exit codes of what was started, which must end within `limit` seconds, if given, and leave nothing behind."""
+        limit = self._limit if limit is None else limit
         deadline = time.monotonic() + limit
         while any(process.poll() is None for process in self._processes) or self.processes():
-            assert time.monotonic() < deadline, f"still running after {limit} s: {self.processes()}\n{self.printed}"
+            assert time.monotonic() < deadline, f"still running after {limit:.0f} s: {self.processes()}\n{self.printed}"
             time.sleep(0.05)
         return [process.returncode for process in self._processes]
 

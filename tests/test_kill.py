@@ -15,6 +15,7 @@ from commands import command, kill_group_when, launch
 from conftest import write_config
 from engines import CPU, start_deepspeed
 from ranks import on_ranks, start_ranks
+from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config import load_config
@@ -132,8 +133,8 @@ def kill_once(config, overrides, run, moment, draw):
     """Starts two ranks and kills them: both at once, or one and then the other. Returns whether they lived to be killed."""
     victim = 0 if moment == "in the commit" else draw.randrange(2)
     logs = set((run / "tensorboard/ckd").glob("events.*"))
+    deadline = hang_limit() + time.monotonic()
     processes, pipes = start_ranks(2, train, config, overrides, moment, victim, draw.randint(1, 2))
-    deadline = time.monotonic() + 60
     if moment == "at any time":
         while set((run / "tensorboard/ckd").glob("events.*")) <= logs and time.monotonic() < deadline:
             time.sleep(0.001)

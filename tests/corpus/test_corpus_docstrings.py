@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reference_times import starts
 
 from distill.corpus.docstrings import docstrings_of_file, installed_folders, read_docstrings, sentences_of, split_sentences
 
@@ -150,9 +151,10 @@ def test_no_worker_outlives_a_killed_reader(tmp_path):
     reader = subprocess.Popen([sys.executable, tmp_path / "reader.py", tmp_path], stdout=subprocess.PIPE, text=True)
     assert reader.stdout is not None
     workers = reader.stdout.readline().split()
+    limit = starts(1)
     reader.kill()
     reader.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + limit
     while any(map(_is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_is_running, workers))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import sentences, write_config
 from healthy import start_of
+from reference_times import hang_limit
 from transformers import AutoModel
 
 from distill.config import load_config
@@ -26,8 +27,8 @@ def config(tmp_path, tiny_encoder):
     return write_config(tmp_path, tiny_encoder)
 
 
-def wait_for(condition, limit=10.0):
-    deadline = time.monotonic() + limit
+def wait_for(condition):
+    deadline = time.monotonic() + hang_limit()
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference_times import hang_limit
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -80,6 +81,10 @@ def test_truncated_weights_are_refused(tiny, tmp_path):
 def test_a_hub_name_without_a_network_is_refused_at_once():
     code = "from distill.evaluation import encoder_of\nencoder_of('nobody/nothing', device='cpu')"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=hang_limit(),
     )
     assert "ValueError: no model nobody/nothing: there is no such folder, and the hub cannot be reached" in done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import ROOT, environment
 from conftest import write_config
+from reference_times import hang_limit
 from safetensors.torch import load_file, save_file
 from students import TEXTS, cosines, export, make_student
 
@@ -60,7 +61,7 @@ def run_alone(code, folder):
     """Runs `code` without site-packages' .pth files, so without an editable install, in the folder itself."""
     paths = [path for path in sys.path if path and Path(path) != ROOT and not (Path(path) / "distill").exists()]
     arguments = [sys.executable, "-I", "-S", "-c", WITHOUT_US + code, json.dumps(paths), json.dumps(TEXTS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=folder, timeout=240)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=folder, timeout=hang_limit())
     assert done.returncode == 0, done.stderr
 
 

@@ -14,6 +14,7 @@ import pytest
 from commands import LAUNCHER, ROOT, environment, launch
 from conftest import WORDS
 from ranks import free_port
+from reference_times import hang_limit
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ def on_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=240,
+        timeout=hang_limit(),
     )
 
 

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 import pytest
 from commands import command
 from ranks import free_port
+from reference_times import starts
 from started import Started, start
+
+from distill.training.watch import SILENCE
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 8
@@ -64,7 +67,7 @@ def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, s
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         pid = started.ranks()[victim]
         os.kill(pid, signum)
-        codes = started.wait((TIMEOUT if signum == signal.SIGSTOP else 0) + 10)
+        codes = started.wait((TIMEOUT if signum == signal.SIGSTOP else 0) + SILENCE + starts(2))
         assert all(code not in (0, 75, 130) for code in codes)
         message = the_message(started.printed)
     assert f"lost rank {victim} (pid {pid} on {os.uname().nodename})" in message, message
@@ -80,7 +83,7 @@ def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, sa
     with start(launcher, size, config, *ENDLESS, f"ckd.save_every={save_every}") as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         resource.prlimit(started.ranks()[victim], resource.RLIMIT_NOFILE, (3, 3))
-        codes = started.wait(15)
+        codes = started.wait(SILENCE + starts(2))
         assert set(codes) == {2}
         message = the_message(started.printed)
     assert message.startswith(f"rank {victim}: error: " if victim else "error: ") and "Too many open files" in message, message
@@ -89,7 +92,7 @@ def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, sa
 def test_what_all_ranks_find_wrong_is_said_once_by_rank_0(run):
     config, _ = run
     with start("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
-        assert started.wait(60) == [2, 2, 2]
+        assert started.wait() == [2, 2, 2]
         assert the_message(started.printed).startswith("error: engine.deepspeed: no DeepSpeed configuration at none.json")
 
 
@@ -98,7 +101,7 @@ def test_ranks_end_with_the_pipeline_that_started_them(run):
     with start("pipeline", 2, config, *ENDLESS) as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         os.kill(started.main, signal.SIGKILL)
-        assert started.wait(3) == [-signal.SIGKILL]
+        assert started.wait(starts(1)) == [-signal.SIGKILL]
 
 
 @pytest.fixture
@@ -142,6 +145,6 @@ def test_a_cut_link_ends_both_sides_and_is_told_from_a_dead_rank(run, two_networ
         name, end = two_networks[1]
         subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
         cut = time.monotonic()
-        assert started.wait(TIMEOUT + 15) == [1, 1]
+        assert started.wait(TIMEOUT + SILENCE + starts(2)) == [1, 1]
         assert time.monotonic() - cut > TIMEOUT - 1, "a slow network is not a cut one"
         assert "the network between them is cut" in the_message(started.printed)

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from commands import LAUNCHER, ROOT, environment, launch
+from reference_times import hang_limit
 
 SCRIPTS = sorted(path.name for path in LAUNCHER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 APPENDED = {"--local_rank", "--as-rank"}  # by what starts ranks; nobody types them
@@ -20,7 +21,7 @@ def test_these_are_launchers():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option_and_gives_an_example(script):
-    done = launch(script, "--help", timeout=60)
+    done = launch(script, "--help")
     assert done.returncode == 0, done.stdout
     assert re.search(rf"^    .*launcher/{script} \S", done.stdout, re.MULTILINE), "no example"
     source = (LAUNCHER / script).read_text()
@@ -33,7 +34,9 @@ def test_help_names_every_option_and_gives_an_example(script):
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "install.sh"])
 def test_help_of_a_shell_script_starts_nothing(script, tmp_path):
-    done = subprocess.run(["bash", str(LAUNCHER / script), "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=20)
+    done = subprocess.run(
+        ["bash", str(LAUNCHER / script), "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=hang_limit()
+    )
     assert done.returncode == 0 and f"bash launcher/{script}" in done.stdout and "set -e" not in done.stdout
 
 
@@ -41,6 +44,6 @@ def test_without_the_environment_it_says_how_to_get_one():
     variables = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     done = subprocess.run(
         ["/usr/bin/env", "python3", "-S", "-E", str(LAUNCHER / "pipeline.py"), "--help"],
-        capture_output=True, text=True, env=variables, cwd=ROOT.parent, timeout=60,
+        capture_output=True, text=True, env=variables, cwd=ROOT.parent, timeout=hang_limit(),
     )  # fmt: skip
     assert done.returncode == 2 and "run `bash launcher/install.sh` once" in done.stderr, done.stderr

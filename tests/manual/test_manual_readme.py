@@ -13,6 +13,7 @@ import pytest
 from commands import ROOT, environment
 from conftest import WORDS
 from readme import Block, Clone, blocks_of, outcome
+from reference_times import hang_limit
 
 from distill.config import load_config
 
@@ -108,6 +109,11 @@ def test_snippets_run_as_they_stand(page: Path, as_the_quickstart):
     each_alone = "".join(f"exec(compile({text!r}, 'snippet {number}', 'exec'), {{}})\n" for number, text in enumerate(snippets))
     variables = environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", each_alone], cwd=as_the_quickstart, env=variables, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", each_alone],
+        cwd=as_the_quickstart,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=hang_limit(),
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from commands import LAUNCHER, ROOT
 from conftest import write_config
 from plan.counted import CPU, start_deepspeed
 from ranks import on_ranks
+from reference_times import hang_limit
 
 from distill.config import RunConfig, load_config
 from distill.plan import calibrate
@@ -51,7 +52,7 @@ def said(tmp_path_factory):
     """What launcher/plan.py says of ranks that calibrate and fail."""
     arguments = [sys.executable, "-c", RUNS, str(tmp_path_factory.mktemp("ranks")), json.dumps(RANKS)]
     environment = os.environ | {"PYTHONPATH": f"{LAUNCHER}:{ROOT}"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=hang_limit())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -10,6 +10,7 @@ import browser
 import pytest
 from browser import OPTIONS
 from pages import copy_of, spoil
+from reference_times import hang_limit
 
 from distill.report import write_report
 
@@ -45,7 +46,7 @@ def chromium(tmp_path):
 
     def run(*arguments):
         command = [program, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=hang_limit())
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return run

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 from cluster import ROOT, Cluster
 from ranks import free_port
+from reference_times import starts
 
 pytestmark = pytest.mark.slow
 FINDING = re.compile(r"^(FAULT|warning)  (\w+)  (.+?): (.*)$", re.MULTILINE)
+PROMISED = 20  # seconds that doctor.py may take once it has started, whatever hangs
 SLOW = "is not back after 13 s"  # an import, where this machine is busy
 
 
@@ -83,7 +85,7 @@ def test_two_nodes_that_are_well(ask, tasks):
     assert answer.code == 0 and answer.findings == set(), answer.printed
     said = rf"doctor: 2 nodes, {2 * tasks} processes: all is well \(all-reduce [\d.]+ [GM]B/s\)"
     assert re.match(f"{said}\nexit code 0\n$", answer.printed) or SLOW in answer.printed, answer.printed
-    assert answer.seconds < 20 or tasks > 1
+    assert answer.seconds < PROMISED + starts(2 * tasks)
 
 
 def test_another_version_changed_data_no_model_full_shm_a_wrong_clock_few_files_no_such_interface(ask, tmp_path):
@@ -122,7 +124,7 @@ def test_another_version_changed_data_no_model_full_shm_a_wrong_clock_few_files_
         assert words in answer.printed, (words, answer.printed)
     found = {(level, check, "n2" if check == "network" else node) for level, check, node in answer.findings}
     assert found == expected, answer.printed
-    assert answer.seconds < 25
+    assert answer.seconds < PROMISED + starts(2)
 
 
 def late_clock(folder: Path) -> Path | None:
@@ -194,7 +196,7 @@ def test_a_node_whose_process_never_starts(ask):
     answer = ask(n2="exit 0")
     assert answer.code == 1 and answer.findings == {("FAULT", "reports", "n2")}, answer.printed
     assert re.search(r"n2: has not reported within \d+ s", answer.printed), answer.printed
-    assert answer.seconds < 20
+    assert answer.seconds < PROMISED + starts(2)
 
 
 def test_a_port_that_is_taken_and_a_name_that_is_not_known(ask, tmp_path):
@@ -237,4 +239,4 @@ def test_a_cut_cable_and_a_disk_that_hangs(ask, tmp_path):
     assert "rank 1 reports over the run directory, but has not come to n1:" in answer.printed, answer.printed
     assert {("FAULT", "network", "n2"), ("FAULT", "storage", "n2")} <= answer.findings, answer.printed
     assert "the check could not be made: not back after 10 s" in answer.printed, answer.printed
-    assert answer.seconds < 25
+    assert answer.seconds < PROMISED + starts(2)

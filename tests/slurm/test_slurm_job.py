@@ -13,6 +13,9 @@ import pytest
 from cluster import wait_for
 from conftest import write_config
 from jobs import LONG, STEPS, TIMEOUT, Job, assert_same_losses, digests, losses, make_folder, newest
+from reference_times import hang_limit, starts
+
+from distill.training.watch import SILENCE
 
 pytestmark = pytest.mark.slow
 
@@ -84,12 +87,12 @@ def test_a_cut_cable_delays_or_ends_all_ranks_and_once_it_is_mended_the_job_fini
     assert job.state["Restarts"] == "0" and "error:" not in job.printed, job.printed
     cluster.cable("n2", in_place=False)
     cut = time.time()
-    job.until(lambda: re.search(r"error: after step \d+: .*(cut|lost)", job.printed), TIMEOUT + 10)
+    job.until(lambda: re.search(r"error: after step \d+: .*(cut|lost)", job.printed), TIMEOUT + SILENCE + starts(2))
     words = re.compile(r"rank \d step \d+: (error: )?(ended )?after step \d+")
-    wait_for(lambda: all(words.search(line) for line in last_lines(run)), 10, lambda: str(last_lines(run)))
+    wait_for(lambda: all(words.search(line) for line in last_lines(run)), starts(2), lambda: str(last_lines(run)))
     for line in last_lines(run):
         at = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
-        assert at - cut < TIMEOUT + 10, line
+        assert at - cut < TIMEOUT + SILENCE + starts(2), line
     job.until_it_came_back(1)
     cluster.cable("n2", in_place=True)
     job.finished()
@@ -106,10 +109,10 @@ def last_lines(run: Path) -> list[str]:
 def test_an_array_of_tasks_of_which_a_third_is_killed_embeds_all_the_text(cluster, tmp_path, embedded_once, tiny_encoder):
     config, run = write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
     number = cluster.submit("--array=0-7", f"--output={tmp_path}/%a.log", "slurm/precompute.sh", config)
-    wait_for(lambda: any(run.glob("shards/**/.*.claim")) or any(run.glob("shards/**/*.tar")), 60)
+    wait_for(lambda: any(run.glob("shards/**/.*.claim")) or any(run.glob("shards/**/*.tar")), hang_limit())
     for task in random.Random(3).sample(range(8), 3):
         cluster("scancel", "--signal=KILL", "--full", f"{number}_{task}", check=False)
-    wait_for(lambda: not cluster("squeue", "--noheader", "--array", f"--jobs={number}", check=False).strip(), 120)
+    wait_for(lambda: not cluster("squeue", "--noheader", "--array", f"--jobs={number}", check=False).strip(), hang_limit())
     assert digests(run / "shards", "**/*.tar") == digests(embedded_once / "runs/tiny/shards", "**/*.tar")
     assert (run / "precompute/DONE.json").exists()
 
@@ -129,6 +132,6 @@ def test_any_launcher_serves_as_well(cluster, embedded_copy, launcher):
     }[launcher]
     tasks = f"--ntasks-per-node={2 if launcher == 'srun' else 1}"
     whole = f"{programs}/{start} {script}"
-    printed = cluster("srun", "--nodes=2", tasks, "bash", "-c", whole, timeout=180, OMP_NUM_THREADS="1")
+    printed = cluster("srun", "--nodes=2", tasks, "bash", "-c", whole, OMP_NUM_THREADS="1")
     assert (run / "ckd/DONE.json").exists(), printed
     assert len(list(run.glob("logs/ckd-rank-*.log"))) == 4

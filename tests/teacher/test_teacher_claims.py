@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from distill.teacher import claims as module
 from distill.teacher.claims import Claims, dealt
+
+HANG = 300  # seconds
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_the_claim_of_a_killed_task_of_this_machine_is_void_at_once(claim):
     taken = context.Queue()
     task = context.Process(target=_take_and_hang, args=(claim, taken))
     task.start()
-    assert taken.get(timeout=30)
+    assert taken.get(timeout=HANG)
     with Claims() as claims:
         assert claims.state(claim) == "live" and not claims.take(claim)
         os.kill(task.pid, signal.SIGKILL)
@@ -51,14 +54,21 @@ def test_the_claim_of_a_killed_task_of_this_machine_is_void_at_once(claim):
         assert claim.exists() and claims.state(claim) == "void" and claims.take(claim)
 
 
-def test_a_claim_from_elsewhere_is_live_while_it_beats_and_void_when_it_has_not_for_long(claim, monkeypatch):
-    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+@pytest.fixture
+def clock(monkeypatch):
+    """The observer's clock, which only the test moves: `clock.now`, in seconds."""
+    made = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: made.now)
+    return made
+
+
+def test_a_claim_from_elsewhere_is_live_while_it_beats_and_void_when_it_has_not_for_long(claim, clock):
     claim.write_text(elsewhere(1))
     with Claims() as claims:
         assert claims.state(claim) == "unknown" and not claims.take(claim)
         claim.write_text(elsewhere(2))
         assert claims.state(claim) == "live"
-        time.sleep(0.35)
+        clock.now += module.TIMEOUT + 1
         assert claims.state(claim) == "void" and claims.take(claim)
 
 
@@ -67,18 +77,17 @@ def test_a_heart_beats(claim, monkeypatch):
     with Claims() as claims:
         assert claims.take(claim)
         before = claim.read_bytes()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG
         while claim.read_bytes() in (before, b""):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
-def test_a_claim_cut_off_in_the_middle_is_waited_for_like_any_other(claim, monkeypatch):
-    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+def test_a_claim_cut_off_in_the_middle_is_waited_for_like_any_other(claim, clock):
     claim.write_text('{"host": "fa')
     with Claims() as claims:
         assert not claims.take(claim)
-        time.sleep(0.25)
+        clock.now += module.TIMEOUT + 1
         assert claims.take(claim)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import sentences
+from reference_times import hang_limit
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
@@ -51,7 +52,9 @@ def peak_megabytes(folder, lines, count):
         f"name: big\nruns_dir: {folder}\ntext: {{sources: [{{type: file, path: {folder / 'text.txt'}}}]}}\n"
         "teacher: {model: fake/teacher}\nstudent: {init: fake/student}\n"
     )
-    done = subprocess.run([sys.executable, "-c", SCRIPT, folder / "run.yaml"], capture_output=True, text=True, timeout=580)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, folder / "run.yaml"], capture_output=True, text=True, timeout=4 * hang_limit()
+    )
     assert done.returncode == 0, done.stderr
     kept, peak = map(int, done.stdout.split())
     assert kept > 0.97 * count

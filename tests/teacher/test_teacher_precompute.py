@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_encoder, sentences, write_config
+from reference_times import hang_limit
 
 from distill.config import load_config
 from distill.corpus import HELD_OUT_MODULUS, text_hash
@@ -92,7 +93,7 @@ def test_tasks_that_start_together_cut_the_text_once(tmp_path, tiny_encoder):
     tasks = [context.Process(target=_prepare, args=(path, results)) for _ in range(4)]
     for task in tasks:
         task.start()
-    found = {results.get(timeout=60) for _ in tasks}
+    found = {results.get(timeout=hang_limit()) for _ in tasks}
     for task in tasks:
         task.join()
     assert len(found) == 1 and all(task.exitcode == 0 for task in tasks)

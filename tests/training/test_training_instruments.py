@@ -132,6 +132,7 @@ def test_what_a_rank_receives_is_counted_as_the_design_counts_it(size):
 def test_shares_of_the_time_add_up_and_evaluations_do_not_slow_the_speed(tiny_encoder):
     task = Task()
     task.student = student_of(tiny_encoder)
+    began = time.monotonic()
     instruments = Instruments(task, CPU)
     tokens = task.student.tokenize(["the model learns.", "a queue."])
     micro = MicroBatch([tokens], torch.arange(2), torch.zeros(2, 4), torch.arange(2), 2)
@@ -145,9 +146,10 @@ def test_shares_of_the_time_add_up_and_evaluations_do_not_slow_the_speed(tiny_en
     lengths = tokens["attention_mask"].sum(dim=1)
     assert counted == {"tokens": 4 * int(lengths.sum()), "squares": 4 * int(lengths.square().sum())}
     figures = instruments.figures(**counted, global_batch=2)
+    elapsed = time.monotonic() - began
     shares = {name: value for name, value in figures.items() if name.startswith("time/")}
-    assert sum(shares.values()) == pytest.approx(1) and shares["time/evaluation"] > shares["time/gather"] > 0.05
-    assert 8 / 0.08 > figures["sentences_a_second"] > 8 / 0.25
+    assert sum(shares.values()) == pytest.approx(1) and shares["time/evaluation"] > shares["time/gather"] >= 0.08 / elapsed
+    assert 8 / 0.08 > figures["sentences_a_second"] >= 8 / (elapsed - 0.3)
     assert figures["tokens_a_second"] == pytest.approx(figures["sentences_a_second"] * float(lengths.sum()) / 2)
     assert 0 < figures["mfu"] < 1
     assert instruments.figures(0, 0, 2)["sentences_a_second"] == 0, "counts begin again"

@@ -16,6 +16,7 @@ import torch
 from commands import command
 from conftest import make_encoder, sentences, write_config
 from ranks import on_ranks
+from reference_times import hang_limit, starts
 from started import Started, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,7 +110,7 @@ def whole(embedded_once, tmp_path_factory, tiny_encoder):
         shutil.copytree(embedded_once / "runs", folder / "runs")
         shutil.copy(embedded_once / "text.txt", folder)
         with start("none", size, write_config(folder, tiny_encoder), *STEPS) as started:
-            assert started.wait(120) == [0] * size, started.printed
+            assert started.wait() == [0] * size, started.printed
         outcomes[size] = outcome(folder / "runs/tiny")
     return outcomes
 
@@ -133,7 +134,7 @@ def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whol
     with start(launcher, size, config, *STEPS) as started:
         started.wait_for(directory / "ckd/checkpoints", "step-00000010")
         stop(started, how, directory)
-        assert set(started.wait(30)) == {75}, started.printed
+        assert set(started.wait(starts(5))) == {75}, started.printed
         (step,) = re.findall(r"^ckd: stopped as asked at step (\d+) of 30; the same command goes on", started.printed, re.M)
         assert "error:" not in started.printed and "Traceback" not in started.printed, started.printed
     newest = max((directory / "ckd/checkpoints").glob("step-????????"))
@@ -142,7 +143,7 @@ def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whol
     assert not (directory / "STOP").exists() and not (directory / "ckd/DONE.json").exists()
 
     with start(launcher, size, config, *STEPS) as started:
-        assert set(started.wait(120)) == {0}, started.printed
+        assert set(started.wait()) == {0}, started.printed
         assert f"ckd: continuing after step {int(step)} of 30" in started.printed
     assert outcome(directory) == whole[size]
     assert logged(directory, "loss") == list(range(1, 31)) and logged(directory, "dev/score") == list(range(2, 31, 2))
@@ -157,7 +158,7 @@ def test_asked_while_the_ranks_still_load_they_stop_after_a_step(embedded_copy):
         for _ in range(3):  # the first one counts, the others do nothing more
             os.kill(started.main, signal.SIGTERM)
             time.sleep(0.1)
-        assert started.wait(60) == [75]
+        assert started.wait() == [75]
         assert "ckd: stopped as asked at step 1 of 30" in started.printed, started.printed
     assert (directory / "ckd/checkpoints/step-00000001/COMPLETE.json").exists() and not (directory / "STOP").exists()
 
@@ -173,7 +174,7 @@ def test_a_second_ctrl_c_ends_at_once(embedded_copy):
         time.sleep(2)
         assert len(started.ranks()) == 2
         os.killpg(started.main, signal.SIGINT)
-        assert started.wait(3) == [130]
+        assert started.wait(starts(1)) == [130]
 
 
 @pytest.mark.slow
@@ -188,13 +189,13 @@ def test_precompute_stops_soon_leaves_nothing_half_written_and_goes_on(tmp_path,
     with Started([pipeline], [{}], config) as started:
         started.wait_for(directory / "shards", "*.tar")
         stop(started, how, directory)
-        assert started.wait(20) == [75], started.printed
+        assert started.wait(starts(5)) == [75], started.printed
         printed = started.printed
     assert "Traceback" not in printed and "error:" not in printed, printed
     assert not (directory / "precompute/DONE.json").exists() and not (directory / "STOP").exists()
     assert not list(directory.rglob("*.part")) and not list(directory.rglob(".*.claim")), printed
     with Started([pipeline], [{}], config) as started:
-        assert started.wait(120) == [0], started.printed
+        assert started.wait() == [0], started.printed
     assert verify_all(directory / "shards") == []
 
 
@@ -215,7 +216,7 @@ def in_processes(folder, *acts):
 
 def test_of_many_ranks_one_says_what_happened(tmp_path):
     _, results = in_processes(tmp_path, *[lambda watch: (watch.say(watch.rank + 3), watch.said)] * 8)
-    found = dict(results.get(timeout=10) for _ in range(8))
+    found = dict(results.get(timeout=hang_limit()) for _ in range(8))
     assert sorted(said for said, _ in found.values()) == [False] * 7 + [True]
     (speaker,) = [number for number, (said, _) in found.items() if said]
     assert {code for _, code in found.values()} == {speaker + 3}
@@ -228,9 +229,9 @@ def test_of_many_ranks_that_find_one_stopped_one_says_so_and_none_that_it_was_ki
         return watch.diagnose("Timed out waiting", 60)
 
     (stopped, *_), results = in_processes(tmp_path, *[stop_or_diagnose] * 8)
-    said = sorted(message for _, message in (results.get(timeout=SILENCE + 5) for _ in range(7)))
+    said = sorted(message for _, message in (results.get(timeout=SILENCE + starts(1)) for _ in range(7)))
     assert said[:6] == [""] * 6 and "lost rank 0" in said[6] and "stopped (SIGSTOP)" in said[6], said
-    stopped.join(5)
+    stopped.join(starts(1))
     assert stopped.exitcode == -signal.SIGKILL
 
 
@@ -238,7 +239,7 @@ def test_a_rank_that_works_longer_than_the_timeout_is_told_from_one_that_hangs(t
     processes, results = in_processes(
         tmp_path, lambda watch: time.sleep(60), lambda watch: watch.diagnose("Timed out waiting", 60)
     )
-    number, message = results.get(timeout=SILENCE + 5)
+    number, message = results.get(timeout=SILENCE + starts(1))
     assert number == 1 and f"rank 1 has waited 60 s (engine.timeout) for rank 0 (pid {processes[0].pid}" in message
     assert "still runs" in message and processes[0].is_alive()
     processes[0].kill()
@@ -255,6 +256,6 @@ def test_a_rank_on_another_machine_whose_heart_has_stopped_is_named(tmp_path):
 
 def test_a_rank_that_hangs_ends_once_another_has_said_why(tmp_path):
     (hanging, _), results = in_processes(tmp_path, lambda watch: time.sleep(60), lambda watch: watch.say(7))
-    assert results.get(timeout=10) == (1, True)
-    hanging.join(PATIENCE + 5)
+    assert results.get(timeout=hang_limit()) == (1, True)
+    hanging.join(PATIENCE + starts(1))
     assert hanging.exitcode == 7

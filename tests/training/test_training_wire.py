@@ -12,6 +12,7 @@ import sys
 import pytest
 from commands import ROOT, environment
 from conftest import make_encoder, sentences
+from reference_times import hang_limit
 
 BENCH = ROOT / "tests/bench/wire.py"
 GLOBAL_BATCH, WIDTH = 256, 256
@@ -42,7 +43,9 @@ def test_a_rank_receives_the_bytes_that_the_design_counts_and_a_few_headers(tmp_
     amounts = ["--steps", 6, "--gathers", 20, "--out", tmp_path / "figures.json"]
     places = ["--model", encoder, "--text", text, "--work", tmp_path / "work"]
     command = [sys.executable, BENCH, *places, *sizes, *amounts]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=hang_limit()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     for gather, step in zip(figures["gather"], figures["step"], strict=True):
