@@ -19,6 +19,7 @@ from reference_times import hang_limit
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests/slurm"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 class Cluster:
@@ -97,9 +98,8 @@ class Cluster:
 
     def wait(self, number: int, limit: float | None = None) -> dict[str, str]:
         """The job once it has ended for good, within `limit` seconds, if given."""
-        limit = 2 * hang_limit() if limit is None else limit
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-        return wait_for(lambda: (job := self.job(number))["JobState"] in ends and job, limit, lambda: str(self.job(number)))
+        limit = hang_limit() if limit is None else limit
+        return wait_for(lambda: (job := self.job(number))["JobState"] in ENDED and job, limit, lambda: str(self.job(number)))
 
     def cable(self, node: str, *, in_place: bool) -> None:
         """Plugs a node's cable in, or pulls it out."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for
+from cluster import ENDED, Cluster, wait_for
 from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,7 +38,14 @@ class Job:
         return self.cluster.job(self.number)
 
     def until(self, condition: Callable[[], object], limit: float | None = None) -> None:
-        wait_for(condition, hang_limit() if limit is None else limit, lambda: f"{self.state}\n{self.printed}")
+        """Returns once `condition()` is true; fails where the job ends before it is, or after `limit` seconds, if given."""
+
+        def holds_or_ended() -> object:
+            has_ended = self.state["JobState"] in ENDED
+            return condition() or has_ended
+
+        wait_for(holds_or_ended, hang_limit() if limit is None else limit, lambda: f"{self.state}\n{self.printed}")
+        assert condition(), f"{self.state}\n{self.printed}"
 
     def until_step(self, step: int) -> None:
         self.until(lambda: newest(self.run) >= step)
