@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import os
 import random
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,24 +32,23 @@ WORDS = (  # noqa: SIM905
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also the long soaks and the whole product of cells")
     parser.addoption("--may-skip", metavar="REGEX", help="a test that skips for any other reason fails")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    return judged((yield), item.config)
+    return fail_unexpected_skip((yield), item.config)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    return judged((yield), collector.config)
+    return fail_unexpected_skip((yield), collector.config)
 
 
-def judged(report: Report, config: pytest.Config) -> Report:
-    """A report whose skip is a failure where --may-skip does not allow its reason."""
+def fail_unexpected_skip(report: Report, config: pytest.Config) -> Report:
+    """The report, a failure where its test was skipped for a reason that --may-skip does not allow."""
     allowed = config.getoption("--may-skip")
     if allowed is not None and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -56,11 +56,6 @@ def judged(report: Report, config: pytest.Config) -> Report:
             report.outcome = "failed"
             report.longrepr = f"{reason}\nOnly what matches {allowed!r} may be skipped here (--may-skip)."
     return report
-
-
-@pytest.fixture(scope="session")
-def full(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("--full")
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -94,9 +89,23 @@ def make_encoder(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 
     return folder
 
 
+def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that `make(folder)` fills: one worker of pytest-xdist does so for all, which may then only read it."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "MADE").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "MADE").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_encoder(tmp_path_factory.mktemp("models") / "tiny")
+    return make_once(tmp_path_factory, "models", lambda folder: make_encoder(folder / "tiny")) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -140,10 +149,13 @@ engine: {{num_ranks: 2, precision: fp32, timeout: 60}}
 
 @pytest.fixture(scope="session")
 def embedded_once(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("embedded")
-    done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
-    assert done.returncode == 0, done.stdout
-    return folder
+    """The folder of a run whose precompute is done; not to be written to."""
+
+    def make(folder: Path) -> None:
+        done = launch("precompute.py", "--config", write_config(folder, tiny_encoder))
+        assert done.returncode == 0, done.stdout
+
+    return make_once(tmp_path_factory, "embedded", make)
 
 
 def write_pairs(folder: Path, name: str = "sts12_test", count: int = 60) -> Path:
@@ -158,17 +170,21 @@ def write_pairs(folder: Path, name: str = "sts12_test", count: int = 60) -> Path
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Path, str]:
-    """A whole run: its config, its directory, what it printed."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    for name in ("sts12_test", "stsb_test", "stsb_dev"):
-        write_pairs(folder / "sts", name)
-    config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {folder / 'sts'}}}")
-    (folder / "more.txt").write_text("\n".join(sentences(600, seed=1)) + "\n")
-    more = f"{{type: file, path: {folder / 'more.txt'}}}"
-    config.write_text(config.read_text().replace("sources: [", f"sources: [{more}, "))
-    done = launch("pipeline.py", "--config", config, "--traceback")  # six stages, each in processes of its own
-    assert done.returncode == 0, done.stdout
-    return config, folder / "runs/tiny", done.stdout
+    """A whole run: its config, its directory, which is not to be written to, and what it printed."""
+
+    def make(folder: Path) -> None:
+        for name in ("sts12_test", "stsb_test", "stsb_dev"):
+            write_pairs(folder / "sts", name)
+        config = write_config(folder, tiny_encoder, evaluate=f"{{sts: {folder / 'sts'}}}")
+        (folder / "more.txt").write_text("\n".join(sentences(600, seed=1)) + "\n")
+        more = f"{{type: file, path: {folder / 'more.txt'}}}"
+        config.write_text(config.read_text().replace("sources: [", f"sources: [{more}, "))
+        done = launch("pipeline.py", "--config", config, "--traceback")  # six stages, each in processes of its own
+        assert done.returncode == 0, done.stdout
+        (folder / "printed.txt").write_text(done.stdout)
+
+    folder = make_once(tmp_path_factory, "pipeline", make)
+    return folder / "run.yaml", folder / "runs/tiny", (folder / "printed.txt").read_text()
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from distill.training import checkpoint
 from distill.training.distributed import rank
 from distill.training.stage import run_stage
 
-pytestmark = pytest.mark.slow
 WRITTEN_ONCE = {
     "custom_scalars__config__",
     "_hparams_/session_start_info",
@@ -84,6 +83,7 @@ def uninterrupted(tmp_path_factory, tiny_encoder):
     return folder / "runs/tiny"
 
 
+@pytest.mark.slow
 def test_killed_in_precompute_and_twice_in_ckd_ends_bit_for_bit_the_same(tmp_path, tiny_encoder, uninterrupted):
     config, run = write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
     pipeline = command("pipeline.py", "--config", config, *OVERRIDES)
@@ -151,8 +151,8 @@ def kill_once(config, overrides, run, moment, draw):
     return processes[victim].exitcode == -signal.SIGKILL
 
 
-def test_killed_in_a_step_a_push_or_a_checkpoint_it_ends_bit_for_bit_the_same(tmp_path, tiny_encoder, full):
-    kills = 30 if full else 5
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.soak)])
+def test_killed_in_a_step_a_push_or_a_checkpoint_it_ends_bit_for_bit_the_same(tmp_path, tiny_encoder, kills):
     seed = random.randrange(10**9)
     print(f"seed {seed}")
     draw = random.Random(seed)

@@ -14,7 +14,7 @@ from conftest import write_config
 from ranks import free_port
 from reference_times import hang_limit, starts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 SLOW = "is not back after 13 s"  # an import, where this machine is busy
 PROMISED = 20  # seconds that doctor.py may take once it has started, whatever hangs
 

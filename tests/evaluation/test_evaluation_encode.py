@@ -78,6 +78,7 @@ def test_truncated_weights_are_refused(tiny, tmp_path):
         encoder_of(broken, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_hub_name_without_a_network_is_refused_at_once():
     code = "from distill.evaluation import encoder_of\nencoder_of('nobody/nothing', device='cpu')"
     done = subprocess.run(

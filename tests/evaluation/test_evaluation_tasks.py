@@ -76,7 +76,6 @@ def _encoded_on_this_rank(sentences: list[str], block: int) -> list | None:
     return [seen, None if vectors is None else vectors.tolist()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("num_sentences", "block"), [(11, 100), (11, 4), (1, 4), (8, 4)])
 def test_ranks_share_the_sentences_and_rank_0_alone_has_all_vectors_in_order(num_sentences, block):
     sentences = [f"{'abcdefg'[i % 7] * (i + 1)} {i}" for i in range(num_sentences)]

@@ -71,6 +71,7 @@ def snippets(card, heading):
     return re.findall(r"```python\n(.*?)```", section.replace("this/folder", "."), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_cards_snippets_give_the_students_vectors_where_distill_cannot_be_imported(exported, tmp_path):
     student, _, there = exported
     copy = shutil.copytree(there, tmp_path / "copy")

@@ -126,6 +126,7 @@ def test_weights_that_no_onnx_file_holds_are_refused(tiny_encoder, tmp_path):
         onnx_graph(student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, layers", [("bert-tiny", None), ("minilm-l6", [0, 5]), ("mpnet-base", [0])])
 def test_a_real_encoder_exports_in_all_formats_and_8_bits_are_a_quarter_of_32(tmp_path, name, layers):
     if not os.environ.get("DISTILL_MODELS"):

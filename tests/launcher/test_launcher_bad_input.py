@@ -163,6 +163,7 @@ def test_ctrl_c_in_precompute_and_a_later_run_continues(tmp_path, tiny_encoder):
     assert (directory / "shards/000000.tar").stat().st_mtime_ns == first
 
 
+@pytest.mark.serial
 def test_a_port_in_use(embedded_copy):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -181,6 +182,7 @@ def test_a_port_in_use(embedded_copy):
     assert time.monotonic() - started < starts(8)
 
 
+@pytest.mark.serial
 def test_one_rank_failing_ends_the_other_within_seconds(embedded_copy):
     config, directory = embedded_copy
     process = subprocess.Popen(

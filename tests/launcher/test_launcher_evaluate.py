@@ -16,8 +16,6 @@ from conftest import WORDS
 from ranks import free_port
 from reference_times import hang_limit
 
-pytestmark = pytest.mark.slow
-
 PLAIN = {"ndcg@10", "recall@10", "recall@100", "mrr@10"}
 
 
@@ -109,6 +107,7 @@ def test_two_ranks_give_the_results_of_one_and_rank_0_alone_speaks(measured, mod
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
 
 
+@pytest.mark.slow
 def test_what_fails_on_rank_0_is_said_once_and_ends_both(model, data, tmp_path):
     arguments = ["--model", model, "--sts", data / "nowhere", "--out", tmp_path / "out.json", "--device", "cpu"]
     done = on_two_ranks(*arguments)
@@ -120,6 +119,7 @@ def test_what_fails_on_rank_0_is_said_once_and_ends_both(model, data, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_truncated_vectors_are_compared_with_the_whole_ones(measured, model, data, tmp_path):
     out = tmp_path / "short.json"
     arguments = ["--model", model, "--sts", data, "--retrieval", data, "--out", out, "--truncate-dim", 2, "--device", "cpu"]
@@ -134,6 +134,7 @@ def test_truncated_vectors_are_compared_with_the_whole_ones(measured, model, dat
     assert missing.returncode == 2 and "error: cannot read the results" in missing.stdout
 
 
+@pytest.mark.slow
 def test_small_vectors_go_through_faiss_or_it_says_what_to_install(model, data, tmp_path):
     arguments = ["--model", model, "--retrieval", data, "--out", tmp_path / "small.json", "--device", "cpu"]
     done = launch("evaluate.py", *arguments, "--precision", "int8", "binary", "--index", "exact", "hnsw", "--rescore", 2)
@@ -148,6 +149,7 @@ def test_small_vectors_go_through_faiss_or_it_says_what_to_install(model, data, 
     assert "queries/s, one by one" in done.stdout and "to float32" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -19,7 +19,7 @@ from started import Started, start
 
 from distill.training.watch import SILENCE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 TIMEOUT = 8
 ENDLESS = ["ckd.max_steps=100000", "ckd.epochs=100000", "ckd.dev_every=100000", "ckd.save_every=5", f"engine.timeout={TIMEOUT}"]
 
@@ -55,12 +55,10 @@ ALL_CELLS = [
 ]
 
 
-def pytest_generate_tests(metafunc):
-    if "signum" in metafunc.fixturenames:
-        cells = ALL_CELLS if metafunc.config.getoption("--full") else CELLS
-        metafunc.parametrize("launcher, size, signum, victim", cells)
-
-
+@pytest.mark.parametrize(
+    "launcher, size, signum, victim",
+    [*CELLS, *(pytest.param(*cell, marks=pytest.mark.soak) for cell in ALL_CELLS if cell not in CELLS)],
+)
 def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, signum, victim):
     config, checkpoints = run
     with start(launcher, size, config, *ENDLESS) as started:

@@ -121,8 +121,7 @@ def see(config: RunConfig, dim: int) -> tuple[TaskShape, Corpus]:
     return shape, look_at_corpus(config, load_devices().assumed, AutoTokenizer.from_pretrained(models.student.folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def test_quickstart_and_a_zero3_run_hold_and_send_what_was_planned(world_size, quickstart):
     configs = layouts(quickstart, ("zero1", "zero3"))
     shape, corpus = see(quickstart, 384)

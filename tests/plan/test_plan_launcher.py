@@ -21,6 +21,7 @@ OF_THE_USERS_TEXT = ("own", "compress", "simcse")
 SHIPPED = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in OF_THE_USERS_TEXT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_is_planned_without_a_hub(path):
     config, table = load_config(path), load_devices()
@@ -43,6 +44,7 @@ def test_the_command_prints_a_table_and_writes_the_same_figures(tmp_path, tiny_e
     assert received["keys and ids"] == 64 * (2 * 32 + 8) * 15 / 16
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_one_line_that_says_what_to_do(tmp_path, tiny_encoder):
     config = write_config(tmp_path, tiny_encoder)
     unknown = launch("plan.py", "--config", config, *CLUSTER, "student.init=nobody/has-this")

@@ -16,7 +16,6 @@ from distill.report import write_report
 from distill.report.__main__ import main
 from distill.stages import read_json
 
-pytestmark = pytest.mark.slow
 SECTIONS = ["results", "training", "neighbours", "data", "cost", "recipe", "reproduce"]
 
 

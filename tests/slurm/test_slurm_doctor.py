@@ -19,7 +19,7 @@ from cluster import ROOT, Cluster
 from ranks import free_port
 from reference_times import starts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 FINDING = re.compile(r"^(FAULT|warning)  (\w+)  (.+?): (.*)$", re.MULTILINE)
 PROMISED = 20  # seconds that doctor.py may take once it has started, whatever hangs
 SLOW = "is not back after 13 s"  # an import, where this machine is busy

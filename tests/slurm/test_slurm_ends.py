@@ -16,7 +16,7 @@ from conftest import write_config
 from jobs import LONG, Job, make_folder
 from reference_times import starts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 ASLEEP = """
 import os, sys, time
 def fall_asleep(*_):

@@ -17,7 +17,7 @@ from reference_times import hang_limit, starts
 
 from distill.training.watch import SILENCE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 
 @pytest.fixture(scope="module")

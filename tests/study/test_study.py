@@ -55,6 +55,7 @@ def results(folder):
     return {row["model"]: row for row in json.loads((folder / "runs/results.json").read_text())}
 
 
+@pytest.mark.slow
 def test_every_size_of_every_stage_has_a_row_beside_what_one_would_do_instead(results):
     origins = {name: row["origin"] for name, row in results.items()}
     assert origins == {
@@ -77,6 +78,7 @@ def test_every_size_of_every_stage_has_a_row_beside_what_one_would_do_instead(re
     assert results["cosine-hpd-8"]["forms"]["binary"]["bytes_per_vector"] == 1
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_models(results):
     assert results["teacher"]["fidelity"]["spearman"] == pytest.approx(1, abs=1e-4)
     assert results["cosine"]["fidelity"]["spearman"] > results["untrained-tiny-0-2"]["fidelity"]["spearman"]
@@ -86,6 +88,7 @@ def test_figures_are_those_of_the_models(results):
     assert results["cosine"]["minutes"] > 0
 
 
+@pytest.mark.slow
 def test_differences_lie_in_their_intervals_and_are_of_the_rows_that_they_name(results):
     average = {name: row["forms"]["float32"]["sts"]["AVG"] for name, row in results.items()}
     for name, row in results.items():
@@ -98,6 +101,7 @@ def test_differences_lie_in_their_intervals_and_are_of_the_rows_that_they_name(r
         assert "sts_resamples" not in row["forms"]["int8"] and abs(row["forms"]["int8"]["to_float32"]["difference"]) < 5
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_and_measures_nothing(folder, results):
     watched = [*(folder / "runs").rglob("measured/*.json"), *(folder / "runs").rglob("*.safetensors")]
     before = {path: path.stat().st_mtime_ns for path in watched}
@@ -106,6 +110,7 @@ def test_the_same_command_again_trains_and_measures_nothing(folder, results):
     assert {path: path.stat().st_mtime_ns for path in watched} == before and len(before) > 8
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plots_are_whole(folder, results):
     lines = (folder / "runs/table.md").read_text().splitlines()
     assert len(lines) == len(results) + 2 and len({line.count("|") for line in lines}) == 1

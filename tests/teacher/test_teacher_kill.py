@@ -17,8 +17,6 @@ from reference_times import hang_limit
 from distill.config import load_config
 from distill.shards import verify_all
 
-pytestmark = pytest.mark.slow
-
 
 def set_of(config):
     shards = config.run_dir / "shards"
@@ -41,9 +39,10 @@ def begin(path, count):
     ]
 
 
-def test_tasks_killed_at_random_moments_leave_the_same_set(tmp_path, full):
+@pytest.mark.parametrize("wanted", [5, pytest.param(30, marks=pytest.mark.soak)])
+def test_tasks_killed_at_random_moments_leave_the_same_set(tmp_path, wanted):
     encoder = make_encoder(tmp_path / "encoder", layers=6, width=64)
-    wanted, draw = 30 if full else 5, random.Random(7)
+    draw = random.Random(7)
     configs = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

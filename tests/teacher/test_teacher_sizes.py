@@ -255,7 +255,6 @@ def _weights_held(model, texts):
     return rest, max(moments), sum(BYTES * p.ds_numel for p in parameters), vectors
 
 
-@pytest.mark.slow
 def test_with_zero3_no_rank_ever_holds_all_weights(large):
     expected = in_fp32(large).encode(TEXTS)
     for rest, most, everything, vectors in on_ranks(2, _weights_held, str(large), TEXTS):

@@ -1,7 +1,7 @@
 """Law 2 through DeepSpeed: losses and three SGD steps against one rank in float64 that holds every pair of a row and a key.
 
 SGD and not Adam, which turns a gradient that is zero in theory into noise of the size of the learning rate. CI runs every pair
-of settings, --full the whole product; on a GPU, where there is one, with its kernels and NCCL. Offload to NVMe is refused.
+of settings, a soak the whole product; on a GPU, where there is one, with its kernels and NCCL. Offload to NVMe is refused.
 """
 
 from __future__ import annotations
@@ -189,14 +189,15 @@ def references(sets, tiny_encoder):
     return {(r, o): reference(sets[r], tiny_encoder, o) for r in SETTINGS["repeated"] for o in SETTINGS["objective"]}
 
 
-@pytest.mark.parametrize("world_size", SETTINGS["world_size"])
-def test_every_cell_is_the_float64_reference_to_rounding(world_size, sets, references, tiny_encoder, full):
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
+@pytest.mark.parametrize("choose", [every_pair, pytest.param(list, marks=pytest.mark.soak)], ids=["pairs", "all"])
+def test_every_cell_is_the_float64_reference_to_rounding(choose, world_size, sets, references, tiny_encoder):
     """float32 against float64: the loss to 2e-6 of itself, a parameter to 1e-4 of its largest change so far.
 
     The loss differs by the rounding of one forward pass. A gradient differs by some 1e-5 of itself, since it is a difference
     of nearly equal vectors (what is attended to, and the own key), and the second and third step build on the one before.
     """
-    cells = [cell for cell in (every_cell() if full else every_pair(every_cell())) if cell.world_size == world_size]
+    cells = [cell for cell in choose(every_cell()) if cell.world_size == world_size]
     start = parameters_of(new_task(sets[False], tiny_encoder, "ckd")[0])
     errors = [
         errors_within_rounding(cell, trained, references[cell.repeated, cell.objective], start)
@@ -215,6 +216,7 @@ def test_every_pair_on_a_gpu_in_float32(sets, references, tiny_encoder):
     assert worst_loss < 1e-5 and worst_update < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_every_pair_in_the_precision_of_the_device(device, sets, references, tiny_encoder):
     """Against float64. bf16 has 8 bits: the loss to 1% of itself, and all updates together to 3% of their length. A device

@@ -1,7 +1,7 @@
 """Students against each other: the gathered loss, with its gradient kept in the graph or cached, is that of one rank.
 
 Losses and three SGD steps through DeepSpeed against one process in float64 with textbook formulas, dropout off. CI runs every
-pair of settings, --full the whole product.
+pair of settings, a soak the whole product.
 """
 
 from __future__ import annotations
@@ -164,9 +164,10 @@ def references(shards, tiny_encoder):
     return {(k, r): reference(shards, tiny_encoder, k, r) for k in SETTINGS["kind"] for r in SETTINGS["replay"]}
 
 
-@pytest.mark.parametrize("world_size", SETTINGS["world_size"])
-def test_every_cell_is_the_float64_reference_to_rounding(world_size, shards, references, tiny_encoder, full):
-    cells = [cell for cell in (CELLS if full else every_pair(CELLS)) if cell.world_size == world_size]
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
+@pytest.mark.parametrize("choose", [every_pair, pytest.param(list, marks=pytest.mark.soak)], ids=["pairs", "all"])
+def test_every_cell_is_the_float64_reference_to_rounding(choose, world_size, shards, references, tiny_encoder):
+    cells = [cell for cell in choose(CELLS) if cell.world_size == world_size]
     errors = []
     for cell, trained in results_of(cells, world_size, run_cells, shards, tiny_encoder):
         start = parameters_of(new_recipe(shards, tiny_encoder, cell.kind, cell.replay, micro_batch=8).task)

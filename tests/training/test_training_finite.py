@@ -113,7 +113,6 @@ def new_run(embedded, name, stage):
     return run, [f"name={name}", "shards_from=tiny", *engine]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_run_goes_on_after_steps_that_are_skipped_and_counts_them(embedded, stage, capfd):
     run, overrides = new_run(embedded, f"mended{stage}", stage)
@@ -130,7 +129,6 @@ def test_a_run_goes_on_after_steps_that_are_skipped_and_counts_them(embedded, st
     assert "ckd: step 3/12 is skipped: the gradient is not finite (loss nan)" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_too_many_skipped_steps_in_a_row_end_the_run_on_all_ranks_with_a_remedy(embedded, stage):
     run, overrides = new_run(embedded, f"hopeless{stage}", stage)

@@ -167,7 +167,6 @@ def test_a_known_way_is_kept_but_for_its_size(shards, tiny_encoder):
     assert abs(np.vdot(targets - found, found)) < 1e-4 * np.vdot(found, found)  # no other factor brings it nearer
 
 
-@pytest.mark.slow
 def test_it_may_begin_with_the_bare_encoder(embedded_copy):
     config, directory = embedded_copy
     done = launch("train.py", "--config", config, "stage=hpd", "hpd.init=student")

@@ -47,7 +47,6 @@ def test_the_kept_weights_lie_between_where_training_began_and_ended_also_after_
     assert moved > 0.1
 
 
-@pytest.mark.slow
 def test_the_reported_figures_are_those_of_the_merged_student(embedded_copy):
     config, run = embedded_copy
     changes = (f"shards_from={run.name}", "name=merged", "ckd.merge=0.3", *STEPS)

@@ -74,8 +74,7 @@ def train(path, asked_at, by_rank):
         return str(stopped)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_rank_asks_and_all_stop_after_that_step_even_if_an_evaluation_is_due(embedded_copy, embedded_once, tmp_path, size):
     config, directory = embedded_copy
     (tmp_path / "whole").mkdir()
@@ -95,7 +94,6 @@ def test_one_rank_asks_and_all_stop_after_that_step_even_if_an_evaluation_is_due
     assert logged(directory, "dev/score") == [4, 8, 12], "the evaluation that the stop did not wait for was made up for"
 
 
-@pytest.mark.slow
 def test_asked_in_the_last_step_the_stage_is_done(embedded_copy):
     (results,) = on_ranks(1, train, embedded_copy[0], 12, 0)
     assert results["steps"] == 12 and (embedded_copy[1] / "ckd/DONE.json").exists()
@@ -124,6 +122,7 @@ def stop(started: Started, how: str, directory) -> None:
         os.kill(started.main, getattr(signal, how))
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, size, how",
@@ -163,6 +162,7 @@ def test_asked_while_the_ranks_still_load_they_stop_after_a_step(embedded_copy):
     assert (directory / "ckd/checkpoints/step-00000001/COMPLETE.json").exists() and not (directory / "STOP").exists()
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(embedded_copy):
     """One rank is stopped, so that the others wait for it, and the first Ctrl-C cannot be obeyed."""
@@ -177,6 +177,7 @@ def test_a_second_ctrl_c_ends_at_once(embedded_copy):
         assert started.wait(starts(1)) == [130]
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "file"])
 def test_precompute_stops_soon_leaves_nothing_half_written_and_goes_on(tmp_path, how):
