@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from shards.shard_sets import TEACHER, unit_vectors
 
 from distill.corpus import text_hash

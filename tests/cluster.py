@@ -1,6 +1,6 @@
 """A real Slurm of several nodes on this machine, each with a network, a name and a /dev/shm of its own (slurm/up.sh, down.sh).
 
-A test submits jobs to it and breaks it: kills a node, cuts a cable. `heal` makes it whole again.
+A test submits jobs to it and breaks it: kills a node, cuts a cable. `restore` repairs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class Cluster:
-    """Started by `heal`, ended by `down`; its state lies in `folder`."""
+    """Started by `restore`, ended by `down`; its state is in `folder`."""
 
     def __init__(self, folder: Path, nodes: int, cpus: int) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class Cluster:
         }
         self._exports: dict[str, str] = {}
 
-    def heal(self) -> None:
+    def restore(self) -> None:
         """Every node up, every cable in; starts what does not run."""
         for node in self.nodes if self._exports else ():
             self.cable(node, in_place=True)

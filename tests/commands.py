@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import hang_limit
 
 ROOT = Path(__file__).parents[1]

@@ -205,7 +205,7 @@ def running_cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="distill-slurm-") as folder:
         Path(folder).chmod(0o755)  # munge's socket must be in the reach of all
         made = Cluster(Path(folder) / "cluster", nodes=2, cpus=4)
-        made.heal()
+        made.restore()
         yield made
         made.down()
 
@@ -213,6 +213,6 @@ def running_cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, whole; what a test leaves behind is ended."""
-    running_cluster.heal()
+    running_cluster.restore()
     yield running_cluster
     running_cluster("scancel", "--user", "root")

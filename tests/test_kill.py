@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from commands import command, kill_group_when, launch
 from conftest import write_config
+from distributed_ranks import on_ranks, start_ranks
 from engines import CPU, start_deepspeed
-from ranks import on_ranks, start_ranks
 from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 
 from distill import sessions
 from distill.sessions import read_sessions, session

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import LAUNCHER, ROOT, command, environment, launch
 from conftest import write_config
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import hang_limit, starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]

@@ -3,7 +3,7 @@ import gzip
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from retrieval_sets import write_folder
 
 from distill.evaluation import Encoded, read_tasks

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from commands import command, deepspeed, environment, kill_group_when, launch
 from conftest import make_encoder, write_config
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import hang_limit, starts
 
 from distill.training.watch import SILENCE

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import LAUNCHER, ROOT, environment, launch
 from conftest import WORDS
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import hang_limit
 
 PLAIN = {"ndcg@10", "recall@10", "recall@100", "mrr@10"}

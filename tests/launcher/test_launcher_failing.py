@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 from commands import command
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import starts
-from started import Started, start
+from training_processes import TrainingProcesses, start_training
 
 from distill.training.watch import SILENCE
 
@@ -61,7 +61,7 @@ ALL_CELLS = [
 )
 def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, signum, victim):
     config, checkpoints = run
-    with start(launcher, size, config, *ENDLESS) as started:
+    with start_training(launcher, size, config, *ENDLESS) as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         pid = started.ranks()[victim]
         os.kill(pid, signum)
@@ -78,7 +78,7 @@ def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, s
 def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, save_every):
     """A rank that may open no more files fails as its next checkpoint is written."""
     config, checkpoints = run
-    with start(launcher, size, config, *ENDLESS, f"ckd.save_every={save_every}") as started:
+    with start_training(launcher, size, config, *ENDLESS, f"ckd.save_every={save_every}") as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         resource.prlimit(started.ranks()[victim], resource.RLIMIT_NOFILE, (3, 3))
         codes = started.wait(SILENCE + starts(2))
@@ -89,14 +89,14 @@ def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, sa
 
 def test_what_all_ranks_find_wrong_is_said_once_by_rank_0(run):
     config, _ = run
-    with start("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
+    with start_training("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
         assert started.wait() == [2, 2, 2]
         assert the_message(started.printed).startswith("error: engine.deepspeed: no DeepSpeed configuration at none.json")
 
 
 def test_ranks_end_with_the_pipeline_that_started_them(run):
     config, checkpoints = run
-    with start("pipeline", 2, config, *ENDLESS) as started:
+    with start_training("pipeline", 2, config, *ENDLESS) as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         os.kill(started.main, signal.SIGKILL)
         assert started.wait(starts(1)) == [-signal.SIGKILL]
@@ -138,7 +138,7 @@ def test_a_cut_link_ends_both_sides_and_is_told_from_a_dead_rank(run, two_networ
         meeting | {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": end}
         for rank, (_, end) in enumerate(two_networks)
     ]
-    with Started(commands, own, config) as started:
+    with TrainingProcesses(commands, own, config) as started:
         started.wait_for(checkpoints, "step-????????/COMPLETE.json")
         name, end = two_networks[1]
         subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)

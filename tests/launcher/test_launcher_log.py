@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from commands import LAUNCHER
-from started import start
+from training_processes import start_training
 
 PRINTS = """
 import os, sys
@@ -77,7 +77,7 @@ def test_an_error_is_a_line_of_its_own_while_another_thread_prints(tmp_path):
 @pytest.mark.slow
 def test_every_rank_of_a_run_has_its_file(embedded_copy):
     config, directory = embedded_copy
-    with start("none", 3, config) as started:
+    with start_training("none", 3, config) as started:
         assert started.wait(120) == [0, 0, 0]
     for rank in range(3):
         lines = (directory / f"logs/ckd-rank-{rank:05d}.log").read_text().splitlines()

@@ -10,8 +10,8 @@ import sys
 import pytest
 from commands import LAUNCHER, ROOT
 from conftest import write_config
+from distributed_ranks import on_ranks
 from plan.counted import CPU, start_deepspeed
-from ranks import on_ranks
 from reference_times import hang_limit
 
 from distill.config import RunConfig, load_config

@@ -12,8 +12,8 @@ import pytest
 import torch
 from cells import write_set
 from conftest import sentences
+from distributed_ranks import on_ranks
 from plan.counted import NEVER, count_step, start_deepspeed, start_fake
-from ranks import on_ranks
 
 from distill.config import RunConfig, load_config
 from distill.plan.corpus import Corpus, look_at_corpus

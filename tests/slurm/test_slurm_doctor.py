@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from cluster import ROOT, Cluster
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]

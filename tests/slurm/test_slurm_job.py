@@ -26,7 +26,7 @@ def uninterrupted(running_cluster, embedded_once, tmp_path_factory, tiny_encoder
     folder = tmp_path_factory.mktemp("uninterrupted")
     shutil.copytree(embedded_once / "runs", folder / "runs")
     shutil.copy(embedded_once / "text.txt", folder)
-    running_cluster.heal()
+    running_cluster.restore()
     job = Job(running_cluster, write_config(folder, tiny_encoder), *LONG)
     job.finished()
     return job.run

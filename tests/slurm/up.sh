@@ -73,7 +73,7 @@ in_ns() {                                      # in_ns NAME HOST CMD...: UTS nam
     "$h" "$D/hosts" "$@"
 }
 start_node() { in_ns "slurmd-n$1" "n$1" slurmd -D -N "n$1" -f "$D/slurm.conf"; }
-wait_idle() {                                  # until all N nodes are idle (or busy, when healing)
+wait_idle() {                                  # until all N nodes are idle (or busy, when restoring)
   local end=$((SECONDS+WAIT)) n
   until [ "$(timeout 5 $EXEC sinfo -h -N -p debug -o '%T' 2>/dev/null | grep -cxE 'idle|mixed|allocated')" = "$N" ]; do
     for n in $NAMES; do alive "$n" || die "$n died"; done

@@ -14,8 +14,8 @@ import torch
 from commands import ROOT, environment, launch
 from conftest import make_encoder, sentences, write_config
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from distributed_ranks import free_port, on_ranks
 from encoders import save_family
-from ranks import free_port, on_ranks
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from torch.nn import Linear

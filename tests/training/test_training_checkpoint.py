@@ -10,8 +10,8 @@ import signal
 import numpy as np
 import pytest
 from conftest import write_config
+from distributed_ranks import on_ranks
 from engines import CELLS, CPU, new_engine, start_deepspeed, train_steps, whole
-from ranks import on_ranks
 
 from distill.config import load_config
 from distill.teacher.precompute import run_precompute

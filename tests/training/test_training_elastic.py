@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_config
+from distributed_ranks import on_ranks
 from engines import CELLS, CPU, Tiny, new_engine, start_deepspeed, train_steps, whole
-from ranks import on_ranks
 from safetensors.numpy import load_file
 
 from distill.config import EngineConfig, TrainConfig, load_config

@@ -12,7 +12,7 @@ import torch
 from cells import write_set
 from commands import deepspeed, environment, free_port, launch
 from conftest import sentences
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from safetensors.torch import load_file
 
 from distill.config import StudentConfig, load_config

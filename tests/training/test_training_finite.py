@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 from conftest import write_config
+from distributed_ranks import on_ranks
 from engines import CELLS, CPU, new_engine, start_deepspeed, train_steps, whole
-from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config import load_config

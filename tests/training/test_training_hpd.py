@@ -11,7 +11,7 @@ import torch
 from cells import write_set
 from commands import launch
 from conftest import sentences
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from distill.config import HpdConfig, StudentConfig

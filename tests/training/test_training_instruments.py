@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import AutoTokenizer

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import write_config
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 
 from distill.config import TrainConfig, load_config
 from distill.stages import read_json

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_encoder, write_config
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 
 from distill.config import load_config
 from distill.shards import ShardReader

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_config
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 
 from distill.config import load_config
 from distill.sampling import GlobalOrder

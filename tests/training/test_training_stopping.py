@@ -15,10 +15,10 @@ import pytest
 import torch
 from commands import command
 from conftest import make_encoder, sentences, write_config
-from ranks import on_ranks
+from distributed_ranks import on_ranks
 from reference_times import hang_limit, starts
-from started import Started, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_processes import TrainingProcesses, start_training
 
 from distill.config import load_config
 from distill.process import this_process
@@ -107,13 +107,13 @@ def whole(embedded_once, tmp_path_factory, tiny_encoder):
         folder = tmp_path_factory.mktemp("whole")
         shutil.copytree(embedded_once / "runs", folder / "runs")
         shutil.copy(embedded_once / "text.txt", folder)
-        with start("none", size, write_config(folder, tiny_encoder), *STEPS) as started:
+        with start_training("none", size, write_config(folder, tiny_encoder), *STEPS) as started:
             assert started.wait() == [0] * size, started.printed
         outcomes[size] = outcome(folder / "runs/tiny")
     return outcomes
 
 
-def stop(started: Started, how: str, directory) -> None:
+def stop(started: TrainingProcesses, how: str, directory) -> None:
     if how == "file":
         (directory / "STOP").touch()
     elif how.startswith("rank"):
@@ -130,7 +130,7 @@ def stop(started: Started, how: str, directory) -> None:
 )
 def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whole, launcher, size, how):
     config, directory = embedded_copy
-    with start(launcher, size, config, *STEPS) as started:
+    with start_training(launcher, size, config, *STEPS) as started:
         started.wait_for(directory / "ckd/checkpoints", "step-00000010")
         stop(started, how, directory)
         assert set(started.wait(starts(5))) == {75}, started.printed
@@ -141,7 +141,7 @@ def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whol
     assert len(json.loads((newest / "COMPLETE.json").read_text())["files"]) == size
     assert not (directory / "STOP").exists() and not (directory / "ckd/DONE.json").exists()
 
-    with start(launcher, size, config, *STEPS) as started:
+    with start_training(launcher, size, config, *STEPS) as started:
         assert set(started.wait()) == {0}, started.printed
         assert f"ckd: continuing after step {int(step)} of 30" in started.printed
     assert outcome(directory) == whole[size]
@@ -151,7 +151,7 @@ def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whol
 @pytest.mark.slow
 def test_asked_while_the_ranks_still_load_they_stop_after_a_step(embedded_copy):
     config, directory = embedded_copy
-    with start("pipeline", 2, config, *STEPS) as started:
+    with start_training("pipeline", 2, config, *STEPS) as started:
         while len(started.ranks()) < 2:
             time.sleep(0.01)
         for _ in range(3):  # the first one counts, the others do nothing more
@@ -167,7 +167,7 @@ def test_asked_while_the_ranks_still_load_they_stop_after_a_step(embedded_copy):
 def test_a_second_ctrl_c_ends_at_once(embedded_copy):
     """One rank is stopped, so that the others wait for it, and the first Ctrl-C cannot be obeyed."""
     config, directory = embedded_copy
-    with start("pipeline", 2, config, *STEPS) as started:
+    with start_training("pipeline", 2, config, *STEPS) as started:
         started.wait_for(directory / "ckd/checkpoints", "step-00000010")
         os.kill(started.ranks()[1], signal.SIGSTOP)
         os.killpg(started.main, signal.SIGINT)
@@ -187,7 +187,7 @@ def test_precompute_stops_soon_leaves_nothing_half_written_and_goes_on(tmp_path,
     config = write_config(tmp_path, encoder, teacher=teacher, shards="{rows: 40, block_rows: 16}")
     directory = tmp_path / "runs/tiny"
     pipeline = command("pipeline.py", "--config", config, "stages=[precompute]")
-    with Started([pipeline], [{}], config) as started:
+    with TrainingProcesses([pipeline], [{}], config) as started:
         started.wait_for(directory / "shards", "*.tar")
         stop(started, how, directory)
         assert started.wait(starts(5)) == [75], started.printed
@@ -195,7 +195,7 @@ def test_precompute_stops_soon_leaves_nothing_half_written_and_goes_on(tmp_path,
     assert "Traceback" not in printed and "error:" not in printed, printed
     assert not (directory / "precompute/DONE.json").exists() and not (directory / "STOP").exists()
     assert not list(directory.rglob("*.part")) and not list(directory.rglob(".*.claim")), printed
-    with Started([pipeline], [{}], config) as started:
+    with TrainingProcesses([pipeline], [{}], config) as started:
         assert started.wait() == [0], started.printed
     assert verify_all(directory / "shards") == []
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from commands import ROOT, command, deepspeed, environment
-from ranks import free_port
+from distributed_ranks import free_port
 from reference_times import hang_limit
 
 
-class Started:
+class TrainingProcesses:
     """Processes that train one stage. `config` tells them from all others: each has its path among its arguments."""
 
     def __init__(self, commands: Sequence[list[str]], environments: Sequence[dict[str, str]], config: Path) -> None:
@@ -30,7 +30,7 @@ class Started:
             for each, own in zip(commands, environments, strict=True)
         ]
 
-    def __enter__(self) -> Started:
+    def __enter__(self) -> TrainingProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,16 +90,18 @@ class Started:
         return [process.returncode for process in self._processes]
 
 
-def start(launcher: str, num_ranks: int, config: Path, *overrides: str) -> Started:
+def start_training(launcher: str, num_ranks: int, config: Path, *overrides: str) -> TrainingProcesses:
     """`launcher`: deepspeed, torchrun, pipeline, or none: each rank started by hand."""
     arguments = ["--config", config, *overrides]
     if launcher == "deepspeed":
-        return Started([deepspeed(num_ranks, *arguments)], [{}], config)
-    if launcher == "torchrun":
+        started = deepspeed(num_ranks, *arguments)
+    elif launcher == "torchrun":
         program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        return Started([[*program, "--master-port", str(free_port()), *command("train.py", *arguments)[1:]]], [{}], config)
-    if launcher == "pipeline":
-        return Started([command("pipeline.py", *arguments, "stages=[ckd]", f"engine.num_ranks={num_ranks}")], [{}], config)
-    meeting = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    own = [meeting | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(num_ranks)]
-    return Started([command("train.py", *arguments)] * num_ranks, own, config)
+        started = [*program, "--master-port", str(free_port()), *command("train.py", *arguments)[1:]]
+    elif launcher == "pipeline":
+        started = command("pipeline.py", *arguments, "stages=[ckd]", f"engine.num_ranks={num_ranks}")
+    else:
+        place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        places = [place | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(num_ranks)]
+        return TrainingProcesses([command("train.py", *arguments)] * num_ranks, places, config)
+    return TrainingProcesses([started], [{}], config)
