@@ -1,17 +1,17 @@
-"""Distils a large sentence encoder into a small one.
+"""Distills a large sentence encoder into a small one.
 
-The data's way, one package or module an arrow:
+The flow of data, one package per step:
 
-    corpus/      text sources            -> numbered pieces of unique sentences      runs/NAME/text
-    teacher/     pieces                  -> WebDataset shards of text and vectors    runs/NAME/shards
-    sampling.py  shards                  -> the global batch of (seed, epoch, step)
-    training/    shards + student/       -> a trained student, by objectives/        runs/NAME/{ckd,finetune,hpd}
-    export/      a trained student       -> a sentence-transformers folder           runs/NAME/export/STAGE
-    evaluation/  exports                 -> results.json and the table               runs/NAME/evaluate
-    report/      all of the run          -> one page that needs no network           runs/NAME/report.html
+    corpus/      text sources             -> numbered chunks of unique texts           runs/NAME/precompute/text
+    teacher/     chunks                   -> WebDataset shards of text and vectors     runs/NAME/precompute/shards
+    training/    shards + student/        -> a trained student, by objectives/         runs/NAME/{ckd,finetune,hpd,simcse}
+    export/      a trained student        -> a sentence-transformers folder, ONNX      runs/NAME/export/STAGE
+    evaluation/  exports                  -> results.json and tables, by metrics/      runs/NAME/evaluate
+    report/      the run's directory      -> one page that needs no network            runs/NAME/report.html
 
-`config.py` says what a run is; `stages.py` says when a stage is done, and what makes it run again.
+config.py defines a run; run/stage.py decides when a stage is finished and what makes it run again.
 Nothing here parses a command line, reads the environment or starts a process group: launcher/ does.
+README.md in this directory describes the layers and how to add to them.
 """
 
 __version__ = "0.1.0"

@@ -1,53 +1,51 @@
-"""What the launchers share: --config, overrides, and errors that are one line."""
+"""What the command lines share: --config and overrides, exit codes, one-line errors, signals, logging to the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 try:
-    from distill.config import RunConfig, load_config
-    from distill.memory import keep_freed_memory
-except ModuleNotFoundError as absent:
+    from distill.run.allocator import keep_freed_memory
+    from distill.run.terminal import TerminalHandler
+except ModuleNotFoundError as missing:
     print(
-        f"error: {sys.executable} has no {absent.name}: run `bash launcher/install.sh` once, then `source .venv/bin/activate`",
+        f"error: {sys.executable} has no {missing.name}: run `bash launcher/install.sh` once, then `source .venv/bin/activate`",
         file=sys.stderr,
     )
     sys.exit(2)
 
-MENDABLE = (ValueError, OSError, FloatingPointError)  # by the user
-GOES_ON = "the same command goes on from here"
+FIXABLE = (ValueError, OSError, FloatingPointError)  # by the user, as the message says
+CONTINUES = "the same command continues from here"
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches come from a thread, ranks are processes
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if not any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning a process
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # gloo prints a page for what it raises as well
-
-MENDED_BY_USER = 2  # the exit code of an error whose message says how
-STOPPED = 75  # EX_TEMPFAIL: stopped as asked, and the same command goes on
+USER_ERROR = 2  # the exit code of an error whose message says how to fix it
+STOPPED = 75  # EX_TEMPFAIL: stopped on request, and the same command continues
 INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Ended(Exception):
-    """An end that needs no more words: they are said already, here or by another rank. Its argument is the exit code."""
+class Exit(Exception):
+    """An exit whose reason was reported already, here or by another rank. Its argument is the exit code."""
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, SIGUSR1 or SIGUSR2, which end a command as Ctrl-C does, with STOPPED."""
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with --config, --traceback and key=value overrides."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--config", required=True, metavar="FILE.yaml", help="the run's YAML, e.g. configs/quickstart.yaml")
     made.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
@@ -55,45 +53,79 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def config_of(arguments: argparse.Namespace) -> RunConfig:
-    return load_config(arguments.config, arguments.overrides)
+def start(main: Callable[[], int]) -> NoReturn:
+    """The `__main__` of every command line: prepares this process, runs main and exits with its code."""
+    set_environment()
+    keep_freed_memory()
+    stop_on_signals()
+    code = main()
+    if code in (0, STOPPED, INTERRUPTED):  # after a failure the others may be gone, and it would wait for them
+        leave_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_one_of_many_ranks():
+        os._exit(code)
+    sys.exit(code)
+
+
+def leave_process_group() -> None:
+    """Destroys torch's process group, if this process has joined one."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def set_environment() -> None:
+    """Environment variables that libraries read when they are imported; those that are set already stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches come from a thread, ranks are processes
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning in every process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # gloo prints a page for what it raises as well
+
+
+def run(work: Callable[[], int | None], *, rank: int = 0, show_traceback: bool = False) -> int:
+    """The exit code of `work`: its own; 2 and one line for what a user can fix, 75 if it was stopped, 130 on Ctrl-C."""
+    prefix = f"rank {rank}: " if rank else ""
+    log_to_terminal()
+    try:
+        return work() or 0
+    except KeyboardInterrupt as stop:
+        code = exit_code(stop)
+        print(f"{prefix}{'stopped' if code == STOPPED else 'interrupted'}; {CONTINUES}", file=sys.stderr)
+        return code
+    except Exit as end:
+        return int(end.args[0])
+    except Exception as error:
+        if show_traceback or not isinstance(error, FIXABLE):
+            traceback.print_exc()
+        print(f"{prefix}error: {describe(error)}", file=sys.stderr)
+        return exit_code(error)
+
+
+def log_to_terminal() -> None:
+    """Messages of `distill` and of the command lines go to stderr, above a progress bar if there is one."""
+    for name in ("distill", "launcher"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):
+            logger.addHandler(TerminalHandler())
+        logger.setLevel(logging.INFO)
 
 
 def quiet_libraries() -> None:
-    """No bars and warnings but our own."""
-    from transformers.utils import logging
+    """No progress bars and warnings but our own."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
-def run(main: Callable[[], int | None], *, rank: int = 0, show_traceback: bool = False) -> None:
-    """Exits with main's code; with 2 and one line for what a user can mend, with 75 if it was stopped, with 130 on Ctrl-C."""
-    prefix = f"rank {rank}: " if rank else ""
-    keep_freed_memory()
-    try:
-        stop_on_signals()
-        code = main() or 0
-    except KeyboardInterrupt as stop:
-        code = exit_code(stop)
-        print(f"{prefix}{'stopped' if code == STOPPED else 'interrupted'}; {GOES_ON}", file=sys.stderr)
-    except Ended as ended:
-        (code,) = ended.args
-    except Exception as error:
-        if show_traceback or not isinstance(error, MENDABLE):
-            traceback.print_exc()
-        print(f"{prefix}error: {describe(error)}", file=sys.stderr)
-        code = exit_code(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if rank_is_one_of_many() else sys.exit(code)
-
-
 def exit_code(error: BaseException) -> int:
+    """The exit code that an error ends a command with."""
     if isinstance(error, KeyboardInterrupt):
         return STOPPED if isinstance(error, Terminated) else INTERRUPTED
-    return MENDED_BY_USER if isinstance(error, MENDABLE) and not isinstance(error, TimeoutError) else 1
+    return USER_ERROR if isinstance(error, FIXABLE) and not isinstance(error, TimeoutError) else 1
 
 
 def stop_on_signals() -> None:
@@ -109,24 +141,37 @@ def stop_on_signals() -> None:
         signal.signal(each, unwind)
 
 
-def listen(act: Callable[[int], None]) -> None:
-    """From here on, calls act(signum) for INT, TERM, USR1 and USR2, in a thread, whatever the main thread is waiting for.
+@contextmanager
+def listening(act: Callable[[int], None]) -> Iterator[None]:
+    """Inside, act(signum) is called for INT, TERM, USR1 and USR2, in a thread, whatever the main thread is waiting for.
 
     A handler of Python's own would wait until the main thread comes back from the collective that it is in.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for each in (signal.SIGINT, *STOP_SIGNALS):
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, *STOP_SIGNALS)}
+    fd_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for each in before:
         signal.signal(each, lambda *_: None)  # the number goes through the pipe
         signal.siginterrupt(each, False)
 
-    def hear() -> None:
-        while True:
-            for signum in os.read(reading, 64):
-                act(signum)
+    def read_signals() -> None:
+        while data := os.read(reading, 64):
+            for signum in data:
+                if signum:
+                    act(signum)
 
-    threading.Thread(target=hear, daemon=True, name="signals").start()
+    thread = threading.Thread(target=read_signals, daemon=True, name="signals")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        os.close(writing)  # ends the thread
+        thread.join(1)
+        os.close(reading)
 
 
 def end_with_parent() -> None:
@@ -135,13 +180,14 @@ def end_with_parent() -> None:
 
 
 def describe(error: BaseException) -> str:
+    """An error in one line, with what to do where that is known."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
-    return str(error) if isinstance(error, MENDABLE) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, FIXABLE) else f"{type(error).__name__}: {error}"
 
 
-def rank_is_one_of_many() -> bool:
+def is_one_of_many_ranks() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

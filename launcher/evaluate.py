@@ -14,18 +14,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launcher import command
+from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
 
 if TYPE_CHECKING:
-    from distill.evaluation import Tasks
+    from distill.evaluation.tasks import Tasks
+    from distill.metrics.results import ModelResults
 
 TIMEOUT = 3600.0  # seconds that ranks wait for rank 0 to read the sets, which may be a download
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.local_rank is not None:
+        command.end_with_parent()
+    rank = this_rank()
+    return command.run(lambda: evaluate(args), rank=rank, show_traceback=args.traceback)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR_OR_NAME", help="a folder, package:NAME/FOLDER or a hub name")
@@ -36,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compare",
         nargs=2,
         metavar=("A.json", "B.json"),
-        help="which differences of two results are more than chance; of a run's results.json, FILE:MODEL",
+        help="which differences of two results are more than chance; a model of a run's results.json is FILE:MODEL",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: any key of it")
     parser.add_argument("--sts", metavar="DIR", help="a folder with sts12_test.tsv.gz, ..., sickr_test.tsv.gz; or hub")
@@ -54,14 +67,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=["float32", "float16", "int8", "binary"],
-        help="retrieval also with these vectors, through faiss",
+        help="STS and retrieval also with these vectors, retrieval through faiss",
         **several,
     )
     parser.add_argument(
-        "--rescore", type=int, metavar="N", help="int8 and binary: also find N times as many, and order them by larger vectors"
+        "--rescore", type=int, metavar="N", help="int8 and binary: also re-rank N times the candidates by larger vectors"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the results go, whole or not at all")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences in a forward pass (default 64)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the file of the results, written whole or not at all")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="texts in a forward pass (default 64)")
     parser.add_argument("--truncate-dim", type=int, metavar="D", help="keep the first D dimensions of every vector")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     parser.add_argument(
@@ -78,12 +91,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known to be wrong before the model is loaded; imports nothing heavy."""
-    from distill.models import resolve_model
+    from distill.run.model_folders import resolve_model
 
     if not (args.sts or args.retrieval or args.transfer):
         raise ValueError("nothing to measure: give --sts DIR, --retrieval DIR, --transfer DIR or several of them")
-    if (args.index or args.precision or args.rescore is not None) and not args.retrieval:
-        raise ValueError("--index, --precision and --rescore are of --retrieval, which is not given")
+    if (args.index or args.rescore is not None) and not args.retrieval:
+        raise ValueError("--index and --rescore are options of --retrieval, which is not given")
+    if args.precision and not (args.sts or args.retrieval):
+        raise ValueError("--precision is an option of --sts and --retrieval, which are not given")
     for option, least in (("batch_size", 1), ("truncate_dim", 1), ("bootstrap", 0), ("seed", 0), ("rescore", 1)):
         value = getattr(args, option)
         if value is not None and value < least:
@@ -97,80 +112,85 @@ def check(args: argparse.Namespace) -> None:
 
 
 def read(args: argparse.Namespace) -> Tasks:
-    from distill.evaluation import read_tasks
-    from distill.evaluation.index import forms_of
+    from distill.evaluation.tasks import read_tasks
 
-    return read_tasks(args.sts, args.retrieval, args.transfer, forms_of(args.index, args.precision, args.rescore))
+    options = {"searches": args.index, "precisions": args.precision, "rescore": args.rescore}
+    return read_tasks(args.sts, args.retrieval, args.transfer, **options)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any] | None:
+def measure(args: argparse.Namespace) -> ModelResults | None:
     """The results; None on ranks other than 0, which only encode."""
-    from distill.evaluation import Encoded, encoder_of
+    from distill.evaluation.model_encoder import encode_over_ranks, encoder_of
+    from distill.evaluation.tasks import EncodedTexts
+    from distill.metrics.results import ModelResults
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
-    tasks: Tasks | None
-    if not command.rank_is_one_of_many():
+    if not command.is_one_of_many_ranks():
         tasks = read(args)
         encoder = encoder_of(args.model, device=args.device, progress=sys.stderr.isatty(), **options)
-        sentences = tasks.sentences
-        vectors = encoder(sentences)
+        texts = tasks.texts
+        vectors = encoder(texts)
     else:
-        import torch.distributed
-        from ranks import ending_together, start_process_group
-
-        from distill.evaluation.over_ranks import encode_over_ranks
+        from distill.run.collectives import rank
 
         device = start_process_group(TIMEOUT)
         heartbeats = args.out.with_name(f".{args.out.name}.ranks")
-        with ending_together(heartbeats, device, TIMEOUT, lambda: "the same command begins again"):
-            tasks = read(args) if rank == 0 else None
-            progress = rank == 0 and sys.stderr.isatty()
+        with exiting_together(heartbeats, device, TIMEOUT, lambda: "the same command begins again"):
+            first = rank() == 0
+            read_here = read(args) if first else None
+            progress = first and sys.stderr.isatty()
             encoder = encoder_of(args.model, device=args.device or str(device), progress=progress, **options)
-            sentences = tasks.sentences if tasks is not None else []
-            gathered = encode_over_ranks(encoder, sentences, device)
-        torch.distributed.destroy_process_group()
-        if tasks is None or gathered is None:
+            texts = read_here.texts if read_here is not None else []
+            gathered = encode_over_ranks(encoder, texts, device)
+        if read_here is None or gathered is None:
             return None
-        vectors = gathered
-    size = {"dim": encoder.dim, "params": encoder.params, "bytes_per_vector": 4 * encoder.dim}
-    return size | tasks.measure(Encoded(sentences, vectors), bootstrap=args.bootstrap, seed=args.seed)
+        tasks, vectors = read_here, gathered
+    scores = tasks.measure(EncodedTexts(texts, vectors), bootstrap=args.bootstrap, seed=args.seed)
+    return ModelResults(dim=encoder.dim, params=encoder.params, bytes_per_vector=4 * encoder.dim, **scores)
 
 
 def compare(first: str, second: str) -> str:
-    from distill.evaluation.compare import compare, read_results
-    from distill.evaluation.report import comparison
+    from distill.evaluation.compare import compare, read_model
+    from distill.evaluation.score_tables import format_comparison
 
-    (name, results), (other_name, other_results) = read_results(first), read_results(second)
-    return comparison(name, other_name, compare(results, other_results, (name, other_name)))
+    (name, results), (other_name, other_results) = read_model(first), read_model(second)
+    return format_comparison(name, other_name, compare(results, other_results, (name, other_name)))
 
 
-def main() -> int:
+def evaluate(args: argparse.Namespace) -> int:
     if args.compare:
         print(compare(*args.compare))
         return 0
     if args.config:
-        if command.rank_is_one_of_many():
-            raise ValueError("a run is measured by one process: --config without torchrun or srun")
-        config = command.config_of(args)
-        from distill.evaluation.stage import evaluate_run
-
-        command.quiet_libraries()
-        evaluate_run(config)
-        return 0
+        return evaluate_run(args)
     check(args)
     command.quiet_libraries()
     results = measure(args)
     if results is None:
         return 0
-    from distill.evaluation.report import tables
-    from distill.files import write_json
+    from distill.evaluation.score_tables import format_results
+    from distill.metrics.results import write_model_results
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, results)
-    print(tables([{"model": args.model, **results}]))
-    for warning in results.get("sts_warnings", []):
+    write_model_results(args.out, results)
+    print(format_results({args.model: results}))
+    for warning in results.sts_warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"results: {args.out}")
+    return 0
+
+
+def evaluate_run(args: argparse.Namespace) -> int:
+    """The evaluate stage of a run."""
+    if command.is_one_of_many_ranks():
+        raise ValueError("a run is measured by one process: --config without torchrun or srun")
+    import torch
+
+    from distill.config import load_config, stage_of
+
+    command.quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage_of(load_config(args.config, args.overrides), "evaluate").run(device)
     return 0
 
 
@@ -178,14 +198,8 @@ def this_rank() -> int:
     """0 without other ranks. Slurm's names count in a step of several tasks alone: a batch script has them too."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return 0
-    from ranks import rank_from_environment
-
     return rank_from_environment()
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    if args.local_rank is not None:
-        command.end_with_parent()
-    rank = this_rank()
-    command.run(main, rank=rank, show_traceback=args.traceback)
+    command.start(main)

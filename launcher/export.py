@@ -4,25 +4,34 @@
     python launcher/export.py --config configs/quickstart.yaml [export.formats='[onnx, onnx-int8]']
 
 With export.formats the folder also holds onnx/model.onnx and onnx/model_int8.onnx. Every file is compared with the student on
-1,000 sentences before it appears.
+1,000 texts before it appears.
 """
 
 from __future__ import annotations
 
-import command
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launcher import command
 
 
-def main() -> int:
-    config = command.config_of(arguments)
-    from distill.export.stage import export_run
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = command.parser(__doc__).parse_intermixed_args(argv)
 
-    command.quiet_libraries()
+    def export() -> int:
+        import torch
 
-    for stage, folder in export_run(config).items():
-        print(f"{stage}: {folder}")
-    return 0
+        from distill.config import load_config, stage_of
+
+        command.quiet_libraries()
+        stage_of(load_config(arguments.config, arguments.overrides), "export").run(torch.device("cpu"))
+        return 0
+
+    return command.run(export, show_traceback=arguments.traceback)
 
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__).parse_intermixed_args()
-    command.run(main, show_traceback=arguments.traceback)
+    command.start(main)

@@ -1,6 +1,6 @@
 # Makes .venv at the clone's root and installs the project into it; sourced by quickstart.sh and tests/run.sh, or run:
 #
-#   bash launcher/install.sh [EXTRAS]      e.g. quickstart,onnx,retrieval,study (default: quickstart)
+#   bash launcher/install.sh [EXTRAS]      e.g. quickstart,onnx,retrieval (default: quickstart)
 #
 #   PYTHON              the interpreter to begin from (default: python3)
 #   DISTILL_PIP_ARGS    further arguments for every pip install: another index, a local wheel folder

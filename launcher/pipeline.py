@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Runs all stages of a run, one after the other, on this machine: text, teacher, students, export, evaluation.
+"""Runs all stages of a run, one after the other, on this machine: text, teacher, students, export, evaluation, report.
 
     python launcher/pipeline.py --config configs/quickstart.yaml [key=value ...]
 
-A finished stage whose inputs and config have not changed is skipped; the same command again goes on where it stopped.
+A finished stage whose inputs and config have not changed is skipped; the same command again continues where it stopped.
 
 SIGTERM, SIGUSR1, SIGUSR2 or a file runs/NAME/STOP stop it: training with a checkpoint, other stages with what they have
 finished; the exit code is then 75. So does Ctrl-C, with 130; a second one ends everything at once.
@@ -11,209 +11,240 @@ finished; the exit code is then 75. So does Ctrl-C, with 130; a second one ends 
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import command
-import job
-from ranks import check_batch, meetings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill.models import num_layers
-from distill.training.stopping import StopRequest
+from launcher import command, slurm_job
+from launcher.rendezvous import check_batch, local_environments
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
+    from distill.run.stopping import StopRequest
 
 LAUNCHER = Path(__file__).resolve().parent
-END_OF_RANKS = 60  # seconds from the end of a training stage's first rank to that of its last
-ASKS_TO_STOP = signal.SIGUSR1  # srun passes it on to its tasks; of SIGTERM it kills them
-ENDS_OF_A_STOP = (command.INTERRUPTED, *(128 + each for each in (ASKS_TO_STOP, signal.SIGTERM, signal.SIGKILL)))
-PATIENCE = 20.0  # seconds that the other processes of a stage have to end once one has failed
+WAIT_FOR_RANKS = 60  # seconds from the exit of a training stage's first rank to that of its last
+ASK_TO_STOP = signal.SIGUSR1  # srun passes it on to its tasks; of SIGTERM it kills them
+STOPPED_CODES = (command.INTERRUPTED, *(128 + each for each in (ASK_TO_STOP, signal.SIGTERM, signal.SIGKILL)))
+GRACE = 20.0  # seconds that the other processes of a stage have to exit once one has failed
 
 
-def main() -> int:
-    config = command.config_of(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.parser(__doc__)
+    parser.add_argument("--srun", action="store_true", help="inside a Slurm allocation: start ranks and tasks with srun")
+    arguments = parser.parse_intermixed_args(argv)
+    return command.run(lambda: run_pipeline(arguments), show_traceback=arguments.traceback)
+
+
+def run_pipeline(arguments: argparse.Namespace) -> int:
+    from distill.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    pipeline = Pipeline(config, arguments)
     if not arguments.srun:
-        begin(config)
-        return run_stages(config)
+        pipeline.begin()
+        return pipeline.run_stages()
     begun = None
     try:
-        begun = job.progress(config)
-        begin(config)
-        os.environ |= job.meeting_place()
-        code = look_at_nodes(config) or run_stages(config)
+        begun = slurm_job.progress(config)
+        pipeline.begin()
+        os.environ |= slurm_job.rendezvous()
+        code = pipeline.check_nodes() or pipeline.run_stages()
     except command.Terminated:  # before the stages listened
         code = command.STOPPED
-    return job.come_back(config, code, begun)
-
-
-def begin(config: command.RunConfig) -> None:
-    from distill.export.formats import require_packages
-    from distill.stages import open_run
-
-    if "export" in config.stages:
-        require_packages(config.export.formats)
-    check_student(config)
-    open_run(config)
-
-
-def check_student(config: command.RunConfig) -> None:
-    """Before the teacher works for hours: that the student's layers are there. Raises ValueError."""
-    from distill.stages import stage_of, trained_stages
-
-    begins = "precompute" in config.stages and stage_of(config, "precompute").reason_to_run() is not None
-    encoder = config.teacher.model if config.student.init == "teacher" else config.student.init
-    if begins and trained_stages(config) and encoder and (depth := num_layers(encoder)):
-        config.student.kept(depth)
-
-
-def look_at_nodes(config: command.RunConfig) -> int:
-    """Whether this job's nodes would do, before anything is begun on them; returns doctor.py's exit code."""
-    ranks = ranks_a_node(config)
-    srun, cores = job.srun_python(1)
-    doctor = [str(LAUNCHER / "doctor.py"), "--config", arguments.config, f"--ranks-per-node={ranks}"]
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // ranks))} | dict(os.environ)
-    return subprocess.run([*srun, *doctor, *arguments.overrides], env=environment).returncode
-
-
-def run_stages(config: command.RunConfig) -> int:
-    """All stages that are not done; returns the exit code."""
-    from distill.stages import stage_of
-
-    stop = StopRequest(config.run_dir / "STOP")
-    signals = Signals(stop)
-    command.listen(signals.hear)
-    ran = False
-    for name in config.stages:
-        if stop.is_asked:
-            return stopped(signals)
-        reason = stage_of(config, name).reason_to_run()
-        if reason is None:
-            print(f"{name}: done already", flush=True)
-            continue
-        ran = True
-        print(f"{name}: {reason}", flush=True)
-        started = time.monotonic()
-        code = run_stage(config, name, signals)
-        if code == command.STOPPED:
-            return stopped(signals)
-        if code:
-            stop.obeyed()
-            mended = "once that is mended, " if code == command.MENDED_BY_USER else ""
-            print(f"{name} ended with exit code {code}; {mended}{command.GOES_ON}", file=sys.stderr)
-            return code
-        print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage_of(config, name).directory)}", flush=True)
-    stop.obeyed()  # too late: all is done
-    if not ran:
-        print("nothing to do: every stage is done and nothing it depends on has changed")
-    table = config.run_dir / "evaluate" / "table.txt"
-    if table.exists():
-        print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}")
-    report = config.run_dir / "report.html"
-    if report.exists():
-        print(f"the run on one page: {report}")
-    return 0
+    return slurm_job.maybe_requeue(config, code, begun)
 
 
 class Signals:
-    """What this process has been sent."""
+    """The signals that this process has received; each requests a stop."""
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
         self.num_interrupts = 0
 
-    def hear(self, signum: int) -> None:
+    def on_signal(self, signum: int) -> None:
         self.num_interrupts += signum == signal.SIGINT
         self.stop.ask()
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of a run on this machine, or on the nodes of a Slurm job with --srun."""
+
+    config: RunConfig
+    arguments: argparse.Namespace
+
+    def begin(self) -> None:
+        """Checks what can be checked in a second, and creates the run directory. Raises ValueError."""
+        from distill.config import open_run
+        from distill.export.formats import require_packages
+
+        if "export" in self.config.stages:
+            require_packages(self.config.export.formats)
+        self.check_student()
+        open_run(self.config)
+
+    def check_student(self) -> None:
+        """Checks, before the teacher works for hours, that the student's layers are there. Raises ValueError."""
+        from distill.run.model_folders import num_layers
+
+        config = self.config
+        begins = "precompute" in config.stages and config.stage_of("precompute").reason_to_run() is not None
+        encoder = config.teacher.model if config.student.init == "teacher" else config.student.init
+        if begins and config.training_stages and encoder and (depth := num_layers(encoder)):
+            config.student.kept(depth)
+
+    def check_nodes(self) -> int:
+        """Runs doctor.py on the nodes of this job before anything is begun on them; returns its exit code."""
+        ranks = self.ranks_per_node()
+        srun, cores = slurm_job.srun_python(1)
+        doctor = [str(LAUNCHER / "doctor.py"), "--config", self.arguments.config, f"--ranks-per-node={ranks}"]
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // ranks))} | dict(os.environ)
+        return subprocess.run([*srun, *doctor, *self.arguments.overrides], env=environment).returncode
+
+    def run_stages(self) -> int:
+        """Runs all stages that are not finished; returns the exit code."""
+        from distill.run.stopping import StopRequest
+
+        stop = StopRequest(self.config.run_dir / "STOP")
+        signals = Signals(stop)
+        with command.listening(signals.on_signal):
+            ran = False
+            for name in self.config.stages:
+                if stop.is_asked:
+                    return stopped(signals)
+                stage = self.config.stage_of(name)
+                reason = stage.reason_to_run()
+                if reason is None:
+                    print(f"{name}: done already", flush=True)
+                    continue
+                ran = True
+                print(f"{name}: {reason}", flush=True)
+                started = time.monotonic()
+                code = self.run_stage(name, signals)
+                if code == command.STOPPED:
+                    return stopped(signals)
+                if code:
+                    stop.clear()
+                    fixed = "once that is fixed, " if code == command.USER_ERROR else ""
+                    print(f"{name} ended with exit code {code}; {fixed}{command.CONTINUES}", file=sys.stderr)
+                    return code
+                print(f"{name}: done in {time.monotonic() - started:.0f} s{summary(stage.directory)}", flush=True)
+            stop.clear()  # too late: all is done
+            if not ran:
+                print("nothing to do: every stage is done and nothing it depends on has changed")
+            self.report(write=ran)
+        return 0
+
+    def report(self, *, write: bool) -> None:
+        """Writes the model cards and the page of an evaluated run, and prints where they are."""
+        config = self.config
+        table, page = config.run_dir / "evaluate" / "table.txt", config.run_dir / "report.html"
+        if not (config.run_dir / "evaluate" / "DONE.json").exists():
+            return
+        if write or not page.exists():
+            from distill.report.page import write_report
+
+            write_report(config)
+        print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}\nthe run on one page: {page}")
+
+    def run_stage(self, name: str, signals: Signals) -> int:
+        """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
+        arguments, config = self.arguments, self.config
+        same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
+        cores = os.cpu_count() or 1
+        if name == "precompute":
+            return self.precompute(same, cores, signals)
+        if name not in config.training_stages:
+            return self.run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
+        script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
+        ranks = self.ranks_per_node()
+        if (config.engine.num_ranks or 0) > ranks:
+            num_ranks = config.engine.num_ranks
+            print(f"{name}: one rank for each of the {ranks} GPUs of this node, instead of {num_ranks}", flush=True)
+        check_batch(config, name, ranks * int(os.environ["SLURM_JOB_NUM_NODES"] if arguments.srun else 1))
+        if arguments.srun:
+            srun, threads = slurm_job.srun_python(ranks, wait=WAIT_FOR_RANKS)
+            return self.run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
+        commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
+        threads = max(1, cores // ranks)
+        return self.run_all(commands, signals, threads=threads, environments=local_environments(ranks), stops_by_file=True)
+
+    def precompute(self, same: list[str], cores: int, signals: Signals) -> int:
+        """The text first, once; then tasks side by side."""
+        script, tasks = [str(LAUNCHER / "precompute.py"), *same], self.config.teacher.tasks
+        if code := self.run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
+            return code
+        if self.arguments.srun:
+            srun, threads = slurm_job.srun_python(num_gpus() or tasks)
+            return self.run_all([[*srun, *script]], signals, threads=threads)
+        gpus = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
+        commands = [[sys.executable, *script]] * tasks
+        return self.run_all(commands, signals, threads=max(1, cores // tasks), environments=gpus)
+
+    def run_all(
+        self,
+        commands: list[list[str]],
+        signals: Signals,
+        *,
+        threads: int,
+        environments: list[dict[str, str]] | None = None,
+        stops_by_file: bool = False,
+    ) -> int:
+        """Runs commands side by side, each with its own environment on top of this one; when one fails, the others are ended.
+
+        A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the first code that
+        is not 0, and STOPPED for processes that were ended because of a stop.
+        """
+        shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+        own = environments or [{}] * len(commands)
+        processes = [subprocess.Popen(each, env=shared | more) for each, more in zip(commands, own, strict=True)]
+        at_once = signal.SIGTERM if self.arguments.srun else signal.SIGKILL  # srun's death would leave its tasks
+        passed_on, deadline = False, math.inf
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.05)
+            if signals.stop.is_asked and not passed_on:
+                passed_on = True
+                if stops_by_file:
+                    assert signals.stop.file is not None
+                    signals.stop.file.touch()
+                else:
+                    send(processes, ASK_TO_STOP)
+            if deadline == math.inf and any(process.returncode for process in processes):
+                deadline = time.monotonic() + GRACE
+                send(processes, signal.SIGTERM)
+            if signals.num_interrupts > 1 or time.monotonic() > deadline:
+                send(processes, at_once)
+        code = next((process.returncode for process in processes if process.returncode), 0)
+        code = code if code >= 0 else 128 - code
+        return command.STOPPED if passed_on and code in STOPPED_CODES else code
+
+    def ranks_per_node(self) -> int:
+        gpus, wanted = num_gpus(), self.config.engine.num_ranks
+        return min(wanted or gpus, gpus) if gpus else wanted or 2
+
+
 def stopped(signals: Signals) -> int:
     """The exit code, once nothing runs any more."""
-    signals.stop.obeyed()
-    print(f"stopped as asked; {command.GOES_ON}", file=sys.stderr)
+    signals.stop.clear()
+    print(f"stopped on request; {command.CONTINUES}", file=sys.stderr)
     return command.INTERRUPTED if signals.num_interrupts else command.STOPPED
-
-
-def run_stage(config: command.RunConfig, name: str, signals: Signals) -> int:
-    """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
-    same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
-    cores = os.cpu_count() or 1
-    if name == "precompute":
-        return precompute(same, config.teacher.tasks, cores, signals)
-    if name in ("export", "evaluate"):
-        return run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
-    script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
-    ranks = ranks_a_node(config)
-    if (config.engine.num_ranks or 0) > ranks:
-        print(f"{name}: one rank for each of the {ranks} GPUs of this node, instead of {config.engine.num_ranks}", flush=True)
-    check_batch(config, name, ranks * int(os.environ["SLURM_JOB_NUM_NODES"] if arguments.srun else 1))
-    if arguments.srun:
-        srun, threads = job.srun_python(ranks, wait=END_OF_RANKS)
-        return run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
-    commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
-    return run_all(commands, signals, threads=max(1, cores // ranks), environments=meetings(ranks), stops_by_file=True)
-
-
-def precompute(same: list[str], tasks: int, cores: int, signals: Signals) -> int:
-    """The text first, once; then tasks side by side."""
-    script = [str(LAUNCHER / "precompute.py"), *same]
-    if code := run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
-        return code
-    if arguments.srun:
-        srun, threads = job.srun_python(num_gpus() or tasks)
-        return run_all([[*srun, *script]], signals, threads=threads)
-    numbers = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
-    return run_all([[sys.executable, *script]] * tasks, signals, threads=max(1, cores // tasks), environments=numbers)
-
-
-def run_all(
-    commands: list[list[str]],
-    signals: Signals,
-    *,
-    threads: int,
-    environments: list[dict[str, str]] | None = None,
-    stops_by_file: bool = False,
-) -> int:
-    """Runs commands side by side, each with its own environment on top of this one; when one fails, the others are ended.
-
-    A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the first code that is
-    not 0, and STOPPED for processes that were ended because of a stop.
-    """
-    shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    own = environments or [{}] * len(commands)
-    processes = [subprocess.Popen(each, env=shared | more) for each, more in zip(commands, own, strict=True)]
-    at_once = signal.SIGTERM if arguments.srun else signal.SIGKILL  # srun's death would leave its tasks
-    passed_on, deadline = False, math.inf
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.05)
-        if signals.stop.is_asked and not passed_on:
-            passed_on = True
-            if stops_by_file:
-                assert signals.stop.file is not None
-                signals.stop.file.touch()
-            else:
-                send(processes, ASKS_TO_STOP)
-        if deadline == math.inf and any(process.returncode for process in processes):
-            deadline = time.monotonic() + PATIENCE
-            send(processes, signal.SIGTERM)
-        if signals.num_interrupts > 1 or time.monotonic() > deadline:
-            send(processes, at_once)
-    code = next((process.returncode for process in processes if process.returncode), 0)
-    code = code if code >= 0 else 128 - code
-    return command.STOPPED if passed_on and code in ENDS_OF_A_STOP else code
 
 
 def send(processes: list[subprocess.Popen[bytes]], signum: int) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(signum)
-
-
-def ranks_a_node(config: command.RunConfig) -> int:
-    gpus = num_gpus()
-    return min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
 
 
 def num_gpus() -> int:
@@ -223,18 +254,15 @@ def num_gpus() -> int:
 
 
 def summary(directory: Path) -> str:
-    """What a stage's DONE.json says of it, in a few words."""
-    from distill.stages import read_json
+    """The key results of a stage's DONE.json, in a few words."""
+    from distill.run.files import read_json
 
-    results = (read_json(directory / "DONE.json") or {}).get("results", {})
-    parts = [f"{results[key]:,} {key}" for key in ("sentences", "held_out", "steps") if isinstance(results.get(key), int)]
+    results: dict[str, Any] = (read_json(directory / "DONE.json") or {}).get("results", {})
+    parts = [f"{results[key]:,} {key}" for key in ("texts", "held_out", "steps") if isinstance(results.get(key), int)]
     if isinstance(results.get("best_score"), float):
         parts.append(f"best dev score {results['best_score']:.3f}")
     return f" ({', '.join(parts)})" if parts else ""
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__)
-    parser.add_argument("--srun", action="store_true", help="inside a Slurm allocation: start ranks and tasks with srun")
-    arguments = parser.parse_intermixed_args()
-    command.run(main, show_traceback=arguments.traceback)
+    command.start(main)

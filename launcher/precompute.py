@@ -3,8 +3,8 @@
 
     python launcher/precompute.py --config configs/quickstart.yaml
 
-Start it as often as you like, here and on other machines that see the run directory: each takes shards that nobody else is
-making. Shards that are there already are kept, so the same command again goes on where it stopped.
+Any number of these may run, here and on other machines that see the run directory: each takes shards that no other is making.
+Shards that are there already are kept, so the same command again continues where it stopped.
 
 A teacher too large for one device:
 
@@ -17,68 +17,78 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import command
-import job
-from log import RankLog
-from ranks import ending_together, rank_from_environment, start_process_group
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launcher import command, slurm_job
+from launcher.rank_log import RankLog
+from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
 
 
-def main() -> int:
-    config, begun = command.config_of(arguments), None
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.parser(__doc__)
+    parser.add_argument("--text-only", action="store_true", help="cut the text into chunks and stop")
+    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job if it is told to stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    return command.run(lambda: precompute_or_requeue(arguments), rank=rank, show_traceback=arguments.traceback)
+
+
+def precompute_or_requeue(arguments: argparse.Namespace) -> int:
+    from distill.config import load_config
+
+    config, begun = load_config(arguments.config, arguments.overrides), None
     try:
-        begun = job.progress(config) if arguments.requeue else None
-        return precompute(config)
+        begun = slurm_job.progress(config) if arguments.requeue else None
+        return precompute(config, text_only=arguments.text_only)
     except command.Terminated:
         if arguments.requeue:
-            job.come_back(config, command.STOPPED, begun)
+            slurm_job.maybe_requeue(config, command.STOPPED, begun)
         raise
 
 
-def precompute(config: command.RunConfig) -> int:
+def precompute(config: RunConfig, *, text_only: bool) -> int:
     """Makes what falls to this task; returns its exit code."""
     import torch
 
-    from distill.precision import autocast_dtype, describe_precision
-    from distill.stages import open_run, stage_of
-    from distill.teacher.precompute import prepare, run_precompute
+    from distill.config import open_run, stage_of
+    from distill.teacher.precompute import PrecomputeStage
 
     open_run(config)
-    reason = stage_of(config, "precompute").reason_to_run()
-    if reason is None:
+    stage = stage_of(config, "precompute")
+    assert isinstance(stage, PrecomputeStage)
+    if stage.reason_to_run() is None:
         print(f"precompute: done already ({config.shards_dir})")
         return 0
-    if arguments.text_only:
-        prepare(config)
+    if text_only:
+        stage.prepare()
         return 0
     command.quiet_libraries()
-    spread = config.teacher.placement == "zero3"
-    rank = rank_from_environment() if spread else 0
-    if spread:
-        RankLog(config.precompute_dir.with_name("logs"), "precompute", rank)
-        start_process_group(config.engine.timeout)
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    sharded = config.teacher.placement == "zero3"
+    rank = rank_from_environment() if sharded else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         device = torch.device("cuda", local % torch.cuda.device_count())
-    amp = autocast_dtype(config.teacher.precision, device)
-    if config.teacher.vectors is None and rank == 0:
-        print(f"precompute: precision: {describe_precision(config.teacher.precision, device)}", file=sys.stderr)
-    heartbeats = config.precompute_dir.with_name(".precompute.ranks")
-    with ending_together(heartbeats, device, config.engine.timeout, lambda: command.GOES_ON) if spread else nullcontext():
-        whole = run_precompute(config, device, amp, lambda line: print(f"precompute: {line}", file=sys.stderr))
-    if not whole and rank == 0:
+    with ExitStack() as stack:
+        if sharded:
+            stack.enter_context(RankLog(config.precompute_dir.with_name("logs"), "precompute", rank))
+            start_process_group(config.engine.timeout)
+            heartbeats = config.precompute_dir.with_name(".precompute.ranks")
+            stack.enter_context(exiting_together(heartbeats, device, config.engine.timeout, lambda: command.CONTINUES))
+        is_complete = stage.run(device)
+    if not is_complete and rank == 0:
         print("precompute: nothing is left for this task; others are at work", file=sys.stderr)
-    if spread:
-        torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__)
-    parser.add_argument("--text-only", action="store_true", help="cut the text into pieces and stop")
-    parser.add_argument("--requeue", action="store_true", help="have Slurm start this job again if it is told to stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_intermixed_args()
-    command.run(main, rank=int(os.environ.get("RANK", "0")), show_traceback=arguments.traceback)
+    command.start(main)

@@ -11,6 +11,7 @@ cd "$root"
 source launcher/install.sh
 install "$root" quickstart
 started=$SECONDS
+.venv/bin/python launcher/quickstart_text.py
 .venv/bin/python launcher/pipeline.py --config configs/quickstart.yaml "$@"
 cat <<EOF
 $((SECONDS - started)) s. What to do now:

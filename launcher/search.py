@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Answers questions from a run's own text, with the compact student and the teacher side by side.
+"""Answers questions from a run's own text, by the compact student and the teacher side by side.
 
     python launcher/search.py --run runs/quickstart "how do I gather a tensor from all ranks"
 
 Without a question, and after the first, questions are read from standard input, one a line, until an empty one.
---asymmetric: the student answers too from the vectors that the teacher stored, in the teacher's space, so that text embedded
-once by the teacher needs no index of the student's.
+--asymmetric: the student's questions search the teacher's stored vectors, in the teacher's space, so that text embedded by
+the teacher needs no index of the student's.
 """
 
 from __future__ import annotations
@@ -15,25 +15,44 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import command
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def main() -> int:
+from launcher import command
+
+if TYPE_CHECKING:
+    from distill.evaluation.passage_index import Hit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="answers per question (default 5)")
+    parser.add_argument("--asymmetric", action="store_true", help="search the teacher's vectors with the student's questions")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    parser.add_argument("question", nargs="?", help="what you want to know")
+    arguments = parser.parse_args(argv)
+    return command.run(lambda: search(arguments), show_traceback=arguments.traceback)
+
+
+def search(arguments: argparse.Namespace) -> int:
     if not (arguments.run / "config.yaml").is_file():
         raise ValueError(f"no run at {arguments.run}: it has no config.yaml")
-    config = command.load_config(
-        arguments.run / "config.yaml", [f"runs_dir={arguments.run.parent}", f"name={arguments.run.name}"]
-    )
-    from distill.search import open_indices
+    from distill.config import load_config
 
-    student_index, teacher_index = open_indices(config)
+    config = load_config(arguments.run / "config.yaml", [f"runs_dir={arguments.run.parent}", f"name={arguments.run.name}"])
+    from distill.evaluation.passage_index import open_indices
+
+    student_index, teacher_index = open_indices(config.run_dir, config.shards_dir)
     import torch
 
-    from distill.evaluation.encode import encoder_of
-    from distill.stages import read_json
+    from distill.evaluation.model_encoder import encoder_of
+    from distill.run.files import read_json
     from distill.student.student import TeacherSpace
     from distill.teacher.encoder import Teacher
 
@@ -54,16 +73,15 @@ def main() -> int:
         title,
         f"teacher, {teacher.dim} dimensions, {teacher.params / 1e6:.1f}M parameters" if teacher else "teacher: no weights here",
     )
-    from distill.search import side_by_side
 
     def answer(question: str) -> None:
         started = time.perf_counter()
-        ours = student_index.search(student([question])[0], arguments.count)
+        by_student = student_index.search(student([question])[0], arguments.count)
         student_ms = (time.perf_counter() - started) * 1e3
-        theirs = teacher_index.search(teacher([question])[0], arguments.count) if teacher else []
+        by_teacher = teacher_index.search(teacher([question])[0], arguments.count) if teacher else []
         total_ms = (time.perf_counter() - started) * 1e3
         width = shutil.get_terminal_size((160, 24)).columns
-        print(f"\n{question}\n{side_by_side(ours, theirs, titles=titles, width=width)}")
+        print(f"\n{question}\n{side_by_side(by_student, by_teacher, titles=titles, width=width)}")
         print(f"{student_ms:.0f} ms with the student, {total_ms:.0f} ms with both", flush=True)
 
     if arguments.question:
@@ -74,6 +92,22 @@ def main() -> int:
     return 0
 
 
+def side_by_side(left: Sequence[Hit], right: Sequence[Hit], *, titles: tuple[str, str], width: int) -> str:
+    """Two columns of answers; texts that are in both are marked with =."""
+    column = max(20, (width - 3) // 2)
+    shared = {hit.row for hit in left} & {hit.row for hit in right}
+
+    def cell(hit: Hit | None) -> str:
+        if hit is None:
+            return " " * column
+        line = f"{'=' if hit.row in shared else ' '} {hit.score:.2f} {hit.text}"
+        return (line if len(line) <= column else line[: column - 1] + "…").ljust(column)
+
+    rows = [f"{titles[0]:<{column}} | {titles[1]}", "-" * (2 * column + 3)]
+    rows += [f"{cell(one)} | {cell(other)}".rstrip() for one, other in zip_longest(left, right)]
+    return "\n".join(rows)
+
+
 def _read(prompt: str) -> str:
     try:
         return input(prompt).strip()
@@ -82,11 +116,4 @@ def _read(prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="answers a question (default 5)")
-    parser.add_argument("--asymmetric", action="store_true", help="search the teacher's vectors with the student's questions")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
-    parser.add_argument("question", nargs="?", help="what you want to know")
-    arguments = parser.parse_args()
-    command.run(main, show_traceback=arguments.traceback)
+    command.start(main)

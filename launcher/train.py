@@ -9,121 +9,124 @@
 On a machine without GPUs, `deepspeed --num_gpus N` starts N ranks on its processor.
 
 SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file runs/NAME/STOP, stop all ranks after the same step, with a checkpoint; the
-same command goes on from there. So does Ctrl-C; a second one ends at once.
+same command continues from there. So does Ctrl-C; a second one ends at once.
 
-Exit codes: 0 done; 75 stopped as asked; 130 stopped by Ctrl-C; 2 an error that its message says how to mend; others: it failed.
+Exit codes: 0 done; 75 stopped on request; 130 stopped by Ctrl-C; 2 an error that its message says how to fix; else a failure.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import command
-from log import RankLog, speak
-from ranks import check_batch, ending_together, rank_from_environment, start_process_group
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill.training.stopping import Stopped, StopRequest
+from launcher import command
+from launcher.rank_log import RankLog, show_on_terminal
+from launcher.rendezvous import check_batch, exiting_together, rank_from_environment, start_process_group
 
 NO_CHECKPOINT = "there is no checkpoint yet: the same command begins again"
-A_WHILE = 3.0  # seconds in which a launcher ends the other ranks once rank 0 has said what fails on all of them
+RANK_0_FIRST = 3.0  # seconds in which a launcher ends the other ranks once rank 0 has reported what fails on all of them
 
 
-def main() -> int:
-    signals = Signals()
-    command.listen(signals.hear)
-    try:
-        config, log, device = join(signals)
-    except Exception as error:
-        if rank > 0:  # as a rule it fails on rank 0 as well, which says it
-            signals.code = command.exit_code(error)
-            time.sleep(A_WHILE)
-            speak()
-        raise
-    import torch.distributed
-
-    from distill.precision import describe_precision
-    from distill.stages import checkpoint_steps, stage_of
-    from distill.training.distributed import from_rank_0
-    from distill.training.stage import run_stage
-
-    stage, stop = stage_of(config, config.stage), signals.stop
-    heartbeats = config.run_dir / f".{stage.name}.ranks"
-
-    def goes_on() -> str:
-        steps = checkpoint_steps(stage.directory)
-        return f"the same command goes on from step {steps[-1]}" if steps else NO_CHECKPOINT
-
-    with ending_together(heartbeats, device, config.engine.timeout, goes_on) as watch:
-        reason = from_rank_0(stage.reason_to_run(), device)
-        if rank == 0:
-            print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
-            if reason is not None:
-                precision = describe_precision(config.engine.precision, device)
-                print(f"{stage.name}: precision: {precision}", file=sys.stderr, flush=True)
-
-        def asked_to_stop(step: int) -> bool:
-            watch.step = log.step = step
-            return stop.is_asked
-
-        if reason is not None:
-            with only_one(config.run_dir / f".{stage.name}.lock") if rank == 0 else nullcontext():
-                try:
-                    run_stage(config, config.stage, device, asked_to_stop)
-                except Stopped as stopped:
-                    stop.obeyed()
-                    if rank == 0:
-                        print(f"{stopped}; {command.GOES_ON}", file=sys.stderr, flush=True)
-                    torch.distributed.destroy_process_group()
-                    return command.INTERRUPTED if signals.interrupted else command.STOPPED
-
-    torch.distributed.destroy_process_group()
-    log.add("done")
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.parser(__doc__)
+    parser.add_argument("--local_rank", type=int, help="given by launchers that stay: this rank ends with its launcher")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.local_rank is not None:
+        command.end_with_parent()
+    rank = rank_from_environment()
+    return command.run(lambda: train(arguments, rank), rank=rank, show_traceback=arguments.traceback)
 
 
-def join(signals: Signals) -> tuple[command.RunConfig, RankLog, Any]:
-    """Finds the other ranks. Returns the config, this rank's log and its device."""
-    config = command.config_of(arguments)
+def train(arguments: argparse.Namespace, rank: int) -> int:
+    """Runs the stage on this rank, together with the others; returns the exit code."""
+    stop = RankStop(rank)
+    with command.listening(stop.on_signal):
+        try:
+            return train_with_others(arguments, stop)
+        except Exception as error:
+            if not stop.joined and rank > 0:  # as a rule it fails on rank 0 as well, which reports it
+                stop.code = command.exit_code(error)
+                time.sleep(RANK_0_FIRST)
+                show_on_terminal()
+            raise
+
+
+def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
+    """Finds the other ranks, runs the stage, and exits as they do."""
+    from distill.config import load_config, open_run, stage_of
+    from distill.run.collectives import from_rank_0
+    from distill.run.stage import checkpoint_steps
+    from distill.run.stopping import Stopped, StopRequest
+
+    config = load_config(arguments.config, arguments.overrides)
     check_batch(config, config.stage, int(os.environ["WORLD_SIZE"]))
-    from distill.stages import open_run
-
-    if rank == 0:
+    if stop.rank == 0:
         open_run(config)
-        signals.stop = StopRequest(config.run_dir / "STOP")
-    log = RankLog(config.run_dir / "logs", config.stage, rank)
-    command.quiet_libraries()
-    device = start_process_group(config.engine.timeout)
-    signals.joined = True
-    return config, log, device
+        stop.request = StopRequest(config.run_dir / "STOP")
+    with RankLog(config.run_dir / "logs", config.stage, stop.rank) as log:
+        command.quiet_libraries()
+        device = start_process_group(config.engine.timeout)
+        stop.joined = True
+        stage = stage_of(config, config.stage)
+        heartbeats_dir = config.run_dir / f".{stage.name}.ranks"
+
+        def continues() -> str:
+            steps = checkpoint_steps(stage.directory)
+            return f"the same command continues from step {steps[-1]}" if steps else NO_CHECKPOINT
+
+        with exiting_together(heartbeats_dir, device, config.engine.timeout, continues) as heartbeats:
+            reason = from_rank_0(stage.reason_to_run(), device)
+            if stop.rank == 0:
+                print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
+
+            def stop_asked(step: int) -> bool:
+                heartbeats.step = log.step = step
+                return stop.request.is_asked
+
+            if reason is not None:
+                with only_one(config.run_dir / f".{stage.name}.lock") if stop.rank == 0 else nullcontext():
+                    try:
+                        stage.run(device, stop_asked)
+                    except Stopped as stopped:
+                        stop.request.clear()
+                        if stop.rank == 0:
+                            print(f"{stopped}; {command.CONTINUES}", file=sys.stderr, flush=True)
+                        return command.INTERRUPTED if stop.interrupted else command.STOPPED
+        log.add("done")
+        return 0
 
 
-class Signals:
-    """What this rank does on a signal: nothing but asks for a stop, once it has joined the others."""
+class RankStop:
+    """What a signal does to this rank: it requests a stop, once the rank has joined the others; before, it ends the process."""
 
-    def __init__(self) -> None:
-        self.stop = StopRequest()
+    def __init__(self, rank: int) -> None:
+        from distill.run.stopping import StopRequest
+
+        self.rank = rank
+        self.request = StopRequest()
         self.joined = False
         self.interrupted = False
         self.code = command.STOPPED  # of an end by a signal, before this rank has joined the others
 
-    def hear(self, signum: int) -> None:
+    def on_signal(self, signum: int) -> None:
         is_interrupt = signum == signal.SIGINT
         if not self.joined or (is_interrupt and self.interrupted):
-            if rank == 0:
-                print(f"stopped; {command.GOES_ON}", file=sys.stderr, flush=True)
+            if self.rank == 0:
+                print(f"stopped; {command.CONTINUES}", file=sys.stderr, flush=True)
             os._exit(command.INTERRUPTED if is_interrupt else self.code)
-        if is_interrupt and rank == 0:
+        if is_interrupt and self.rank == 0:
             print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         self.interrupted |= is_interrupt
-        self.stop.ask()
+        self.request.ask()
 
 
 @contextmanager
@@ -138,10 +141,4 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__)
-    parser.add_argument("--local_rank", type=int, help="given by launchers that stay: this rank ends with its launcher")
-    arguments = parser.parse_intermixed_args()
-    if arguments.local_rank is not None:
-        command.end_with_parent()
-    rank = rank_from_environment()
-    command.run(main, rank=rank, show_traceback=arguments.traceback)
+    command.start(main)

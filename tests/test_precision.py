@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import ROOT
 
-from distill.precision import autocast_dtype, describe_precision
+from distill.run.precision import autocast_dtype, describe_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -52,7 +52,7 @@ def test_without_bf16_instructions_it_is_fp32_and_bf16_is_refused(monkeypatch, d
 
 def test_a_processor_limited_to_avx2_has_no_bf16():
     """oneDNN reads the limit itself, so this is what a processor with AVX2 alone is told."""
-    code = "import torch, distill.precision as p; print(p.describe_precision('auto', torch.device('cpu')))"
+    code = "import torch, distill.run.precision as p; print(p.describe_precision('auto', torch.device('cpu')))"
     limit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | limit, cwd=ROOT)
     assert done.stdout == "fp32 (auto: this processor has no bf16 instructions)\n", done.stderr

@@ -1,11 +1,11 @@
-"""From raw strings to numbered pieces of unique sentences, in constant memory for a text of any size.
+"""From raw strings to text chunks of unique texts, in constant memory for any number of texts.
 
-    sources -> spool.part/sentences          normalised, of the right length, one a line
-            -> spool.part/bucket.*           (hash, place in the spool), by the hash's leading bits
-    each bucket, sorted -> spool.part/fates  one byte a sentence: kept, duplicate, held out, ...
-    spool + fates -> 000000.txt ..., held_out.txt, and manifest.json last
+    sources -> spool.part/texts                 normalised, of the right length, one a line
+            -> spool.part/bucket.*              (hash, place in the spool), by the hash's leading bits
+    each bucket, sorted -> spool.part/statuses  one byte a text: kept, duplicate, held out, ...
+    spool + statuses -> 000000.txt ..., held_out.txt, and manifest.json last
 
-Two sentences are the same if their 64-bit hashes are; among a billion, the chance that any two differ nevertheless is 3%.
+Texts are duplicates if their 64-bit hashes are equal; in a billion texts, the chance that any two differ nevertheless is 3%.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distill.config import TextConfig
-from distill.corpus.fates import HELD_OUT, KEPT, decide_fates
-from distill.corpus.pieces import PieceWriter
+from distill.corpus.chunks import ChunkWriter
+from distill.corpus.deduplication import HELD_OUT, KEPT, deduplicate
 from distill.corpus.sources import check_source
 from distill.corpus.spool import BLOCK_ROWS, Spool, fill
-from distill.files import publish, sweep, write_json
+from distill.corpus.text_config import TextConfig
+from distill.run.files import publish, sweep, write_json
 
 HELD_OUT_SOURCES = "held_out.sources.npy"
-
 HISTOGRAM_BINS = 40
 
 
@@ -37,23 +36,23 @@ def prepare_text(
     config: TextConfig,
     out: Path,
     *,
-    rows_per_piece: int,
+    rows_per_chunk: int,
     keep_row_numbers: bool = False,
     show_progress: bool = True,
     num_buckets: int = 256,
 ) -> dict[str, Any]:
-    """Writes the text's pieces, held-out sentences and manifest.json into the folder `out`; returns the manifest.
+    """Writes the text chunks, the held-out texts and manifest.json into the folder `out`; returns the manifest.
 
-    If it was killed, the same call goes on from its last journal entry, or writes the pieces again.
+    After a kill, the same call continues from its last journal entry, or writes the chunks again.
 
-    000000.txt ...: `rows_per_piece` sentences each but the last, in the order of the sources. held_out.txt: of the
-    sentences with hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; none of them is in a
-    piece. held_out.sources.npy (int64) beside it: the number of each one's source. With keep_row_numbers, NAME.rows.npy (int64)
-    beside each NAME.txt: the number of each sentence among the raw ones of all sources, from 0. `num_buckets` (1..256) changes
-    memory, not results: 64 bytes x sentences / num_buckets.
+    000000.txt ...: `rows_per_chunk` texts each but the last, in the order of the sources. held_out.txt: of the texts with
+    hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; no chunk contains any of them.
+    held_out.sources.npy (int64) beside it: the number of each one's source. With keep_row_numbers, NAME.rows.npy (int64)
+    beside each NAME.txt: the number of each text among the raw ones of all sources, from 0. `num_buckets` (1..256) changes
+    memory, not results: 64 bytes x texts / num_buckets.
 
-    Memory beyond that: a block of sentences, and `config.held_out` sentences. Disk: the text once more, and 25 bytes a
-    sentence. Raises ValueError for a source that cannot be read (before any work, where that can be seen), or no sentence left.
+    Memory beyond that: a block of texts, and `config.held_out` texts. Disk: the text once more, and 25 bytes per text.
+    Raises ValueError for a source that cannot be read (before any work, where possible), or if no text is left.
     """
     for source in config.sources:
         check_source(source)
@@ -68,17 +67,17 @@ def prepare_text(
             shutil.rmtree(spool.folder, ignore_errors=True)
         raise
     counts = Counter(progress.counts)
-    fate_counts, held_out_places = decide_fates(spool, progress.num_spooled, config.held_out, config.max_sentences, disable)
-    counts.update(fate_counts)
+    status_counts, held_out_places = deduplicate(spool, progress.num_spooled, config.held_out, config.max_sentences, disable)
+    counts.update(status_counts)
     if not counts["kept"]:
         shutil.rmtree(spool.folder)
         raise ValueError(_nothing_left(config, counts))
-    pieces, held_out, lengths = _write_pieces(spool, progress.num_spooled, held_out_places, out, rows_per_piece, disable)
+    chunks, held_out, lengths = _write_chunks(spool, progress.num_spooled, held_out_places, out, rows_per_chunk, disable)
     with publish(out / HELD_OUT_SOURCES) as file:
         np.save(file, np.searchsorted(np.cumsum(progress.spooled_of), held_out_places, side="right"))
     manifest = {
         "version": 1,
-        "pieces": pieces,
+        "chunks": chunks,
         "held_out": held_out,
         "counts": dict(counts),
         "lengths": _describe_lengths(lengths),
@@ -86,7 +85,7 @@ def prepare_text(
             {**source.model_dump(mode="json"), "count": count}
             for source, count in zip(config.sources, progress.read_of, strict=True)
         ],
-        "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*pieces, held_out]).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*chunks, held_out]).encode()).hexdigest(),
     }
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(spool.folder, ignore_errors=True)
@@ -94,7 +93,7 @@ def prepare_text(
 
 
 def held_out_sources(folder: Path) -> list[str] | None:
-    """A name for the source of each held-out sentence of a text that `prepare_text` wrote; None if it was not kept."""
+    """The name of each held-out text's source, in a folder that `prepare_text` wrote; None if the sources are not recorded."""
     manifest, path = folder / "manifest.json", folder / HELD_OUT_SOURCES
     if not manifest.exists() or not path.exists():
         return None
@@ -110,43 +109,43 @@ def _name(source: dict[str, Any]) -> str:
 
 
 def can_resume(out: Path) -> bool:
-    """Whether a `prepare_text` that was cut off in `out` has come so far that it is worth going on from there."""
+    """Whether an interrupted `prepare_text` left a journal in `out` to continue from."""
     return Spool(out / "spool.part", 1, False).journal.exists()
 
 
-def _write_pieces(
-    spool: Spool, num_sentences: int, held_out_places: np.ndarray, out: Path, rows_per_piece: int, progress: bool | None
+def _write_chunks(
+    spool: Spool, num_texts: int, held_out_places: np.ndarray, out: Path, rows_per_chunk: int, progress: bool | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Counter[int]]:
-    """Pass 2: writes the files of `out`; returns manifest entries of the pieces and held-out, and the histogram of lengths."""
+    """Pass 2: writes the files of `out`; returns the manifest entries of the chunks and of held_out.txt, and text lengths."""
     lengths: Counter[int] = Counter()
     held_out: dict[int, tuple[bytes, int]] = {}
     with (
-        spool.sentences.open("rb") as sentences,
-        PieceWriter(out, rows_per_piece, spool.has_rows) as pieces,
-        tqdm(total=num_sentences, desc="writing pieces", unit=" sentences", unit_scale=True, disable=progress) as bar,
+        spool.texts.open("rb") as texts,
+        ChunkWriter(out, rows_per_chunk, spool.has_rows) as chunks,
+        tqdm(total=num_texts, desc="writing text chunks", unit=" texts", unit_scale=True, disable=progress) as bar,
     ):
-        for place in range(0, num_sentences, BLOCK_ROWS):
-            lines = list(islice(sentences, BLOCK_ROWS))
-            fates = spool.read_fates(place, len(lines))
+        for place in range(0, num_texts, BLOCK_ROWS):
+            lines = list(islice(texts, BLOCK_ROWS))
+            statuses = spool.read_statuses(place, len(lines))
             rows = spool.read_row_numbers(place, len(lines))
-            kept = list(compress(lines, fates == KEPT))
+            kept = list(compress(lines, statuses == KEPT))
             lengths.update(len(line.decode()) - 1 for line in kept)
-            pieces.write(kept, rows[fates == KEPT])
-            for offset in np.flatnonzero(fates == HELD_OUT).tolist():
+            chunks.write(kept, rows[statuses == KEPT])
+            for offset in np.flatnonzero(statuses == HELD_OUT).tolist():
                 held_out[place + offset] = lines[offset], int(rows[offset])
             bar.update(len(lines))
     chosen = [held_out[place] for place in held_out_places.tolist()]
-    with PieceWriter(out, max(1, len(chosen)), spool.has_rows, name="held_out") as writer:
+    with ChunkWriter(out, max(1, len(chosen)), spool.has_rows, name="held_out") as writer:
         writer.write([line for line, _ in chosen], np.array([row for _, row in chosen], np.int64))
-    return pieces.entries, writer.entries[0], lengths
+    return chunks.entries, writer.entries[0], lengths
 
 
 def _describe_lengths(lengths: Counter[int]) -> dict[str, Any]:
-    """In characters; histogram: how many sentences are of each length up to `upto`, and above the one before it."""
+    """In characters. histogram: counts[i] texts are at most upto[i] and more than upto[i - 1] characters long."""
     chars = np.array(sorted(lengths))
     counts = np.array([lengths[size] for size in chars.tolist()])
     cumulative = np.cumsum(counts)
-    p50, p95 = (int(chars[np.searchsorted(cumulative, share * cumulative[-1])]) for share in (0.5, 0.95))
+    p50, p95 = (int(chars[np.searchsorted(cumulative, fraction * cumulative[-1])]) for fraction in (0.5, 0.95))
     mean = round(float((chars * counts).sum() / cumulative[-1]), 2)
     edges = np.unique(np.linspace(chars[0] - 1, chars[-1], HISTOGRAM_BINS + 1).round().astype(int))
     binned = np.histogram(chars, bins=edges + 1, weights=counts)[0]
@@ -158,6 +157,6 @@ def _nothing_left(config: TextConfig, counts: Counter[str]) -> str:
     sources = ", ".join(source.path or source.name or source.type for source in config.sources)
     dropped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if name != "kept")
     return (
-        f"no sentence is left to train on: {dropped}; check the sources ({sources}),"
+        f"no text is left to train on: {dropped}; check the sources ({sources}),"
         f" min_chars {config.min_chars} and max_chars {config.max_chars}"
     )

@@ -23,20 +23,29 @@ COMPRESSIONS = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 24
 
 Record = tuple[int, list[str]]
+NumberedRow = tuple[int, tuple[str, ...]]
 
 
 def read_rows(path: str, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The values of `fields`, in that order, of every row of a file, in constant memory.
 
-    `fields` are columns of .tsv, .csv and .parquet or keys of .jsonl; for .txt it is empty and the line is the one value.
-    A null is an empty string; blank lines of .tsv (of several columns), .csv and .jsonl are no rows. Where one field is asked
-    for and holds a list of strings, as captions of one picture, each is a row.
+    `fields` are columns of .tsv, .csv and .parquet or keys of .jsonl; for .txt it is empty and the line is the only value.
+    A null is an empty string; blank lines of .tsv (of several columns), .csv and .jsonl are no rows. If one field is requested
+    and holds a list of strings, such as the captions of one picture, each is a row.
     Raises ValueError naming the file, the line where there is one, and the fix.
     """
+    return (values for _, values in read_numbered_rows(path, fields))
+
+
+def read_numbered_rows(path: str, fields: Sequence[str], optional: Sequence[str] = ()) -> Iterator[NumberedRow]:
+    """The same, each row with its line number from 1 (0 in .parquet). Fields that are `optional` may be absent from a .jsonl
+    object, as empty strings."""
     suffix = file_format(Path(path))
     if (suffix == ".txt") != (not fields):
         known = " and its lines are all it has: remove `field`" if fields else f"; {_known_fields(Path(path), suffix)}"
         raise ValueError(f"{path}: a {suffix} file {'has no fields' if fields else 'needs `field`'}{known}")
+    if suffix == ".jsonl":
+        return _read_jsonl(Path(path), fields, optional)
     return _READERS[suffix](Path(path), fields)
 
 
@@ -62,7 +71,7 @@ def text_of(value: Any, where: str) -> str:
 
 
 def rows_of(values: Sequence[Any], wheres: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The row of some values, found at `wheres`; a row for each string where the one value is a list of them."""
+    """The row of these values; a row for each string if the only value is a list. wheres: where each was found, for errors."""
     if len(values) == 1 and isinstance(values[0], list):
         yield from ((text_of(value, wheres[0]),) for value in values[0])
     else:
@@ -79,12 +88,12 @@ def _known_fields(path: Path, suffix: str) -> str:
     return f"its fields are {', '.join(names)}"
 
 
-def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[tuple[str]]:
-    for _, line in _lines(path):
-        yield (line.removesuffix("\n").removesuffix("\r"),)
+def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
+    for number, line in _lines(path):
+        yield number, (line.removesuffix("\n").removesuffix("\r"),)
 
 
-def _read_table(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _read_table(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
     records = _RECORDS[file_format(path)](path)
     _, header = next(records, (0, []))
     for field in fields:
@@ -93,8 +102,8 @@ def _read_table(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
     columns = [header.index(field) for field in fields]
     for number, record in records:
         if len(record) != len(header):
-            raise ValueError(f"{path}, line {number}: {len(record)} columns where the header has {len(header)}; mend this line")
-        yield tuple(record[column] for column in columns)
+            raise ValueError(f"{path}, line {number}: {len(record)} columns where the header has {len(header)}; fix this line")
+        yield number, tuple(record[column] for column in columns)
 
 
 def _tsv_records(path: Path) -> Iterator[Record]:
@@ -119,13 +128,13 @@ def _csv_records(path: Path) -> Iterator[Record]:
             yield reader.line_num, record
 
 
-def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _read_jsonl(path: Path, fields: Sequence[str], optional: Sequence[str]) -> Iterator[NumberedRow]:
     for number, value in _json_objects(path):
         for field in fields:
-            if field not in value:
+            if field not in value and field not in optional:
                 raise ValueError(f"{path}, line {number}: no field {field!r}; its fields are {', '.join(value)}")
         wheres = [f"{path}, line {number}, field {field!r}" for field in fields]
-        yield from rows_of([value[field] for field in fields], wheres)
+        yield from ((number, row) for row in rows_of([value.get(field) for field in fields], wheres))
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,7 +150,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
     file = _open_parquet(path)
     schema = file.schema_arrow
     for field in fields:
@@ -151,7 +160,7 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]
     try:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(fields)), use_threads=False):
             for values in zip(*(batch.column(field).to_pylist() for field in fields), strict=True):
-                yield from rows_of(values, wheres)
+                yield from ((0, row) for row in rows_of(values, wheres))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: its parquet data cannot be read ({error}); it may be damaged") from error
 
@@ -193,7 +202,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """The content of all frames of a .zst file; EOFError where the last is cut off, which zstandard's own reader lets pass."""
+    """The content of all frames of a .zst file; EOFError if the last is cut off, which zstandard's own reader ignores."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -231,4 +240,4 @@ class _ZstdReader(io.RawIOBase):
 
 
 _RECORDS = {".tsv": _tsv_records, ".csv": _csv_records}
-_READERS = {".txt": _read_txt, ".tsv": _read_table, ".csv": _read_table, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {".txt": _read_txt, ".tsv": _read_table, ".csv": _read_table, ".parquet": _read_parquet}

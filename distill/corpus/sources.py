@@ -2,9 +2,8 @@
 
     file            path or glob -> the lines of .txt, or one field of .tsv .csv .jsonl .parquet
     huggingface     a dataset's name or folder -> one field, streaming
-    python-docs     this machine's Python packages -> the sentences of their docstrings
 
-What cannot be read is a ValueError that names the file, the line where there is one, and what to do.
+A source that cannot be read raises ValueError naming the file, the line where there is one, and what to do.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from distill.config import SourceConfig, TextConfig
-from distill.corpus.docstrings import read_docstrings
 from distill.corpus.rows import file_format, read_rows, rows_of
+from distill.corpus.text_config import SourceConfig, TextConfig
+from distill.run.files import DigestCache
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -34,14 +33,14 @@ def read_source(source: SourceConfig) -> Iterator[str]:
     A null in the data is an empty string, so that the n-th string belongs to the n-th row. Raises ValueError where
     something cannot be read; a mistake in the config's own values is raised at the first string, not at the call.
     """
-    readers = {"file": _read_files, "huggingface": _read_dataset, "python-docs": lambda _: read_docstrings()}
+    readers = {"file": _read_files, "huggingface": _read_dataset}
     return islice(readers[source.type](source), source.limit)
 
 
 def check_source(source: SourceConfig) -> None:
-    """Opens every file of a source as far as its first row, so that a typing error costs a second and not an hour.
+    """Reads the first row of every file of a source, so that a misspelt path or field is found before hours of reading.
 
-    Raises the ValueError that reading it would. Other types of source are left alone: opening them is the work itself.
+    Raises the ValueError that reading it would. A Hugging Face dataset is not checked: opening it takes as long as reading.
     """
     if source.type == "file":
         for path in _matching_files(source):
@@ -72,7 +71,7 @@ def _matching_files(source: SourceConfig) -> list[Path]:
 
 
 def matching_files(source: SourceConfig) -> list[Path]:
-    """The files that a source's path or glob names, in their order; none, perhaps."""
+    """The files that match a source's path or glob, sorted; may be empty."""
     pattern = source.path or ""
     _refuse_url(pattern, "path")
     if Path(pattern).is_file():
@@ -99,7 +98,7 @@ def read_dataset(
 ) -> Iterator[tuple[str, ...]]:
     """The values of `fields`, in that order, of every row of a Hugging Face dataset, streaming; a null is an empty string.
 
-    Raises ValueError naming the dataset and, for a field that it has not, those it has.
+    Raises ValueError naming the dataset and, for an unknown field, those it has.
     """
     _refuse_url(name, "name")
     import datasets
@@ -117,3 +116,14 @@ def read_dataset(
                 yield from rows_of(values, wheres)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot read the {where}: {error}") from error
+
+
+def source_files(config: TextConfig) -> list[Path]:
+    """The local files that the text is read from, in their order."""
+    return [path for source in config.sources if source.path for path in matching_files(source)]
+
+
+def source_fingerprints(config: TextConfig, digests: DigestCache) -> dict[str, str]:
+    """Path -> sha256 of each local file, dataset name -> revision of each Hugging Face dataset."""
+    found = {str(path): digests.sha256(path) for path in source_files(config)}
+    return found | {source.name: source.revision or "" for source in config.sources if source.name}

@@ -1,15 +1,15 @@
-"""The working files of a text: every sentence that fits, in order, and its hash in one of many buckets.
+"""Working files of text preparation: every text of the right length, in order, and its hash in one of the buckets.
 
-Reading may take hours (a compressed file and a hub's stream have no random access), so that a journal is kept: whoever was
-killed goes on from the last entry, skipping the raw strings that were read already.
+Reading may take hours, and a compressed file or a hub's stream has no random access: a journal lets a call that was killed
+continue from its last entry, skipping the raw strings that were read before it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -21,20 +21,21 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from distill.config import TextConfig
 from distill.corpus.sources import read_source
 from distill.corpus.text import normalise, text_hash
-from distill.files import write_json
+from distill.corpus.text_config import TextConfig
+from distill.run.files import write_json
 
+logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
-JOURNAL_EVERY = 64  # blocks, about a million sentences
+JOURNAL_EVERY = 64  # blocks, about a million texts
 RECORD = np.dtype([("hash", "<u8"), ("place", "<i8")])
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Spool:
-    """The working files of one `prepare_text`: sentences by their place, and records by their hash."""
+    """The working files of one `prepare_text`: texts by their place, and records by their hash."""
 
     folder: Path
     num_buckets: int
@@ -45,16 +46,16 @@ class Spool:
             raise ValueError(f"num_buckets {self.num_buckets} must be from 1 to 256")
 
     @property
-    def sentences(self) -> Path:
-        return self.folder / "sentences"
+    def texts(self) -> Path:
+        return self.folder / "texts"
 
     @property
     def rows(self) -> Path:
         return self.folder / "rows"
 
     @property
-    def fates(self) -> Path:
-        return self.folder / "fates"
+    def statuses(self) -> Path:
+        return self.folder / "statuses"
 
     @property
     def journal(self) -> Path:
@@ -71,12 +72,12 @@ class Spool:
         cuts = np.searchsorted(buckets[order], np.arange(1, self.num_buckets, dtype=np.uint64))
         return np.split(records[order], cuts)
 
-    def read_fates(self, place: int, count: int) -> np.ndarray:
-        """uint8 [count], the fates of the sentences from `place` on."""
-        return np.fromfile(self.fates, np.uint8, count, offset=place)
+    def read_statuses(self, place: int, count: int) -> np.ndarray:
+        """uint8 [count], the statuses of the texts from `place` on."""
+        return np.fromfile(self.statuses, np.uint8, count, offset=place)
 
     def read_row_numbers(self, place: int, count: int) -> np.ndarray:
-        """int64 [count], the raw row numbers of the sentences from `place` on; zeros if they are not recorded."""
+        """int64 [count], the raw row numbers of the texts from `place` on; zeros if they are not recorded."""
         if not self.has_rows:
             return np.zeros(count, np.int64)
         return np.fromfile(self.rows, np.int64, count, offset=place * 8)
@@ -84,8 +85,7 @@ class Spool:
 
 @dataclass
 class Progress:
-    """What has been read: how many raw strings of each source, how many of them were long and short enough, and what became of
-    all of them together."""
+    """What has been read: the raw strings of each source, those of them that were spooled, and the counts of all sources."""
 
     read_of: list[int]
     spooled_of: list[int]
@@ -98,7 +98,7 @@ class Progress:
 
 
 def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
-    """Writes sentences, records and row numbers, going on where an earlier call with the same config was cut off."""
+    """Writes texts, records and row numbers, continuing an interrupted call that had the same config."""
     progress = _resume(config, spool)
     if progress.complete:
         return progress
@@ -106,7 +106,7 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
         files = {path: stack.enter_context(path.open("ab")) for path in _files(spool)}
         buckets = [files[path] for path in spool.buckets]
         total = progress.counts["read"]
-        bar = stack.enter_context(tqdm(desc="reading text", unit=" sentences", unit_scale=True, disable=disable, initial=total))
+        bar = stack.enter_context(tqdm(desc="reading text", unit=" texts", unit_scale=True, disable=disable, initial=total))
         num_blocks = 0  # of this call
         for number, source in enumerate(config.sources):
             raw = islice(read_source(source), progress.read_of[number], None)
@@ -115,7 +115,7 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
                 lengths = np.fromiter(map(len, texts), np.int64, len(texts))
                 fits = (lengths >= config.min_chars) & (lengths <= config.max_chars)
                 texts = list(compress(texts, fits))
-                files[spool.sentences].write("".join(f"{text}\n" for text in texts).encode())
+                files[spool.texts].write("".join(f"{text}\n" for text in texts).encode())
                 if spool.has_rows:
                     rows = progress.counts["read"] + np.flatnonzero(fits)
                     files[spool.rows].write(rows.astype(np.int64).tobytes())
@@ -134,13 +134,13 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
                 if num_blocks % JOURNAL_EVERY == 0:
                     _write_journal(config, spool, progress, files)
         progress.complete = True
-        if num_blocks >= JOURNAL_EVERY:  # less is read again sooner than it is flushed
+        if num_blocks >= JOURNAL_EVERY:  # reading less than that again is faster than flushing it
             _write_journal(config, spool, progress, files)
     return progress
 
 
 def _resume(config: TextConfig, spool: Spool) -> Progress:
-    """What the journal says, with all files cut back to what they were then; or an empty spool."""
+    """The journal's progress, with all files truncated to their sizes at that time; or no progress and an empty spool."""
     try:
         journal = json.loads(spool.journal.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -150,7 +150,7 @@ def _resume(config: TextConfig, spool: Spool) -> Progress:
             os.truncate(path, journal["sizes"][path.name])
         return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
     if journal:
-        print("text: what was read before is of another version, and is read again", file=sys.stderr, flush=True)
+        logger.warning("text: the working files were written with another config or version; the sources are read again")
     shutil.rmtree(spool.folder, ignore_errors=True)
     spool.folder.mkdir(parents=True)
     return Progress([0] * len(config.sources), [0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))
@@ -166,12 +166,12 @@ def _write_journal(config: TextConfig, spool: Spool, progress: Progress, files: 
 
 
 def _of(config: TextConfig, spool: Spool) -> dict[str, Any]:
-    made_by = {"journal": 2, "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
+    made_by = {"journal": 3, "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
     return {"text": config.model_dump(mode="json"), **made_by}
 
 
 def _files(spool: Spool) -> list[Path]:
-    return [spool.sentences, *([spool.rows] if spool.has_rows else []), *spool.buckets]
+    return [spool.texts, *([spool.rows] if spool.has_rows else []), *spool.buckets]
 
 
 def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:

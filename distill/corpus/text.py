@@ -1,4 +1,4 @@
-"""What one sentence is: its normal form, its 64-bit name, and whether training may see it."""
+"""The normal form of a text, its 64-bit hash, and whether it is held out from training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 HELD_OUT_MODULUS = 50
 
-# Neither belongs in a sentence: control characters break lines, a lone surrogate (JSON's "\ud800") has no UTF-8.
+# Neither belongs in a text: control characters break lines, a lone surrogate (JSON's "\ud800") has no UTF-8.
 _CONTROLS_AND_SURROGATES = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -26,10 +26,10 @@ def normalise(text: str) -> str:
 
 
 def text_hash(text: str) -> int:
-    """The stable name of a normalised sentence: blake2b of its UTF-8, 8 bytes, little endian, as a signed int64."""
+    """The hash that identifies a normalised text: blake2b of its UTF-8, 8 bytes, little endian, as a signed int64."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def is_held_out(hashes: np.ndarray) -> np.ndarray:
-    """For text hashes, int64 of any shape: True where the sentence is kept for evaluation and never trained on."""
+    """For text hashes, int64 of any shape: True where the text is kept for evaluation and never trained on."""
     return np.asarray(hashes, dtype=np.int64).view(np.uint64) % np.uint64(HELD_OUT_MODULUS) == 0

@@ -1,23 +1,23 @@
-"""Whether a run would work here, found out before anybody waits for it.
+"""Preflight checks: would a run of this config work on these nodes?
 
-    start.py       what the launcher knows of this process, and what the environment says
-    checks.py      all checks. A check is a module with
-                     look(start) -> Facts               what a node finds of itself, JSON-able; it may hang, or raise
-                     judge(start, nodes) -> Findings    what is wrong and how it is mended, from what all nodes found; pure
-                     note(facts) -> str                 a node that is well, in a few words
-    notices.py     reports from rank to rank over the run directory
-    meeting.py     the same over the network; then an all-reduce, timed
-    consult.py     looks, reports, and on rank 0 waits for the others' reports, all of it within 20 s
-    diagnosis.py   from the reports, and from those that did not come, to findings
-    table.py       what rank 0 prints
+Each rank collects facts about its node and sends them to rank 0 through the store at MASTER_ADDR:MASTER_PORT, where training
+would rendezvous too; rank 0 diagnoses the facts of all nodes. A rank that cannot reach the store diagnoses its own node.
 
-Either way of reporting finds the faults of the other: a node whose network is cut is heard over the run directory, one that
-sees another run directory over the network.
+    context.py      one rank: its config, its place among the ranks, its deadline
+    checks.py       the list of checks, which software, engine, devices, names, storage, system and inputs.py implement
+    needs.py        estimates of the disk space and the parameters that a run needs
+    examine.py      what one rank does: collect, exchange, diagnose
+    rendezvous.py   the store, and the ranks that did not come to it
+    all_reduce.py   a timed all-reduce, in a subprocess
+    findings.py     a finding; nodes that differ from the others
+    diagnosis.py    all findings, and how they are printed
+
+A check is three functions: collect(context) -> JSON-able facts of this node; diagnose(context, facts by node) -> findings, a
+pure function; summarise(facts) -> a few words for a node without findings.
 """
 
-from distill.doctor.consult import examine, report_to_rank_0
-from distill.doctor.diagnosis import Diagnosis
-from distill.doctor.start import Start
-from distill.doctor.table import printed
+from distill.doctor.context import Context
+from distill.doctor.diagnosis import Diagnosis, format_diagnosis
+from distill.doctor.examine import examine
 
-__all__ = ["Diagnosis", "Start", "examine", "printed", "report_to_rank_0"]
+__all__ = ["Context", "Diagnosis", "examine", "format_diagnosis"]

@@ -1,86 +1,74 @@
-"""All checks, in the order of the table."""
+"""The list of all checks, in the order of the table."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 
-from distill.doctor import clocks, deepspeed, devices, inputs, limits, resolution, shared_memory, software, storage
+from distill.doctor import devices, engine, inputs, names, software, storage, system
+from distill.doctor.context import Context, in_background
 from distill.doctor.findings import Facts, Finding, Findings, Nodes
-from distill.doctor.start import Start
 
 
 @dataclass(frozen=True)
 class Check:
     name: str
-    look: Callable[[Start], Facts]
-    judge: Callable[[Start, Nodes], Findings]
-    note: Callable[[Facts], str]
-    imports: str | None = None  # what takes long to import, and longer where the file system is slow
+    collect: Callable[[Context], Facts]
+    diagnose: Callable[[Context, Nodes], Findings]
+    summarise: Callable[[Facts], str]
+    imports: str = ""  # a package that takes long to import: that it takes too long is a warning
 
 
 CHECKS = (
-    Check("software", software.look, software.judge, software.note),
-    Check("deepspeed", deepspeed.look, deepspeed.judge, deepspeed.note, imports="deepspeed"),
-    Check("devices", devices.look, devices.judge, devices.note, imports="torch"),
-    Check("names", resolution.look, resolution.judge, resolution.note),
-    Check("storage", storage.look, storage.judge, storage.note),
-    Check("shm", shared_memory.look, shared_memory.judge, shared_memory.note),
-    Check("clocks", clocks.look, clocks.judge, clocks.note),
-    Check("limits", limits.look, limits.judge, limits.note),
-    Check("inputs", inputs.look, inputs.judge, inputs.note),
+    Check("software", software.collect, software.diagnose, software.summarise),
+    Check("deepspeed", engine.collect, engine.diagnose, engine.summarise, imports="deepspeed"),
+    Check("devices", devices.collect, devices.diagnose, devices.summarise, imports="torch"),
+    Check("names", names.collect, names.diagnose, names.summarise),
+    Check("storage", storage.collect, storage.diagnose, storage.summarise),
+    Check("shm", system.collect_shm, system.diagnose_shm, system.summarise_shm),
+    Check("clocks", system.collect_clock, system.diagnose_clocks, system.summarise_clock),
+    Check("limits", system.collect_limits, system.diagnose_limits, system.summarise_limits),
+    Check("inputs", inputs.collect, inputs.diagnose, inputs.summarise),
 )
 
 
-def look(start: Start, until: float, until_imported: float) -> dict[str, Facts]:
-    """What this node finds of itself, by check. A check that raises, or is not back in time, leaves {"failed": why}."""
-    found: dict[str, Facts] = {}
-    imported: set[str] = set()
-    threads = [threading.Thread(target=_look, args=(check, start, found, imported), daemon=True) for check in CHECKS]
-    for thread in threads:
-        thread.start()
-    limits = [until_imported if check.imports else until for check in CHECKS]
-    for thread, limit in zip(threads, limits, strict=True):
-        thread.join(max(0.0, limit - time.monotonic()))
-    for check, limit in zip(CHECKS, limits, strict=True):
-        if check.name not in found:
-            found[check.name] = {"failed": f"not back after {limit - start.began:.0f} s"}
-            if check.imports and check.name not in imported:
-                found[check.name]["importing"] = check.imports
-    return found
+def collect(context: Context, fraction: float) -> dict[str, Facts]:
+    """This node's facts by check. A check that raises, or is not done at this fraction of the timeout, has {"failed": why}."""
+    imports = {check.name: in_background(partial(import_module, check.imports)) for check in CHECKS if check.imports}
+    facts = {check.name: in_background(partial(check.collect, context)) for check in CHECKS}
+    wait(facts.values(), timeout=context.remaining(fraction))
+    collected: dict[str, Facts] = {}
+    for name, future in facts.items():
+        if not future.done():
+            is_importing = name in imports and not imports[name].done()
+            collected[name] = {"failed": f"not done after {fraction * context.timeout:.0f} s", "is_importing": is_importing}
+        elif error := future.exception():
+            collected[name] = {"failed": f"{type(error).__name__}: {error}", "is_importing": False}
+        else:
+            collected[name] = future.result()
+    return collected
 
 
-def _look(check: Check, start: Start, found: dict[str, Facts], imported: set[str]) -> None:
-    try:
-        if check.imports:
-            with suppress(Exception):  # raised again by look, which knows what it means
-                import_module(check.imports)
-            imported.add(check.name)
-        facts = check.look(start)
-    except Exception as error:
-        facts = {"failed": f"{type(error).__name__}: {error}"}
-    found.setdefault(check.name, facts)
-
-
-def judge(start: Start, looked: dict[str, dict[str, Facts]]) -> Findings:
-    """The findings of all checks; `looked`: by node, then by check."""
+def diagnose(context: Context, collected: Mapping[str, Mapping[str, Facts]]) -> Findings:
+    """The findings of all checks; `collected` is by node, then by check."""
     for check in CHECKS:
-        found = {node: facts[check.name] for node, facts in looked.items()}
-        for node, facts in found.items():
-            if "failed" in facts:
-                yield _failed(check, node, facts)
-        whole = {node: facts for node, facts in found.items() if "failed" not in facts}
-        for finding in check.judge(start, whole):
-            yield Finding(finding.node, finding.what, finding.fix, finding.is_fault, check.name)
+        nodes = {node: facts[check.name] for node, facts in collected.items()}
+        complete = {node: facts for node, facts in nodes.items() if "failed" not in facts}
+        for node in (node for node in nodes if node not in complete):
+            what, fix = (
+                f"the check failed: {nodes[node]['failed']}",
+                f"does every file system on {node} answer? else leave it out",
+            )
+            if is_importing := nodes[node]["is_importing"]:
+                what = f"`import {check.imports}` is {nodes[node]['failed']}: a slow file system, or a busy node"
+            yield Finding(node, what, f"{fix}: sbatch --exclude {node}", not is_importing, check.name)
+        for finding in check.diagnose(context, complete):
+            yield replace(finding, check=check.name)
 
 
-def _failed(check: Check, node: str, facts: Facts) -> Finding:
-    if "importing" in facts:  # slow is not broken
-        what = f"`import {facts['importing']}` is {facts['failed']}: its file system is slow, or the node is busy"
-        return Finding(node, what, f"ssh {node} time python -c 'import {facts['importing']}'", False, check.name)
-    fix = "a file system or a service that it asks does not answer: look on that node, or leave it out"
-    return Finding(node, f"the check could not be made: {facts['failed']}", fix, True, check.name)
+def summarise(facts: Mapping[str, Facts]) -> dict[str, str]:
+    """One node's facts in a few words, by check."""
+    return {check.name: check.summarise(facts[check.name]) for check in CHECKS if "failed" not in facts[check.name]}

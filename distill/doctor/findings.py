@@ -1,4 +1,4 @@
-"""What nodes find of themselves, and what is wrong with them."""
+"""Findings: what is wrong on which node, and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Facts = dict[str, Any]
-Nodes = Mapping[str, Facts]  # by the node's name; rank 0's comes first
-MOST_NAMED = 3
+Nodes = Mapping[str, Facts]  # by the node's name, rank 0's node first
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong on one node. A fault ends the run, or falsifies it; a warning does neither."""
+    """One thing that is wrong on one node. A fault ends the run or falsifies its results; a warning does neither."""
 
     node: str
     what: str
@@ -31,32 +31,21 @@ def warning(node: str, what: str, fix: str) -> Finding:
     return Finding(node, what, fix, is_fault=False)
 
 
-def odd_ones(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
-    """The nodes whose JSON-able value is not that of most: (node, its value, the usual value, which nodes have that).
+def outliers(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """The nodes whose JSON-able value is not that of most: (node, its value, the usual value, nodes with the usual value).
 
-    Where as many nodes have one as the other, rank 0's is the usual one.
+    Of values that are equally frequent, the first node's is the usual one.
     """
-    keys = {node: json.dumps(each, sort_keys=True) for node, each in values.items()}
-    if not keys:
-        return
-    counts = Counter(keys.values())
-    usual = max(counts, key=lambda key: counts[key])  # of equals, the first
-    having = [node for node, key in keys.items() if key == usual]
-    for node, key in keys.items():
-        if key != usual:
-            yield node, values[node], values[having[0]], names(having)
+    encoded = {node: json.dumps(value, sort_keys=True) for node, value in values.items()}
+    for usual, _ in Counter(encoded.values()).most_common(1):
+        having = [node for node, value in encoded.items() if value == usual]
+        for node, value in encoded.items():
+            if value != usual:
+                yield node, values[node], values[having[0]], shorten(having)
 
 
-def names(nodes: Iterable[str]) -> str:
-    """n1, n2 and 5 more"""
-    listed = list(nodes)
-    more = len(listed) - MOST_NAMED
-    return ", ".join(listed[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def size(num_bytes: float) -> str:
-    """12 MB, 3.4 GB"""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes / 1e6:.0f} MB"
+def shorten(names: Iterable[str]) -> str:
+    """n1, n2, n3 and 5 more"""
+    listed = list(dict.fromkeys(names))
+    more = len(listed) - MAX_NAMED
+    return ", ".join(listed[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,79 +1,55 @@
-"""Two results beside each other: which differences are more than chance, on the same resamples of the same sets."""
+"""Two models' results side by side: which differences are more than chance, on the same resamples of the same sets."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from distill.evaluation.bootstrap import difference
-
-
-class Measured(NamedTuple):
-    score: float
-    resamples: list[float]
-    of: str
+from distill.metrics.bootstrap import difference
+from distill.metrics.results import Interval, ModelResults, read_results
 
 
-def read_results(where: str) -> tuple[str, dict[str, Any]]:
-    """The name and the results of FILE.json, or of one model of a run's, FILE.json:MODEL.
+class Difference(NamedTuple):
+    """difference: second - first, with its 95% interval; both None where the resamples are not the same."""
 
-    Raises ValueError if they are not there, or if it takes a model's name to say which are meant.
+    measure: str
+    first: float
+    second: float
+    difference: float | None
+    interval: Interval | None
+    verdict: str
+
+
+def read_model(where: str) -> tuple[str, ModelResults]:
+    """The name and the results of FILE.json, or of one of several models, FILE.json:MODEL.
+
+    Raises ValueError if they are not there, or if a model's name is needed to say which.
     """
     path, _, model = where.rpartition(":") if ":" in where and not Path(where).is_file() else (where, "", "")
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the results {path}: {error}") from None
-    models = [name for name, value in results.items() if isinstance(value, dict) and "dim" in value]
-    if not model and models:
-        raise ValueError(f"{path} holds several models ({', '.join(models)}); name one, e.g. {path}:{models[0]}")
+    models = read_results(Path(path))
+    if not model and len(models) != 1:
+        raise ValueError(f"{path} holds several models ({', '.join(models)}); name one, e.g. {path}:{next(iter(models), '')}")
     if model and model not in models:
-        raise ValueError(f"{path} has no model {model}; it has {', '.join(models) or 'one without a name'}")
-    return model or Path(path).stem, results[model] if model else results
+        raise ValueError(f"{path} has no model {model}; it has {', '.join(models)}")
+    return (model, models[model]) if model else next(iter(models.items()))
 
 
-def compare(
-    first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str] = ("first", "second")
-) -> list[dict[str, Any]]:
-    """Of each measure that both results have: {"measure", "first", "second", "difference", "interval", "verdict"}.
+def compare(first: ModelResults, second: ModelResults, names: tuple[str, str] = ("first", "second")) -> list[Difference]:
+    """Of each measure that both results have resamples of; `names` are those in the verdicts.
 
-    difference is second - first, interval the 95% of it; both are missing where the two were not measured on the same
-    resamples, and the verdict says so. `names` are what it calls the two. Raises ValueError if they have nothing in common.
+    Raises ValueError if they have nothing in common.
     """
-    theirs = dict(_measured(second))
-    rows = []
-    for measure, one in _measured(first):
-        if measure not in theirs:
+    found = []
+    for measure, one in first.resamples.items():
+        if (other := second.resamples.get(measure)) is None:
             continue
-        other = theirs[measure]
-        row: dict[str, Any] = {"measure": measure, "first": one.score, "second": other.score}
-        if one.of == other.of and len(one.resamples) == len(other.resamples) > 0:
-            low, high = difference(one.resamples, other.resamples)
+        if one.sample == other.sample and len(one.values) == len(other.values) > 0:
+            low, high = difference(one.values, other.values)
             verdict = "not distinguishable from 0" if low <= 0 <= high else f"{names[low > 0]} is better"
-            row |= {"difference": other.score - one.score, "interval": [low, high]}
+            found.append(Difference(measure, one.score, other.score, other.score - one.score, (low, high), verdict))
         else:
             verdict = "not comparable: other data, seed or --bootstrap"
-        rows.append(row | {"verdict": verdict})
-    if not rows:
+            found.append(Difference(measure, one.score, other.score, None, None, verdict))
+    if not found:
         raise ValueError("the two results have no measure in common that resamples were kept of")
-    return rows
-
-
-def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, Measured]]:
-    """Every score that resamples were kept of, by a name for people."""
-    if "sts_resamples" in results:
-        kept = results["sts_resamples"]
-        yield "STS AVG", Measured(results["sts"]["AVG"], kept["AVG"], kept["of"])
-    for task in ("retrieval", "transfer"):
-        for name, kept in results.get(f"{task}_resamples", {}).items():
-            yield from _of_set(name, results[task][name], kept, kept["of"])
-
-
-def _of_set(name: str, scores: Mapping[str, Any], kept: Mapping[str, Any], of: str) -> Iterator[tuple[str, Measured]]:
-    for key, values in kept.items():
-        if isinstance(values, list):
-            yield f"{name} {key}", Measured(scores[key], values, of)
-        elif isinstance(values, dict):
-            yield from _of_set(f"{name} {key}", scores[key], values, of)
+    return found

@@ -1,12 +1,7 @@
 """Retrieval: what a query finds among documents, by cosine.
 
-The default is exact search over float32 vectors, in numpy. Other forms, small vectors and indices, go through faiss (index.py)
-and are kept under their names inside of the set's results:
-
-    {"retrieval": {"scifact": {"ndcg@10": .., "recall@10": .., "recall@100": .., "mrr@10": ..,
-                               "int8": {"ndcg@10": .., .., "bytes_per_vector": .., "index_bytes": ..}, "binary+int8": {..}}}
-     "retrieval_ci":        the same keys, measures alone: [low, high]
-     "retrieval_resamples": {"scifact": {"of": .., "ndcg@10": [1000 floats], "int8": {"ndcg@10": [..]}, ..}}}
+Without index types, search is exact over float32 vectors, in numpy. Other index types go through faiss (index_types.py); their
+results are under their names inside those of the set: {"scifact": {"ndcg@10": .., .., "int8": {"ndcg@10": .., ..}}}.
 """
 
 from __future__ import annotations
@@ -16,60 +11,63 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluation.beir import RetrievalSet
-from distill.evaluation.bootstrap import draws, identity, interval, means
-from distill.evaluation.encode import Encode
-from distill.evaluation.index import Form, measured
+from distill.corpus.evaluation_sets import RetrievalSet
+from distill.evaluation.index_types import IndexType, timed_search
+from distill.metrics.bootstrap import draw_counts, interval, resampled_means, sample_name
+from distill.metrics.results import Resampled
+from distill.metrics.vectors import Encode, unit_float32
 
 DEPTH = 100
 MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
-COMPARED = "ndcg@10"  # whose resamples are kept
+COMPARED = "ndcg@10"  # the measure whose resamples are kept
 
 
 def retrieval_scores(
     encode: Encode,
     sets: Mapping[str, RetrievalSet],
     *,
-    forms: Sequence[Form] = (),
+    types: Sequence[IndexType] = (),
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Means over each set's queries, in 0..1, of ndcg@10 (linear gains, as trec_eval), recall@10, recall@100 and mrr@10.
 
-    With 95% percentile intervals from `bootstrap` resamples of the queries, and the resampled ndcg@10. Every form is measured
-    on the same vectors and the same resamples. The keys are those above.
+    With 95% percentile intervals from `bootstrap` resamples of the queries: the fields retrieval, retrieval_* of ModelResults.
+    Every index type is measured on the same vectors and the same resamples.
     """
     results: dict[str, Any] = {"retrieval": {}, "retrieval_ci": {}, "retrieval_resamples": {}}
     for name, given in sets.items():
-        queries = _unit(encode(list(given.queries.values())))
-        documents = _unit(encode(list(given.documents.values())))
-        of = identity(seed, {"queries": given.queries, "grades": given.grades, "documents": len(given.documents)})
-        drawn = draws(of, len(queries), bootstrap)
-        ids = list(given.documents)
-        scores, intervals, resampled = _summary(exact_search(queries, documents, DEPTH), ids, given, drawn)
-        resampled["of"] = of
-        for form in forms:
-            rows, costs = measured(form, queries, documents, DEPTH)
-            means_of_form, intervals[form.name], resampled[form.name] = _summary(rows, ids, given, drawn)
-            scores[form.name] = means_of_form | costs
-        for key, value in zip(results, (scores, intervals, resampled), strict=True):
-            results[key][name] = value
+        queries = unit_float32(encode(list(given.queries.values())))
+        documents = unit_float32(encode(list(given.documents.values())))
+        sample = sample_name(seed, {"queries": given.queries, "grades": given.grades, "documents": len(given.documents)})
+        counts = draw_counts(sample, len(queries), bootstrap)
+        scores: dict[str, Any] = {}
+        intervals: dict[str, Any] = {}
+        for index_type in (None, *types):
+            costs: dict[str, Any] = {}
+            if index_type is None:
+                rows = exact_search(queries, documents, DEPTH)
+            else:
+                rows, costs = timed_search(index_type, queries, documents, DEPTH)
+            by_query = _by_query(rows, given)
+            resampled = {measure: resampled_means(values, counts) for measure, values in by_query.items()}
+            means = {measure: float(values.mean()) for measure, values in by_query.items()}
+            within = {measure: interval(values) for measure, values in resampled.items() if bootstrap}
+            key = " ".join([name, *([index_type.name] if index_type else []), COMPARED])
+            kept = Resampled(score=means[COMPARED], sample=sample, values=resampled[COMPARED].round(5).tolist())
+            results["retrieval_resamples"][key] = kept
+            scores |= means if index_type is None else {index_type.name: means | costs}
+            intervals |= within if index_type is None else {index_type.name: within}
+        results["retrieval"][name], results["retrieval_ci"][name] = scores, intervals
     return results
 
 
-def _summary(
-    rows: np.ndarray, ids: list[str], given: RetrievalSet, drawn: np.ndarray
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The means, their intervals and the resamples of one search that found `rows` [q, count] for the set's queries."""
+def _by_query(rows: np.ndarray, given: RetrievalSet) -> dict[str, np.ndarray]:
+    """Each measure [q] of the queries, which found the documents `rows` [q, count]."""
+    ids = list(given.documents)
     found = ([ids[row] for row in of_query if row >= 0] for of_query in rows)
-    by_query = [query_scores(documents, grades) for documents, grades in zip(found, given.grades.values(), strict=True)]
-    scores = {measure: np.array([score[measure] for score in by_query]) for measure in MEASURES}
-    resampled = {measure: means(values, drawn) for measure, values in scores.items()}
-    return (
-        {measure: float(values.mean()) for measure, values in scores.items()},
-        {measure: interval(values) for measure, values in resampled.items() if len(values)},
-        {COMPARED: resampled[COMPARED].round(5).tolist()},
-    )
+    scores = [query_scores(documents, grades) for documents, grades in zip(found, given.grades.values(), strict=True)]
+    return {measure: np.array([score[measure] for score in scores]) for measure in MEASURES}
 
 
 def exact_search(queries: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
@@ -103,9 +101,3 @@ def query_scores(found: list[str], grades: dict[str, int]) -> dict[str, float]:
 
 def _dcg(gains: list[int]) -> float:
     return float(np.sum(np.array(gains) / np.log2(np.arange(2, len(gains) + 2))))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """float32 [n, d], L2-normalised; a row of zeros stays one. No copy in float64: a corpus may be large."""
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    return np.ascontiguousarray(vectors / np.where(norms > 0, norms, 1)[:, None].astype(np.float32), dtype=np.float32)

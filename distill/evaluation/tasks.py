@@ -1,4 +1,4 @@
-"""Everything that a model is to be measured on: read once, encoded once, measured for as many sizes as there are."""
+"""All sets that models are measured on: read once, encoded once for each model, measured at each of its sizes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from distill.evaluation.beir import RetrievalSet, read_retrieval
-from distill.evaluation.encode import Encode
-from distill.evaluation.hub import set_name
-from distill.evaluation.index import Form, import_faiss
+from distill.corpus.evaluation_sets import (
+    RetrievalSet,
+    TransferSet,
+    read_retrieval,
+    read_sts,
+    read_transfer,
+    set_name,
+)
+from distill.evaluation.index_types import Search, import_faiss, index_types
 from distill.evaluation.retrieval import retrieval_scores
-from distill.evaluation.sts import Pairs, read_sets, sts_scores
-from distill.evaluation.transfer import TransferSet, read_transfer, transfer_scores
+from distill.evaluation.transfer import transfer_scores
+from distill.metrics.quantise import Precision
+from distill.metrics.sts import Pairs, sts_scores
+from distill.metrics.vectors import Encode
+from distill.run.files import fingerprint
 
 Set = TypeVar("Set")
 
 
 class Tasks(NamedTuple):
+    """precisions: of vectors that STS and retrieval are also measured with. searches, rescore: see index_types."""
+
     sts: dict[str, Pairs]
     retrieval: dict[str, RetrievalSet]
     transfer: dict[str, TransferSet]
-    forms: tuple[Form, ...]
+    searches: tuple[Search, ...] = ()
+    precisions: tuple[Precision, ...] = ()
+    rescore: int | None = None
 
     @property
-    def sentences(self) -> list[str]:
+    def texts(self) -> list[str]:
         """Every text of every set, once."""
         return list(dict.fromkeys(text for texts in self._texts() for text in texts))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal sets and options."""
+        sts = {name: [pairs.first, pairs.second, pairs.gold.tolist()] for name, pairs in self.sts.items()}
+        content = [sts, self.retrieval, self.transfer, self.searches, self.precisions, self.rescore]
+        return fingerprint({"tasks": content})
 
     def _texts(self) -> Iterable[Iterable[str]]:
         for pairs in self.sts.values():
@@ -37,51 +56,56 @@ class Tasks(NamedTuple):
         for labelled in self.transfer.values():
             yield labelled.texts
 
-    def measure(self, encode: Encode, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """What results.json says of these sets: the keys of sts_scores, retrieval_scores and transfer_scores."""
+    def measure(
+        self, encode: Encode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
+    ) -> dict[str, Any]:
+        """The fields of ModelResults of these sets. calibration: vectors [m, dim] that int8 STS takes its ranges from."""
+        options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
         results: dict[str, Any] = {}
         if self.sts:
-            results |= sts_scores(encode, self.sts, bootstrap=bootstrap, seed=seed)
+            results |= sts_scores(encode, self.sts, precisions=self.precisions, calibration=calibration, **options)
         if self.retrieval:
-            results |= retrieval_scores(encode, self.retrieval, forms=self.forms, bootstrap=bootstrap, seed=seed)
+            types = index_types(self.searches, self.precisions, self.rescore)
+            results |= retrieval_scores(encode, self.retrieval, types=types, **options)
         if self.transfer:
-            results |= transfer_scores(encode, self.transfer, bootstrap=bootstrap, seed=seed)
+            results |= transfer_scores(encode, self.transfer, **options)
         return results
 
 
-class Encoded:
-    """Vectors [n, d] of n sentences as an Encode of these sentences."""
+class EncodedTexts:
+    """Vectors [n, d] of n texts as an Encode of these texts."""
 
-    def __init__(self, sentences: Sequence[str], vectors: np.ndarray) -> None:
-        self._row_of = {sentence: row for row, sentence in enumerate(sentences)}
+    def __init__(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        self._row_of = {text: row for row, text in enumerate(texts)}
         self._vectors = vectors
 
-    def __call__(self, sentences: Sequence[str]) -> np.ndarray:
-        return self._vectors[[self._row_of[sentence] for sentence in sentences]]
-
-    def truncated(self, dim: int) -> Encode:
-        """The first `dim` dimensions of every vector."""
-        return lambda sentences: self(sentences)[:, :dim]
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self._vectors[[self._row_of[text] for text in texts]]
 
 
 def read_tasks(
     sts: str | None = None,
     retrieval: Sequence[str] = (),
     transfer: Sequence[str] = (),
-    forms: tuple[Form, ...] = (),
+    *,
+    searches: Sequence[Search] = (),
+    precisions: Sequence[Precision] = (),
+    rescore: int | None = None,
 ) -> Tasks:
     """Reads folders, hub:OWNER/NAME, and for STS hub. Raises ValueError for what is missing, malformed or named twice."""
-    if forms:
+    if index_types(searches, precisions, rescore) and retrieval:
         import_faiss()
     return Tasks(
-        read_sets(sts) if sts is not None else {},
-        _named(retrieval, read_retrieval),
-        _named(transfer, read_transfer),
-        forms,
+        read_sts(sts) if sts is not None else {},
+        _by_name(retrieval, read_retrieval),
+        _by_name(transfer, read_transfer),
+        tuple(searches),
+        tuple(precisions),
+        rescore,
     )
 
 
-def _named(places: Sequence[str], read: Callable[[str], Set]) -> dict[str, Set]:
+def _by_name(places: Sequence[str], read: Callable[[str], Set]) -> dict[str, Set]:
     names = [set_name(place) for place in places]
     for name in names:
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""An exported folder: everything is written and checked beside its place, then renamed into it."""
+"""An exported folder: written and verified under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.export.formats import FORMATS, require_packages
 from distill.export.int8 import int8_graph
 from distill.export.onnx import onnx_graph
 from distill.export.sentence_transformers import check_pooling, save_sentence_transformers
-from distill.files import flush
+from distill.run.files import flush
 from distill.student import Student
 
 DESCRIPTION = "export.json"
@@ -27,12 +27,12 @@ def export_student(
     check_on: Sequence[str],
     formats: Collection[str] = (),
 ) -> dict[str, Agreement]:
-    """Writes the student in `student_dir` to the folder `out`, whole or not at all; returns how near each format came.
+    """Writes the student in `student_dir` to the folder `out`, whole or not at all; returns each format's agreement with it.
 
     A sentence-transformers folder, with the ONNX files that `formats` names ("onnx", "onnx-int8"), export.json (dim,
-    parameters, longest input, agreements) and, as its README.md, what `card` says of the folder. Every format is loaded again
-    from its files, and its vectors of `check_on` must agree with the student's; formats.py says to what cosine. Raises
-    ValueError if one does not, and before anything is written if a package or a module for the pooling is missing.
+    parameters, longest input, agreements) and, as its README.md, the result of `card` for the folder. Every format is loaded
+    again from its files, and its vectors of the texts `check_on` must reach the lowest cosine of formats.py. Raises ValueError
+    if one does not, and before anything is written if a package or a module for the pooling is missing.
     """
     require_packages(formats)
     student = Student.load(student_dir).eval()
@@ -73,14 +73,14 @@ def _save_onnx(student: Student, folder: Path, formats: Collection[str]) -> None
         (folder / FORMATS["onnx-int8"].file).write_bytes(int8_graph(graph).SerializeToString(deterministic=True))
 
 
-def _description(student: Student, num_sentences: int, agreements: dict[str, Agreement]) -> dict[str, Any]:
+def _description(student: Student, num_texts: int, agreements: dict[str, Agreement]) -> dict[str, Any]:
     return {
         "dim": student.dim,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "max_length": student.max_length,
-        "checked_on": num_sentences,
+        "checked_on": num_texts,
         "cosines": {
-            name: {"worst": round(found.worst, 7), "mean": round(found.mean, 7), "sentence": found.sentence}
+            name: {"worst": round(found.worst, 7), "mean": round(found.mean, 7), "text": found.text}
             for name, found in agreements.items()
         },
     }

@@ -1,4 +1,4 @@
-"""What an export may hold: the file of each format, how near to the student it must be, and the packages it needs."""
+"""The formats of an export: the file of each, its lowest cosine to the student, and the packages it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Format:
-    """A way to hold the same vectors. `lowest` is the worst cosine to the student's own that is let pass."""
+    """`file` marks that the format is there; `lowest`: a lower cosine to the student's vectors is an error."""
 
     file: str
     lowest: float
@@ -36,5 +36,5 @@ def require_packages(formats: Collection[str]) -> None:
 
 
 def package(name: str) -> Any:
-    """The module of one of the optional PACKAGES. What it gives is not typed: it may not be installed."""
+    """The module of one of the optional PACKAGES, untyped, since it may not be installed."""
     return importlib.import_module(name)

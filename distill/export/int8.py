@@ -6,7 +6,7 @@
 
 The rest stays float32: positions, norms, biases, the head, and products of two activations.
 
-Worst and mean cosine to the float32 student over 1,000 sentences (Wikipedia, questions, dictionary examples; at most 64 tokens;
+Lowest and mean cosine to the float32 student over 1,000 texts (Wikipedia, questions, dictionary examples; at most 64 tokens;
 batches of 1 and of 32; onnxruntime 1.31) and the file's size, for all-MiniLM-L6-v2, 90.3 MB in float32:
 
     onnxruntime's quantize_dynamic, per tensor       0.895  0.965  59 MB
@@ -18,9 +18,9 @@ batches of 1 and of 32; onnxruntime 1.31) and the file's size, for all-MiniLM-L6
     this                                             0.9988 0.9997 24.7 MB
       all-mpnet-base-v2, 435.7 MB                    0.9986 0.9997 121.2 MB
 
-quantize_dynamic loses precision because it rounds activations with one scale a batch: an outlier in one sentence coarsens all
-others, and a vector depends on its neighbours. In blocks it depends on its own sentence alone. onnxruntime has MatMulNBits in 8
-bits on CPUs from 1.22 on: 1.22, 1.23 and 1.31 (200 sentences), and 1.31 on an emulated processor with AVX2 alone (24), gave the
+quantize_dynamic loses precision because it rounds activations with one scale per batch: an outlier in one text coarsens all
+others, and a vector depends on its neighbours. In blocks it depends on its own text alone. onnxruntime has MatMulNBits in 8
+bits on CPUs from 1.22 on: 1.22, 1.23 and 1.31 (200 texts), and 1.31 on an emulated processor with AVX2 alone (24), gave the
 same mean to 1e-5.
 """
 

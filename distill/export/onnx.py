@@ -1,11 +1,11 @@
-"""A student as one ONNX graph: pooling, head and normalisation are inside, so a tokenizer is all it needs beside.
+"""A student as one ONNX graph: pooling, head and normalisation are inside, so that it needs a tokenizer alone besides.
 
     input_ids, attention_mask    int64 [batch, length], both dynamic; padded on the right
     sentence_embedding           float32 [batch, dim], L2-normalised
 
-Token types are no input: a student never sees more than one. torch's dynamo exporter is used, which keeps both dimensions
-symbolic or fails. The older one follows the example: its graphs of RoBERTa, MPNet, DistilBERT and T5 students ran on every
-shape, and on those other than the example's gave other vectors (cosines below 0.7).
+Token types are no input: a student has only one. torch's dynamo exporter keeps both dimensions symbolic or fails. The older
+exporter traces the example: its graphs of RoBERTa, MPNet, DistilBERT and T5 students gave wrong vectors on shapes other than
+the example's (cosines below 0.7).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.student import Student
 
 OPSET = 18
-LARGEST = 2**31 - 2**26  # bytes of weights: a protobuf file ends at 2 GiB, and the graph takes some of it
+LARGEST = 2**31 - 2**26  # bytes of weights: a protobuf file is at most 2 GiB, of which the graph needs some
 
 
 class _Normalised(nn.Module):
@@ -42,7 +42,9 @@ def onnx_graph(student: Student) -> Any:
     """
     num_bytes = 4 * sum(parameter.numel() for parameter in student.parameters())
     if num_bytes > LARGEST:
-        raise ValueError(f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which ends at 2 GiB")
+        raise ValueError(
+            f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which has at most 2 GiB"
+        )
     example = torch.ones(2, 3, dtype=torch.int64)  # neither a batch nor a length of 1, which would be taken for constants
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _eager_attention(student.encoder), _quiet():
@@ -69,7 +71,7 @@ def onnx_graph(student: Student) -> Any:
 
 @contextmanager
 def _eager_attention(encoder: Any) -> Iterator[None]:
-    """T5 views the result of torch's fused attention with strides that its decomposition has not; the others do not mind."""
+    """T5 needs it: it views the result of torch's fused attention with strides that the exported one does not have."""
     before = encoder.config._attn_implementation
     encoder.set_attn_implementation("eager")
     try:
@@ -80,7 +82,7 @@ def _eager_attention(encoder: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own internals and of torchvision's operators."""
+    """Without the exporter's warnings about its internals and torchvision's operators."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -93,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _bare(model: Any) -> Any:
-    """Without the exporter's notes, which quote source lines and the paths of this machine, in every node."""
+    """The model without the exporter's metadata, which quotes source lines and paths of this machine in every node."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")

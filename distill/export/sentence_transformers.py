@@ -24,7 +24,7 @@ TOKEN_POOLING = {
     "all_mean": "mean",
     "last4_max": "max",
 }
-"""sentence-transformers' pooling over tokens for each of the student's; which layers, WeightedLayerPooling says before it."""
+"""sentence-transformers' pooling over tokens for each of the student's; WeightedLayerPooling before it selects the layers."""
 
 
 def check_pooling(pooling: str) -> None:
@@ -91,7 +91,7 @@ def _dense(linear: nn.Linear, activation: nn.Module) -> Dense:
 
 
 def layer_weights(pooling: str, depth: int) -> torch.Tensor:
-    """What share each of `depth` layers has in a pooling of several layers, [depth]; they need not sum to 1."""
+    """The weight of each of `depth` layers in a pooling of several layers, [depth]; they need not sum to 1."""
     weights = torch.zeros(depth)
     for layer in SLICES[pooling](list(range(depth))):
         weights[layer] = 1.0

@@ -1,10 +1,8 @@
-"""What a student is trained to do.
+"""What a student is trained to do: pure functions of tensors; communication happens outside them.
 
-    contrast.py   the tiled softmax over keys, and the loss it gives against any target
-    ckd.py        hard labels: the teacher's vector of the same sentence (DistilCSE); soft labels (ConGen)
-    queue.py      past teacher vectors, first in, first out
-    simcse.py     students against each other: triplets, or a sentence under two dropout masks
-    hpd.py        the PCA of the teacher as the target of a compact head
-
-Losses are pure functions of tensors; communication happens outside them.
+ckd.py                 ckd_loss: student queries against constant teacher keys
+key_softmax.py         the tiled softmax over keys, and the loss it gives against any target
+queue.py               the queue of past teacher vectors, first in, first out
+loss_terms/            the keys of `weights`, one file each
+in_batch_contrast.py   students against each other: triplets, or a text under two dropout masks
 """

@@ -1,23 +1,18 @@
-"""Contrastive knowledge distillation: student queries against constant teacher keys.
+"""Contrastive knowledge distillation (DistilCSE, arXiv 2112.05638): student queries against constant teacher keys.
 
-    q_i = norm(P(s_i))    keys = [teacher vectors of the global batch ; queue]    a = exp(logit_scale)
-    CKD      L = -mean_i log( exp(a q_i.t_i) / sum_k exp(a q_i.k) )                          arXiv 2112.05638
-    ConGen   L = mean_i CE( softmax(t_i.keys / tau_T), softmax(q_i.keys / tau_S) )           EMNLP Findings 2022
-    cosine   L = mean_i (1 - q_i.t_i)
-    MSE      L = mean_i |P(s_i) - t_i|^2                                                     not normalised
+    L = -mean_i log( exp(a q_i.t_i) / sum_k exp(a q_i.k) )       q_i = norm(P(s_i)),  a = exp(logit_scale)
 
-Keys are constants, so every row's loss stands alone: micro-batches that see the same keys add up to the large batch.
+keys: the teacher's vectors of the global batch and of a queue of past ones. They get no gradient, so that every row's loss
+stands alone: micro-batches that see the same keys add up to the large batch.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
+
 from torch import Tensor
 
-from distill.objectives.contrast import attend, cross_entropy
-
-NUM_GROUPS = 10
-SHUFFLED_AT_ONCE = 1 << 22  # similarities
+from distill.objectives.key_softmax import attend, cross_entropy
 
 
 def ckd_loss(
@@ -31,18 +26,22 @@ def ckd_loss(
     key_ids: Tensor | None = None,
     mask: Tensor | None = None,
     same_meaning: float | None = None,
+    attention: tuple[Tensor, Tensor] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """-mean_i log softmax(scale * queries_i . keys)[positives_i], never holding B x N.
 
     queries [B, d] and keys [N, d] L2-normalised, any float dtype; keys get no gradient. positives [B] int64: each row's own
     key. scale: exp(logit_scale), shape (1,). query_ids [B] and key_ids [N], int64 text hashes: a key with the row's id is no
     negative. mask [B, N] bool, True = not a negative. same_meaning: nor is a key whose cosine to the row's own key is at least
-    this. positives[i] always stays. tile: keys held at a time.
-    Returns a scalar, accumulated in float32 (float64 for float64 queries). Raises ValueError on shapes that do not fit.
+    this. positives[i] always stays. tile: keys held at a time. attention: what `key_softmax.attend` gives for these queries,
+    where the softmax is over more keys than `keys` (a queue, other ranks' keys), which then hold the positives alone.
+    Returns a scalar, or [B] for reduction "none", accumulated in float32 (float64 for float64 queries). Raises ValueError on
+    shapes that do not fit.
     """
     _check(queries, keys, positives, query_ids, key_ids, mask)
     own = keys[positives]
-    lse, attended = attend(
+    lse, attended = attention or attend(
         queries.detach(),
         keys,
         scale.detach(),
@@ -54,43 +53,8 @@ def ckd_loss(
         teacher=own if same_meaning is not None else None,
         same_meaning=same_meaning,
     )
-    return cross_entropy(queries, scale, lse, attended, own).mean()
-
-
-def cosine_losses(queries: Tensor, teacher: Tensor) -> Tensor:
-    """1 - queries_i . teacher_i of each row, [B]; both [B, d] L2-normalised. Half the squared distance between them."""
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    return 1 - (queries.to(dtype) * teacher.to(dtype)).sum(dim=1)
-
-
-def mse_losses(projected: Tensor, teacher: Tensor) -> Tensor:
-    """|p_i - t_i|^2 of each row, [B]: summed over elements, so that between unit vectors it is twice `cosine_losses`."""
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    return (projected.to(dtype) - teacher.to(dtype)).square().sum(dim=1)
-
-
-@torch.no_grad()
-def shuffled_targets(teacher: Tensor, keys: Tensor, seeds: list[int], *, teacher_temperature: float) -> Tensor:
-    """ConGen's target of each row under Group-P shuffling (DistillCSE, arXiv 2310.13499), [B, d] float32.
-
-    A row's probabilities softmax(t_i.keys / tau_T), in falling order, are cut into groups at every tenth of their sum, and
-    shuffled inside each: the student learns which keys are near, and not the teacher's order among equals. seeds: one a row,
-    which alone decides its shuffle. Rows are taken a few at a time, so that B x N is never held.
-    """
-    keys = keys.to(torch.float32)
-    rows_a_time = max(1, SHUFFLED_AT_ONCE // len(keys))
-    targets_bd = keys.new_empty((len(teacher), keys.shape[1]))
-    for start in range(0, len(teacher), rows_a_time):
-        rows = slice(start, start + rows_a_time)
-        weights_rn = torch.softmax(teacher[rows].to(torch.float32) @ keys.T / teacher_temperature, dim=1)
-        falling_rn, order_rn = weights_rn.sort(dim=1, descending=True)
-        group_rn = ((falling_rn.cumsum(dim=1) - falling_rn) * NUM_GROUPS).floor().clamp(0, NUM_GROUPS - 1)
-        draws = [torch.Generator(keys.device).manual_seed(seed) for seed in seeds[rows]]
-        noise_rn = torch.stack([torch.rand(len(keys), generator=draw, device=keys.device) for draw in draws])
-        inside_rn = (group_rn + noise_rn).argsort(dim=1)
-        weights_rn.scatter_(1, order_rn, falling_rn.gather(1, inside_rn))
-        targets_bd[rows] = weights_rn @ keys
-    return targets_bd
+    losses = cross_entropy(queries, scale, lse, attended, own)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def _check(

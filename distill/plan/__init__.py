@@ -1,14 +1,8 @@
-"""What a run will take, before anything is spent: memory, bytes on the wire, hours and money.
+"""Estimates what a run takes before it starts: memory per rank, bytes received, hours and dollars.
 
-devices.py   the table of devices, and what is assumed of all that cannot be read or measured
-corpus.py    how many sentences there are, and how long they are: counted, read off the text, or assumed
-encoders.py  what a name stands for: a folder's config.json, the table of known encoders
-shapes.py    the teacher and the stages' tasks without their weights: parameters, operations, activations
-memory.py    bytes that a rank holds, by category, for each ZeRO stage
-wire.py      bytes that a rank's collectives carry in a step, and the links they take
-time.py      seconds of a step and of a stage
-plan.py      all of it put together, and what to set;  table.py, figures.py  the same for people, as JSON
-calibrate.py the real step on this machine, for a minute, so that rates are measured and not assumed
-
-Every formula is of what DeepSpeed does, not of what the papers say it could: tests/plan holds each of them against a real step.
+devices.py text_estimate.py architectures.py   cluster, text and models: read, counted or assumed
+shapes.py                                      parameters, FLOPs and activations of the real modules, as fake tensors
+zero_partition.py step_cost.py                 one step on one rank under each ZeRO stage; tests compare it with DeepSpeed
+planner.py plan_text.py                        the plan of a run, with advice; the plan as text
+calibration.py                                 measures the assumed rates in a minute of training on this machine
 """

@@ -1,15 +1,15 @@
-"""A run on one page that needs no network: runs/NAME/report.html.
+"""The report of a run: runs/NAME/report.html, one page that needs no network.
 
-    quality.py   evaluate/results.json                  -> the result tables, quality against bytes and speed
-    curves.py    tensorboard/STAGE                      -> loss and dev curves
-    run.py       text/manifest.json, DONE.json,
-                 sessions.jsonl, config.yaml            -> the data card, the cost, the recipe, the versions
-    chart.py     a Chart                                -> inline SVG
-    write.py     all of it, page.html, style.css        -> report.html
+    result_tables.py, result_charts.py    evaluate/results.json         -> quality of every model, against bytes and speed
+    training_charts.py                    tensorboard/STAGE             -> loss, dev metrics, throughput
+    run_tables.py                         DONE.json, sessions.jsonl,
+                                          text/manifest.json, config    -> data, cost, versions, recipe
+    charts.py                             a Chart                       -> SVG, by matplotlib
+    page.py                               all of it and page.html       -> report.html
 
-Every number on it is of a file of the run; every text goes through the template's escaping.
+The report measures nothing: every number is read from a file of the run. Every text is escaped by the template.
 """
 
-from distill.report.write import write_report
+from distill.report.page import write_report
 
 __all__ = ["write_report"]

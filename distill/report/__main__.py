@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.config import load_config
-from distill.report.write import write_report
+from distill.report.page import write_report
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m distill.report", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the directory of a run, e.g. runs/quickstart")
-    run = parser.parse_args(arguments).run.absolute()
+    run = parser.parse_args(argv).run.absolute()
     try:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"no run at {run}: it has no config.yaml")
         config = load_config(run / "config.yaml")
-        path = write_report(config.model_copy(update={"runs_dir": run.parent, "name": run.name}))  # where it lies now
+        print(write_report(config.model_copy(update={"runs_dir": run.parent, "name": run.name})))  # where it lies now
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(path)
     return 0
 
 

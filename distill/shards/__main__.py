@@ -1,6 +1,6 @@
-"""python -m distill.shards verify|info|repair DIR: checks a shard set, describes it, requeues what is bad.
+"""python -m distill.shards verify|info|repair DIR: verifies a shard set, describes it, deletes damaged shards.
 
-Exit 0 only if every byte is as it was written. DIR/held_out is looked at too, where there is one.
+Exits with 0 only if every byte is as it was written. DIR/held_out is included if it exists.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _verify(directory: Path) -> bool:
         print(f"{directory}: {problem}")
     if not problems:
         manifest = Manifest.load(directory)
-        print(f"{directory}: {len(manifest.shards)} shards, {manifest.count} sentences, every byte as it was written")
+        print(f"{directory}: {len(manifest.shards)} shards, {manifest.count} texts, every byte as it was written")
     return not problems
 
 
@@ -67,10 +67,10 @@ def _info(directory: Path) -> bool:
     )
     raw = text + 2 * manifest.dim * manifest.count
     lines = {
-        "sentences": f"{manifest.count:,}",
-        "shards": f"{len(manifest.shards):,} of at most {manifest.rows:,} sentences, in blocks of {manifest.block_rows:,}",
+        "texts": f"{manifest.count:,}",
+        "shards": f"{len(manifest.shards):,} of at most {manifest.rows:,} texts, in blocks of {manifest.block_rows:,}",
         "vectors": f"{manifest.dim} x {manifest.dtype}",
-        "bytes": f"{stored:,}, {stored / manifest.count:.1f} a sentence, {stored / raw:.4f} x raw text and vectors",
+        "bytes": f"{stored:,}, {stored / manifest.count:.1f} per text, {stored / raw:.4f} x raw text and vectors",
         "teacher": ", ".join(f"{key}={value}" for key, value in sorted(manifest.teacher.items())),
         "teacher fingerprint": manifest.teacher_fingerprint,
         "text fingerprint": manifest.text_fingerprint,

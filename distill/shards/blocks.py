@@ -1,6 +1,6 @@
-"""The bytes of a shard: blocks of sentences as WebDataset samples in a plain ustar tar.
+"""The bytes of a shard: blocks of texts as WebDataset samples in a plain ustar tar.
 
-There is one way to write given content, header and padding included, so a tar that differs from it in any way (a link, a
+The encoding of given content is unique, headers and padding included, so a tar that differs from it in any way (a link, a
 pickled array, a path, a further member) is refused. `encode_block` writes it and `scan` reads it; `inspect` checks every byte.
 """
 
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Where everything lies in one tar. Arrays are [num_blocks] byte positions of the data behind any npy header."""
+    """The layout of one tar. Arrays are [num_blocks] byte positions of the data, behind any npy header."""
 
     rows: int
     dim: int
@@ -64,10 +64,10 @@ def encode_block(
     text_fingerprint: str,
 ) -> bytes:
     """The tar bytes of one block, its five members in MEMBERS' order."""
-    lines = [_line(text, f"{tar_name(shard)}: block {block}, sentence {row}") for row, text in enumerate(texts)]
+    lines = [_line(text, f"{tar_name(shard)}: block {block}, text {row}") for row, text in enumerate(texts)]
     ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     if ends[-1] >= 2**32:
-        raise ValueError(f"a block of {len(texts)} sentences has {ends[-1]} bytes of text; use a smaller shards.block_rows")
+        raise ValueError(f"a block of {len(texts)} texts has {ends[-1]} bytes of text; use a smaller shards.block_rows")
     data = {
         "embedding.npy": _npy("<f2", vectors_nd),
         "hash.npy": _npy("<i8", hashes_n),
@@ -95,7 +95,7 @@ def tar_end(size: int) -> bytes:
 
 
 def open_map(path: Path) -> mmap.mmap:
-    """A read-only memory map. Raises ShardError where the file is missing or no tar can be so short."""
+    """A read-only memory map. Raises ShardError if the file is missing or shorter than any tar."""
     try:
         with path.open("rb") as file:
             if path.stat().st_size < tarfile.RECORDSIZE:
@@ -106,9 +106,9 @@ def open_map(path: Path) -> mmap.mmap:
 
 
 def scan(data: mmap.mmap, index: int) -> ShardIndex:
-    """Finds the blocks of shard `index` from headers and block JSON, reading no text or vectors.
+    """The layout of shard `index`, from headers and block JSON, without reading texts or vectors.
 
-    Raises ShardError that names the block and member which is not as `encode_block` writes it.
+    Raises ShardError naming the block and member that differs from what `encode_block` writes.
     """
     blocks = list(_walk(data, index))
     rows = [block.about["rows"] for block in blocks]
@@ -233,7 +233,7 @@ def _read_about(raw: bytes, where: str, index: int) -> dict[str, Any]:
 
 def _line(text: str, where: str) -> bytes:
     if "\n" in text:
-        raise ValueError(f"{where} holds a line break: {text[:80]!r}; a sentence is one line")
+        raise ValueError(f"{where} holds a line break: {text[:80]!r}; a text is one line")
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError as error:
@@ -246,7 +246,7 @@ def _npy(dtype: str, array: NDArray[Any]) -> bytes:
 
 @lru_cache(64)
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    # Numpy's own writer pads as its version likes; this one gives the same bytes for ever, and np.load reads it.
+    # numpy's writer pads differently by version; these bytes never change, and np.load reads them
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode("ascii")
     return b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + text.ljust(NPY_HEADER - 11) + b"\n"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from distill.files import publish
+from distill.run.files import canonical_json, fingerprint, publish
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -22,7 +21,7 @@ TAR = re.compile(r"[0-9]{6}\.tar")
 
 
 class ShardError(ValueError):
-    """A shard set that cannot be trusted; the message names the file, the block and member where known, and the fix."""
+    """An invalid shard set; the message names the file, the block and member where known, and the fix."""
 
 
 def tar_name(index: int) -> str:
@@ -33,18 +32,13 @@ def moments_name(index: int) -> str:
     return f"{index:06d}.{MOMENTS}"
 
 
-def fingerprint(value: dict[str, Any]) -> str:
-    """The hex sha256 of `value` as canonical JSON: equal for equal content, whatever the order of its keys."""
-    return hashlib.sha256(_encode(value)).hexdigest()
-
-
 def seal(value: dict[str, Any], *, indent: int | None = None) -> bytes:
-    """`value` as JSON with its own fingerprint under the key "self", so that any changed byte shows."""
-    return _encode({**value, "self": fingerprint(value)}, indent)
+    """`value` as JSON with its own fingerprint under the key "self", so that any changed byte is detected."""
+    return canonical_json({**value, "self": fingerprint(value)}, indent)
 
 
 def unseal(raw: bytes, *, indent: int | None = None) -> dict[str, Any]:
-    """What `seal` was given; ValueError where a byte differs from what `seal` wrote."""
+    """The argument of `seal`. Raises ValueError if a byte differs from what `seal` wrote."""
     value = json.loads(raw)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
@@ -74,7 +68,7 @@ def repair_hint(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One line of the manifest. `text_fingerprint` is the piece's; `moments_sha256` is of the sidecar's bytes."""
+    """A shard in the manifest. text_fingerprint: the text chunk's sha256; moments_sha256: of the sidecar's bytes."""
 
     name: str
     rows: int
@@ -86,7 +80,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished set consists of. A reader opens nothing that is not listed here."""
+    """The files of a finished set. A reader opens only what is listed here."""
 
     version: int
     count: int
@@ -101,7 +95,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
 
     def recipe(self) -> dict[str, Any]:
-        """What `finish` was given: kept beside the manifest, so that either can be made again from the other."""
+        """The arguments of `finish`, stored beside the manifest, so that either can be rebuilt from the other."""
         return {
             "teacher": self.teacher,
             "teacher_fingerprint": self.teacher_fingerprint,
@@ -150,7 +144,7 @@ class Manifest:
         if not shards:
             raise ValueError("shards is empty")
         if max(entry.rows for entry in shards) > manifest.rows:
-            raise ValueError(f"a shard has more than rows = {manifest.rows} sentences")
+            raise ValueError(f"a shard has more than rows = {manifest.rows} texts")
         if sum(entry.rows for entry in shards) != manifest.count:
             raise ValueError(f"count is {manifest.count}, but the shards' rows add up to {sum(e.rows for e in shards)}")
         return manifest
@@ -187,8 +181,3 @@ def _demand_count(value: Any, where: str) -> None:
 def _demand_hex(value: Any, where: str) -> None:
     if not isinstance(value, str) or not HEX.fullmatch(value):
         raise ValueError(f"{where} is {value!r}, not a sha256")
-
-
-def _encode(value: dict[str, Any], indent: int | None = None) -> bytes:
-    separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False).encode()

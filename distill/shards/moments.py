@@ -1,4 +1,4 @@
-"""Count, mean and covariance of vectors, in float64, mergeable by addition; and the PCA that follows from them."""
+"""Count, mean and covariance of vectors, in float64, merged by addition; and their PCA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.files import publish
+from distill.run.files import publish
 
 Float64 = NDArray[np.float64]
 CHUNK_ROWS = 4096
@@ -91,7 +91,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: Path) -> Moments:
-        """Raises ValueError that names the file where it is not what `save` writes."""
+        """Raises ValueError naming the file if it is not what `save` writes."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 count, total, upper, source = (arrays[key] for key in ("count", "total", "upper", "source"))

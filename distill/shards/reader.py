@@ -1,4 +1,4 @@
-"""Random access to a finished shard set through memory maps; nothing is trusted before its checksum holds."""
+"""Random access to a finished shard set through memory maps; every shard is verified by its checksum first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from distill.files import sha256_of
+from distill.run.files import sha256_of
 from distill.shards.blocks import ShardIndex, open_map, scan
 from distill.shards.format import MOMENTS, Manifest, ShardError, repair_hint
 from distill.shards.moments import Moments
@@ -36,7 +36,7 @@ class _Rows(NamedTuple):
 
 
 class _OpenShard:
-    """One mapped tar, seen as numbers of each width: every array in it starts at a multiple of 64 bytes."""
+    """A mapped tar, as arrays of each element size: every array in it starts at a multiple of 64 bytes."""
 
     def __init__(self, data: mmap.mmap, index: ShardIndex) -> None:
         self.data = data
@@ -52,20 +52,20 @@ class _OpenShard:
         return self._int64[self.index.hashes[blocks] // 8 + rows]
 
     def spans(self, blocks: Int64, rows: Int64) -> tuple[Int64, Int64]:
-        """Where the texts start and stop in `data`, without their line breaks."""
+        """Start and stop positions of the texts in `data`, without their line breaks."""
         at = self.index.offsets[blocks] // 4 + rows
         base = self.index.texts[blocks]
         return base + self._uint32[at], base + self._uint32[at + 1] - 1
 
 
 class ShardReader:
-    """`reader[i]` is (text, embedding [d] float16) of sentence i of the whole set; its methods take index arrays, in any order.
+    """`reader[i]` is (text, embedding [d] float16) of text i of the whole set; its methods take index arrays, in any order.
 
-    A shard is opened when it is first touched: its sha256 is then held against the manifest, once a process and shard, unless
-    `verify` is False. At most `max_open` shards are mapped at a time. Raises ShardError that names what is damaged and the fix.
+    A shard is opened at its first access; its sha256 is then verified against the manifest, once per process and shard, unless
+    `verify` is False. At most `max_open` shards are mapped at a time. Raises ShardError naming what is damaged and the fix.
 
-    `place` is a folder or the URL of one (any file system of fsspec); what lies elsewhere is brought to the folder `cache`,
-    a shard when it is first touched.
+    place: a folder or the URL of one (any file system of fsspec); a shard behind a URL is downloaded into the folder `cache`
+    at its first access.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class ShardReader:
         self._remote: Remote | None = None
         if is_remote(place):
             if cache is None:
-                raise ValueError(f"the shards at {place} lie elsewhere: name a local folder to keep them in (cache)")
+                raise ValueError(f"the shards at {place} are remote: name a local folder to cache them in (cache=)")
             self._remote = Remote(str(place), cache)
-            self._remote.bring_manifest()
+            self._remote.download_manifest()
         self.directory = Path(place) if self._remote is None else self._remote.folder
         self._arguments = (place, verify, max_open, cache)
         self.manifest = Manifest.load(self.directory)
@@ -110,7 +110,7 @@ class ShardReader:
         return Moments.load(path)
 
     def texts(self, indices: Int64 | list[int]) -> list[str]:
-        """The sentences, in the order of `indices` [n]."""
+        """The texts, in the order of `indices` [n]."""
         texts = [""] * len(indices)
         for positions, shard, blocks, rows in self._locate(indices):
             starts, stops = shard.spans(blocks, rows)
@@ -134,7 +134,7 @@ class ShardReader:
         return hashes_n
 
     def lengths(self, indices: Int64 | list[int]) -> Int64:
-        """Bytes of UTF-8 of each sentence, [n] int64."""
+        """The UTF-8 bytes of each text, [n] int64."""
         lengths_n = np.empty(len(indices), dtype=np.int64)
         for positions, shard, blocks, rows in self._locate(indices):
             starts, stops = shard.spans(blocks, rows)
@@ -148,7 +148,7 @@ class ShardReader:
         order = np.argsort(wanted, kind="stable")
         ascending = wanted[order]
         if ascending[0] < 0 or ascending[-1] >= len(self):
-            raise IndexError(f"indices {ascending[0]} to {ascending[-1]} reach out of the set's 0 to {len(self) - 1}")
+            raise IndexError(f"indices {ascending[0]} to {ascending[-1]} are outside the set's 0 to {len(self) - 1}")
         shard_of = np.searchsorted(self._starts, ascending, side="right") - 1
         edges = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(order)]
         for start, stop in pairwise(edges):
@@ -170,7 +170,7 @@ class ShardReader:
         entry = self.manifest.shards[number]
         path = self.directory / entry.name
         if self._remote is not None:
-            self._remote.bring(entry)
+            self._remote.download(entry)
         try:
             data = open_map(path)
             stat = path.stat()

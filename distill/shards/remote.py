@@ -1,6 +1,6 @@
-"""Shard sets that lie elsewhere, brought to a local cache shard by shard, each held against the manifest's checksum.
+"""Remote shard sets, downloaded into a local cache shard by shard, each verified against the manifest's checksum.
 
-Any URL of a file system that fsspec knows and that is installed here: s3://, gs://, hf://, http://, memory:// ...
+Any URL of an installed fsspec file system: s3://, gs://, hf://, http://, memory:// ...
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distill.files import publish, sha256_of
+from distill.run.files import publish, sha256_of
 from distill.shards.format import MANIFEST, MOMENTS, Manifest, ShardEntry, ShardError
 
 
@@ -20,9 +20,9 @@ def is_remote(place: str | Path) -> bool:
 
 
 class Remote:
-    """A finished set at `url`, and `folder` inside `cache` where its files are brought to. Several processes may share a cache.
+    """A finished set at `url`, cached in `folder` inside `cache`. Several processes may share a cache.
 
-    Raises ValueError for what is no plain URL of a file system (a `pipe:`, a chain of them), ShardError where nothing is found.
+    Raises ValueError unless `url` is a plain URL of a file system (no `pipe:`, no chain), ShardError if a file is not found.
     """
 
     def __init__(self, url: str, cache: str | Path) -> None:
@@ -39,19 +39,19 @@ class Remote:
         self.folder = Path(cache) / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def bring_manifest(self) -> None:
-        """Manifest and moments as they are there now."""
+    def download_manifest(self) -> None:
+        """Downloads the current manifest and moments."""
         for name in (MANIFEST, MOMENTS):
             self._download(name, None)
         manifest = Manifest.load(self.folder)
         if sha256_of(self.folder / MOMENTS) != manifest.moments_sha256:
             raise ShardError(f"{self.url}/{MOMENTS}: not the one that the manifest lists (sha256)")
 
-    def bring(self, entry: ShardEntry) -> None:
-        """The shard, unless it is here already. Raises ShardError if what comes is not what the manifest lists."""
+    def download(self, entry: ShardEntry) -> None:
+        """Downloads the shard unless it is cached. Raises ShardError if it is not the one that the manifest lists."""
         path = self.folder / entry.name
         with (self.folder / f".{entry.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a node download a shard once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # so that the ranks of a node download a shard once
             if not path.exists() or path.stat().st_size != entry.bytes:
                 self._download(entry.name, entry.sha256)
 
@@ -68,4 +68,6 @@ class Remote:
             shutil.copyfileobj(source, target, 1 << 20)
             target.flush()
             if sha256 is not None and sha256_of(Path(target.name)) != sha256:
-                raise ShardError(f"{where}: not the shard that the manifest lists (sha256): it is damaged there or on its way")
+                raise ShardError(
+                    f"{where}: not the shard that the manifest lists (sha256): it was damaged there or during the download"
+                )

@@ -1,4 +1,4 @@
-"""Throws out the shards that are bad, and no more; makes again what follows from the good ones."""
+"""Deletes damaged shards only; rebuilds the files that are computed from the valid ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from distill.files import sha256_of
+from distill.run.files import sha256_of
 from distill.shards.blocks import inspect
 from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, read_sealed, tar_name
 from distill.shards.verify import Check, Progress, damage_beside, damaged, listed_check, present, unlisted
@@ -14,9 +14,9 @@ from distill.shards.writer import finish
 
 
 def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -> tuple[list[str], bool]:
-    """Deletes bad shards, so that precompute makes them again; where none is bad, rebuilds moments, recipe and manifest.
+    """Deletes damaged shards, so that precompute makes them again; if there are none, rebuilds moments, recipe and manifest.
 
-    Returns what was done, one line each, and whether the set is whole now.
+    Returns what was done, one line each, and whether the set is complete now.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -28,19 +28,19 @@ def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -
     check = listed_check(directory, manifest) if manifest else _unlisted_check(recipe)
 
     bad = list(damaged(directory, numbers, check, progress))
-    actions = [_throw_out(directory, number, problem) for number, problem in bad]
+    actions = [_delete(directory, number, problem) for number, problem in bad]
     if num_shards is not None:
         actions += [_set_aside(directory, problem.partition(":")[0]) for problem in unlisted(directory, num_shards)]
     if bad or recipe is None:
         (directory / MANIFEST).unlink(missing_ok=True)
         (directory / MOMENTS).unlink(missing_ok=True)
-        return [*actions, "run precompute again: it makes the shards that are missing, and the manifest"], False
+        return [*actions, "run precompute again: it makes the missing shards and the manifest"], False
     beside = damage_beside(directory, manifest) if manifest else [f"{MANIFEST}: missing or damaged"]
     if beside:
         if manifest:
             _drop_bad_sidecars(directory, manifest)
         finish(directory, **recipe)
-        actions += [f"rebuilt what follows from the shards; it was {problem}" for problem in beside]
+        actions += [f"rebuilt from the shards: {problem}" for problem in beside]
     return actions, True
 
 
@@ -70,7 +70,7 @@ def _unlisted_check(recipe: dict[str, Any] | None) -> Check:
     return check
 
 
-def _throw_out(directory: Path, number: int, problem: str) -> str:
+def _delete(directory: Path, number: int, problem: str) -> str:
     (directory / tar_name(number)).unlink(missing_ok=True)
     (directory / moments_name(number)).unlink(missing_ok=True)
     return f"to be made again: {problem}"

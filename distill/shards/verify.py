@@ -1,4 +1,4 @@
-"""Finds what is wrong with a shard set, and names it."""
+"""Finds and names what is wrong with a shard set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from distill.files import sha256_of
+from distill.run.files import sha256_of
 from distill.shards.blocks import ShardIndex, inspect, open_map, scan
 from distill.shards.format import (
     MOMENTS,
@@ -25,13 +25,13 @@ Check = Callable[[mmap.mmap, int], object]
 
 
 def check_shard(data: mmap.mmap, path: Path, number: int, manifest: Manifest) -> None:
-    """Raises ShardError unless the tar is byte for byte the one the manifest lists; names the block and member at fault."""
+    """Raises ShardError unless the tar is byte for byte the one the manifest lists; names the damaged block and member."""
     entry = manifest.shards[number]
     if len(data) == entry.bytes and sha256_of(path) == entry.sha256:
         return
     index = inspect(data, number)
     check_layout(index, number, manifest)
-    raise ShardError(f"{entry.name}: a whole shard, but not the one that the manifest lists (sha256)")
+    raise ShardError(f"{entry.name}: a valid shard, but not the one that the manifest lists (sha256)")
 
 
 def check_layout(index: ShardIndex, number: int, manifest: Manifest) -> None:
@@ -52,10 +52,10 @@ def check_layout(index: ShardIndex, number: int, manifest: Manifest) -> None:
 def verify_all(
     directory: str | Path, shards: Iterable[int] | None = None, progress: Progress = lambda num_bytes: None
 ) -> list[str]:
-    """One line for each thing in the set that is not as it was written; empty where every byte is.
+    """One line for each file of the set that is not as it was written; empty if every byte is.
 
-    `shards` limits the tars that are read to these; `progress` is told the bytes of each one. Without a sound manifest the
-    tars that are there are held against their own checksums alone.
+    shards: the numbers of the tars to read, all by default; progress: called with the bytes of each. Without a valid manifest
+    the tars that are there are verified against their own checksums alone.
     """
     directory = Path(directory)
     try:
@@ -98,7 +98,7 @@ def unlisted(directory: Path, num_shards: int) -> list[str]:
 
 
 def damage_beside(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files that follow from the shards: the moments, the sidecars and the recipe."""
+    """What is wrong with the files that are computed from the shards: the moments, the sidecars and the recipe."""
     expected = {MOMENTS: manifest.moments_sha256}
     expected |= {moments_name(number): entry.moments_sha256 for number, entry in enumerate(manifest.shards)}
     problems = []

@@ -1,4 +1,4 @@
-"""Writes shards, each complete or absent, and the manifest when all are there."""
+"""Writes shards, each complete or absent, and the manifest once all are there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.files import publish, sha256_of, sweep
+from distill.run.files import publish, sha256_of, sweep
 from distill.shards.blocks import block_vectors, encode_block, inspect, open_map, scan, tar_end
 from distill.shards.format import (
     MAX_SHARDS,
@@ -46,10 +46,10 @@ def write_shard(
     teacher_fingerprint: str,
     text_fingerprint: str,
 ) -> ShardEntry:
-    """Publishes the moments' sidecar and then the tar of shard `index`, over any that are there.
+    """Publishes the moments' sidecar and then the tar of shard `index`, replacing any that are there.
 
     hashes [n] int64, vectors [n, d] float16, L2-normalised. The same input gives the same bytes.
-    Raises ValueError where the input does not fit, OSError where it cannot be written; neither leaves a tar behind.
+    Raises ValueError for invalid input, OSError if it cannot be written; neither leaves a tar behind.
     """
     _demand_fit(index, texts, hashes, vectors, block_rows)
     starts = range(0, len(texts), block_rows)
@@ -87,10 +87,10 @@ def finish(
     block_rows: int,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Manifest:
-    """Checks that every shard is there, whole, and of this teacher and text; then merges the moments and writes the manifest.
+    """Checks that every shard is there, valid, and of this teacher and text; then merges the moments and writes the manifest.
 
-    text_fingerprints[i] is that of the piece which shard i was made from; their number is the number of shards. `progress` is
-    told the bytes of each shard checked. Raises ShardError that names the first shard which is missing, damaged or foreign.
+    text_fingerprints[i]: of the text chunk that shard i was made from; their number is the number of shards. progress: called
+    with the bytes of each checked shard. Raises ShardError naming the first shard that is missing, damaged or foreign.
     """
     num_shards = len(text_fingerprints)
     if not 0 < num_shards <= MAX_SHARDS:
@@ -169,7 +169,7 @@ def _sidecar(path: Path, sha256: str) -> Moments | None:
 
 def _demand_fit(index: int, texts: Sequence[str], hashes: NDArray[Any], vectors: NDArray[Any], block_rows: int) -> None:
     if not 0 <= index < MAX_SHARDS or block_rows < 1 or not len(texts):
-        raise ValueError(f"shard {index} with {len(texts)} sentences in blocks of {block_rows} cannot be written")
+        raise ValueError(f"shard {index} with {len(texts)} texts in blocks of {block_rows} cannot be written")
     if hashes.dtype != np.int64 or hashes.shape != (len(texts),):
         raise ValueError(f"hashes are {hashes.dtype} {hashes.shape}, not int64 ({len(texts)},)")
     if vectors.dtype != np.float16 or vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.shape[1]:
@@ -179,5 +179,5 @@ def _demand_fit(index: int, texts: Sequence[str], hashes: NDArray[Any], vectors:
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
         if len(bad):
             raise ValueError(
-                f"the vector of sentence {start + bad[0]} has norm {norms[bad[0]]}, not 1: store finite, L2-normalised vectors"
+                f"the vector of text {start + bad[0]} has norm {norms[bad[0]]}, not 1: store finite, L2-normalised vectors"
             )

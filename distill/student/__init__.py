@@ -1,8 +1,8 @@
 """The student: an encoder, its pooling and, once compressed, its head.
 
-encoder.py   initialise from any encoder, from chosen layers of one, or from scratch
+encoder.py   an encoder, whole, some of its layers, or with new weights
 pooling.py   token states -> one vector
-student.py   Student: tokens -> sentence vectors; saved as an ordinary model folder with student.json beside it
+student.py   Student: tokens -> text vectors; saved as a transformers folder with student.json in it
 """
 
 from distill.student.student import Student

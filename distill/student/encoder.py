@@ -1,4 +1,4 @@
-"""Encoders to begin from: a whole one, some of its layers, or its architecture with new weights."""
+"""Initial encoders: a pretrained one, some of its layers, or its architecture with new weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from distill.config import StudentConfig
-from distill.models import resolve_model
+from distill.run.model_folders import resolve_model
+from distill.student.student_config import StudentConfig
 
 
 def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The student's encoder in float32 and its tokenizer, as `config` says; new weights depend on `seed` alone.
 
-    Raises ValueError if the model is not there, or has not the layers that are asked for.
+    Raises ValueError if the model does not exist, or lacks a layer that `config` names.
     """
     if config.init == "teacher":
         if teacher is None:
@@ -58,7 +58,7 @@ def load_encoder(
 ) -> PreTrainedModel:
     """An encoder from a folder or hub name, float32, safetensors only, never with remote code.
 
-    Raises ValueError if the weights of a part are not there: transformers would draw them anew, and only warn.
+    Raises ValueError if weights of a part are missing: transformers would initialise them at random, and only warn.
     """
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     cls = encoder_class(config)
@@ -85,14 +85,14 @@ def load_encoder(
 
 
 def encoder_class(config: PretrainedConfig) -> Any:
-    """What builds an encoder of this config: of T5, the encoder alone."""
+    """The class that builds an encoder of this config; for T5, without the decoder."""
     return T5EncoderModel if isinstance(config, T5Config) else AutoModel
 
 
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
-    """Keeps these layers of the encoder, in this order, and says so in its config.
+    """Keeps these layers of the encoder, in this order, and updates its config.
 
-    Raises ValueError if no list of layers can be told apart in it.
+    Raises ValueError if the encoder does not have exactly one list of layers.
     """
     depth = encoder.config.num_hidden_layers
     stacks = [
@@ -116,7 +116,7 @@ def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
 
 
 def _carry_relative_position_bias(stack: nn.ModuleList, layers: list[int]) -> None:
-    """T5 keeps the bias of all layers in its first block: the new first block takes it over."""
+    """T5 stores the bias of all layers in its first block: moves it to the new first block."""
     for old in stack[0].modules():
         if getattr(old, "has_relative_attention_bias", False) and layers[0] != 0:
             new: Any = next(m for m in stack[layers[0]].modules() if hasattr(m, "has_relative_attention_bias"))

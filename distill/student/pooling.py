@@ -1,4 +1,4 @@
-"""Token states to one vector a sentence; padding never counts.
+"""Token states to one vector per text; padding is ignored.
 
     mean, cls, max       over the tokens of the last layer
     pooler               the encoder's own dense + tanh over [CLS]
@@ -7,8 +7,8 @@
     last4_max            the largest over tokens of the mean of the last four layers
     concat_last4_mean    tokens' mean of each of the last four layers, side by side: [B, 4 d]
 
-These are DistilFACE's (arXiv 2401.12472). Layers are those of the transformer, without the embeddings below them; an encoder
-with fewer gives what it has.
+The poolings are those of DistilFACE (arXiv 2401.12472). Layers are those of the transformer, without the embeddings below them;
+an encoder with fewer layers uses all it has.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def masked_max(states_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:
 
 
 def pool(pooling: str, output: Any, attention_mask_bl: Tensor) -> Tensor:
-    """A sentence vector [B, d] (concat_last4_mean: [B, 4 d]), float32, from an encoder's output.
+    """The text vectors [B, d] (concat_last4_mean: [B, 4 d]), float32, from an encoder's output.
 
     Poolings of NEEDS_HIDDEN_STATES need `output.hidden_states`.
     """

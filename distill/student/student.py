@@ -1,18 +1,19 @@
-"""Student: tokens to sentence vectors.
+"""Student: tokens to text vectors.
 
     z = pool(encoder(tokens))            [B, d_s]
     z = head(z)                          [B, dim], after HPD: Linear + Tanh, or Linear
 
 On disk a student is an ordinary transformers folder with two files beside it: student.json (pooling, length, head) and
-heads.safetensors (the head, and what training needs again: the projection to the teacher's width and logit_scale).
+heads.safetensors (the head, and what training loads again: the projection to the teacher's width and logit_scale).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,24 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from distill.student.encoder import load_encoder, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool, pooled_width
 
-Tokens = dict[str, Tensor]
-PAD_TO = 4  # few distinct lengths: kernels are chosen once a shape
+Tokens = dict[str, Tensor]  # input_ids and attention_mask, [B, L] int64 each
+PAD_TO = 4  # few distinct lengths: kernels are chosen once per shape
+
+
+class PooledVectors(NamedTuple):
+    """Precomputed input of the head: the vectors [B, d_s] float32 that a frozen encoder gave, pooled, for B texts."""
+
+    vectors: Tensor
+
+
+Chunk = Tokens | PooledVectors
 
 
 class Student(nn.Module):
-    """An encoder with its pooling and, after HPD, its head. `forward` gives vectors that are not yet normalised."""
+    """An encoder with its pooling and, after HPD, its head. `forward` returns vectors that are not normalised.
+
+    is_aligned: whether ckd trained its vectors, without a projection, to equal the teacher's.
+    """
 
     def __init__(
         self,
@@ -45,6 +58,7 @@ class Student(nn.Module):
         self.pooling = pooling
         self.max_length = min(max_length, _longest_input(encoder))
         self.head = head
+        self.is_aligned = False
 
     @property
     def width(self) -> int:
@@ -65,19 +79,25 @@ class Student(nn.Module):
             linear = nn.Linear(self.width, dim)
         self.head = nn.Sequential(linear, nn.Tanh()) if activation == "tanh" else nn.Sequential(linear)
 
-    def tokenize(self, sentences: Sequence[str]) -> Tokens:
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
         """input_ids and attention_mask [B, L], int64: at most max_length tokens, padded on the right."""
-        return self.pad(self.token_ids(sentences))
+        return self.pad(self.token_ids(texts))
 
-    def token_ids(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Each sentence's tokens, at most max_length of them."""
-        fast = self.tokenizer.backend_tokenizer  # which makes nothing but ids of it, in half the time
-        fast.no_padding()
-        fast.enable_truncation(self.max_length)
-        return [encoding.ids for encoding in fast.encode_batch_fast(list(sentences))]
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, at most max_length of them. May be called from several threads."""
+        encodings = self._fast_tokenizer.encode_batch_fast(list(texts))  # half the time of `self.tokenizer(texts)`
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _fast_tokenizer(self) -> Any:
+        """Configured once: it is called from two threads."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(self.max_length)
+        return backend
 
     def pad(self, token_ids: Sequence[list[int]]) -> Tokens:
-        """What `tokenize` returns. L is a multiple of 4, or the encoder's last position."""
+        """The tokens of texts with these ids, padded on the right. L is a multiple of 4, or the encoder's last position."""
         lengths = np.array([len(ids) for ids in token_ids])
         width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, _longest_input(self.encoder))
         is_real = np.arange(width) < lengths[:, None]
@@ -85,25 +105,24 @@ class Student(nn.Module):
         ids[is_real] = np.concatenate(token_ids)
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_real.astype(np.int64))}
 
-    def forward(self, *chunks: Tokens) -> Tensor:
-        """Chunks of tokens, [B_c, L_c] each and padded on the right, to [B, dim] float32 vectors of all their rows, in order.
+    def forward(self, *chunks: Chunk) -> Tensor:
+        """[B, dim] float32 vectors of the rows of all chunks, in order.
 
-        Tokens of all chunks are looked up at once: the backward pass of a lookup writes the whole table. Chunks of vectors,
-        [B_c, d_s] each, are what a frozen encoder has made of their tokens before, and go to the head as they are.
+        A chunk is tokens, [B_c, L_c] and padded on the right, or vectors, [B_c, d_s]; all chunks of a call are of one kind.
         """
-        if "vectors" in chunks[0]:
-            return self._headed(torch.cat([chunk["vectors"] for chunk in chunks]))
+        vectors = [chunk.vectors for chunk in chunks if isinstance(chunk, PooledVectors)]
+        vectors_bd = torch.cat(vectors or self._pooled_chunks([chunk for chunk in chunks if isinstance(chunk, dict)]))
+        return vectors_bd if self.head is None else self.head(vectors_bd)
+
+    def _pooled_chunks(self, chunks: Sequence[Tokens]) -> list[Tensor]:
+        """Tokens of all chunks are looked up at once, since the backward pass of a lookup writes the whole table."""
         lookup = self.encoder.get_input_embeddings()
         embedded_td = lookup(torch.cat([chunk["input_ids"].flatten() for chunk in chunks]))
         parts = embedded_td.split([chunk["input_ids"].numel() for chunk in chunks])
-        vectors = [
+        return [
             self._pooled(part.view(*chunk["input_ids"].shape, -1), chunk["attention_mask"])
             for part, chunk in zip(parts, chunks, strict=True)
         ]
-        return self._headed(torch.cat(vectors))
-
-    def _headed(self, vectors_bd: Tensor) -> Tensor:
-        return vectors_bd if self.head is None else self.head(vectors_bd)
 
     def _pooled(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:
         output = self.encoder(
@@ -114,14 +133,14 @@ class Student(nn.Module):
         return pool(self.pooling, output, attention_mask_bl)
 
     @torch.no_grad()
-    def encode(self, sentences: Sequence[str], batch_size: int = 64, *, normalize: bool = True) -> np.ndarray:
-        """Vectors [n, dim] float32 of sentences, L2-normalised or as they are, in their order; on the encoder's device."""
+    def encode(self, texts: Sequence[str], batch_size: int = 64, *, normalize: bool = True) -> np.ndarray:
+        """Vectors [n, dim] float32 of n texts, in their order, L2-normalised if `normalize`."""
         device = next(self.parameters()).device
-        order = sorted(range(len(sentences)), key=lambda i: (len(sentences[i]), i))
-        vectors = np.zeros((len(sentences), self.dim), dtype=np.float32)
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens = {name: value.to(device) for name, value in self.tokenize([sentences[i] for i in rows]).items()}
+            tokens = {name: value.to(device) for name, value in self.tokenize([texts[i] for i in rows]).items()}
             encoded = self(tokens).float()
             vectors[rows] = (nn.functional.normalize(encoded, dim=-1) if normalize else encoded).cpu().numpy()
         return vectors
@@ -135,6 +154,7 @@ class Student(nn.Module):
             save_file(heads, folder / "heads.safetensors")
         activation = None if self.head is None else ("tanh" if len(self.head) > 1 else "linear")
         description = {"pooling": self.pooling, "max_length": self.max_length, "head": activation, "dim": self.dim}
+        description["is_aligned"] = self.is_aligned
         (folder / "student.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     @classmethod
@@ -146,6 +166,7 @@ class Student(nn.Module):
         encoder = load_encoder(str(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         student = cls(encoder, tokenizer, pooling=description["pooling"], max_length=description["max_length"])
+        student.is_aligned = description["is_aligned"]
         if description["head"] is not None:
             student.add_head(description["dim"], description["head"], seed=0)
             assert student.head is not None
@@ -155,9 +176,9 @@ class Student(nn.Module):
 
 
 class TeacherSpace(nn.Module):
-    """A student of CKD and the projection it was trained with: questions in the space of the teacher's stored vectors.
+    """A student of CKD with the projection it was trained with: encodes queries in the space of the teacher's vectors.
 
-    Documents that the teacher has embedded are searched by the student's questions, without being embedded again.
+    Documents that the teacher embedded can be searched with the student's queries without being embedded again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -167,20 +188,20 @@ class TeacherSpace(nn.Module):
         self.projection = load_projection(folder) or nn.Identity()
 
     @torch.no_grad()
-    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
         """[n, d_t] float32, L2-normalised."""
-        vectors = torch.from_numpy(self.student.encode(sentences, normalize=False))
+        vectors = torch.from_numpy(self.student.encode(texts, normalize=False))
         return nn.functional.normalize(self.projection(vectors).float(), dim=-1).numpy()
 
 
 def load_extra(folder: Path) -> dict[str, Tensor]:
-    """What training kept beside a student: projection.weight, projection.bias, logit_scale; empty if nothing."""
+    """Tensors that training saved with a student: projection.weight, projection.bias, logit_scale; may be empty."""
     path = folder / "heads.safetensors"
     return {k: v for k, v in load_file(path).items() if not k.startswith("head.")} if path.is_file() else {}
 
 
 def load_projection(folder: Path) -> nn.Linear | None:
-    """The projection [d_s -> d_t] that CKD trained with the student in `folder`, or None if there is none beside it."""
+    """The projection [d_s -> d_t] that CKD trained with the student in `folder`, or None if none was saved."""
     kept = load_extra(folder)
     if "projection.weight" not in kept:
         return None
@@ -191,7 +212,7 @@ def load_projection(folder: Path) -> nn.Linear | None:
 
 
 def _longest_input(encoder: PreTrainedModel) -> int:
-    """Positions the encoder has; RoBERTa and MPNet count theirs from the padding index."""
+    """The longest input that the encoder has positions for; RoBERTa and MPNet count theirs from the padding index."""
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is None:
         return 1 << 20

@@ -1,28 +1,15 @@
-"""Several students of one teacher beside each other: trained, measured on the same sentences, put into one table.
+"""Several students of one teacher in one table.
 
-A study is a folder of configs, one a student, that take their shards from one run (`shards_from`) and what they share from a
-base.yaml. Everything lies under their runs_dir:
+A study is a folder of configs, one for each student, that share the shards of one run (`shards_from`) and a base.yaml. Each is
+run by the pipeline, its evaluate stage included; the results of all runs together lie in their runs_dir:
 
-    NAME.yaml               the config of a student as it is run
-    NAME/                   its run
-    measured/NAME.json      the figures of one model, with the resamples of their intervals
-    results.json            all rows without the resamples: what the table and the plots are made from
+    NAME.yaml, NAME/           the resolved config of a student, and its run
+    results.json               every model at every size, as metrics/results.py has it
+    table.txt, table.md        a row for each
+    bytes.svg, speed.svg       quality against bytes per vector and against speed
 
-A row is a model at one size: every trained stage, HPD's nested sizes; what one would do instead of training (the student before
-it, the teacher's and the student's vectors cut by PCA); and the teacher itself. Each is measured with float32, int8 and binary
-vectors. What is trained or measured already is not done again.
+With `evaluate.baselines` there are rows for the alternatives to training: the student before it, and the vectors of the teacher
+and of the compressed students' initial models reduced by PCA.
 
-configs.py   which students
-models.py    which rows they give
-measure.py   their figures
-table.py     as text and markdown
-plots.py     as pictures
+study_configs.py   the students            study_rows.py   the rows of the table            study_charts.py   the charts
 """
-
-from distill.study.configs import configs_of
-from distill.study.measure import Bench, measure_all
-from distill.study.models import models_of
-from distill.study.plots import draw, require_matplotlib
-from distill.study.table import markdown, results_of, text
-
-__all__ = ["Bench", "configs_of", "draw", "markdown", "measure_all", "models_of", "require_matplotlib", "results_of", "text"]

@@ -1,8 +1,13 @@
-"""The teacher: loaded once, read once, never needed again.
+"""The teacher, which embeds the text once.
 
-identity.py    what makes vectors this teacher's: model, weights, pooling, length, prompt, precision
-encoder.py     any sentence-transformers model, or a plain encoder with its pooling named -> vectors
-imported.py    vectors that somebody has already -> the same interface
-dev.py         its own score on STS-B's dev set
-precompute.py  text pieces -> shards; what is missing is a pure function of the directory
+teacher_config.py  the config sections `teacher` and `shards`
+identity.py        settings and file digests that identify a teacher's vectors
+load.py            any encoder as a SentenceTransformer, on one device or spread over several
+batching.py        texts -> token ids -> batches with few distinct shapes
+encoder.py         texts -> vectors, by one encoder or several side by side
+imported.py        precomputed vectors, with the same interface
+claims.py          which task makes which shard
+encode_missing.py  text chunks -> the shards that are missing
+precompute.py      the stage: prepares the text, encodes what is missing, finishes the shard set
+dev_score.py       the teacher's score on STS-B's dev set
 """

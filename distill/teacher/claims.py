@@ -1,9 +1,9 @@
-"""Who makes which shard: claims beside the missing shards, good for as long as their owner's heart beats.
+"""Claims: which task makes which shard.
 
-A claim is a file `.000007.claim`, which only one task can create and which its owner rewrites every BEAT seconds. A task that
-was killed leaves claims behind: on the machine where it ran they are void at once, elsewhere when they have not changed for
-TIMEOUT seconds of the observer's own clock. Claims save work, they do not guard the result: if two tasks make one shard after
-all, they write the same bytes under a temporary name each, and the last rename wins.
+A claim is a file `.000007.claim` beside the missing shard, which only one task can create and which that task, its owner,
+rewrites every BEAT seconds. The claims of a killed task are void: at once for tasks on the same machine, for others once the
+file has not changed for TIMEOUT seconds of the observer's clock. Claims save work and are not needed for correctness: if two
+tasks make the same shard, each writes the same bytes under its own temporary name, and the last rename wins.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from distill.process import is_here, state_of, this_process
+from distill.run.liveness import Heartbeat, is_here, state_of, this_process
 
 BEAT = 10.0
-TIMEOUT = 150.0  # file systems over a network may show a file as it was a minute ago
+TIMEOUT = 150.0  # a network file system may show a file as it was a minute ago
 
 
 class Claims:
-    """The claims of one task, in any number of folders. A context manager: leaving it gives all of them up."""
+    """The claims of one task, in any number of folders. A context manager: leaving it releases all of them."""
 
     def __init__(self) -> None:
         self._owner = this_process()
         self._held: set[Path] = set()
         self._lock = threading.Lock()
-        self._seen: dict[Path, tuple[bytes, float, bool]] = {}  # a claim of others: its content, since when, had it changed
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._seen: dict[Path, tuple[bytes, float, bool]] = {}  # claims of others: content, since when, has it changed before
+        self._stopped = threading.Event()
+        self._heartbeat = Heartbeat(self._beat, BEAT)
 
     def __enter__(self) -> Claims:
-        self._thread.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
-        self._thread.join()
+        self._heartbeat.close()
         for path in list(self._held):
-            self.give_up(path)
+            self.release(path)
 
     def stop(self) -> None:
-        """Nothing more is dealt out under these claims."""
-        self._stop.set()
+        """Ends `claimed`: no further shard is claimed."""
+        self._stopped.set()
 
     @property
     def stopped(self) -> bool:
-        return self._stop.is_set()
+        return self._stopped.is_set()
 
     def take(self, path: Path) -> bool:
-        """Whether this task may work on what the claim file `path` stands for. Never waits."""
+        """Creates the claim file `path`, unless another task's claim holds; returns whether it is ours. Never waits."""
         while True:
             try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -63,17 +63,17 @@ class Claims:
                 path.unlink(missing_ok=True)
                 continue
             with self._lock, os.fdopen(descriptor, "wb") as file:
-                file.write(self._pulse())
+                file.write(self._content())
                 self._held.add(path)
             return True
 
-    def give_up(self, path: Path) -> None:
+    def release(self, path: Path) -> None:
         with self._lock:
             self._held.discard(path)
             path.unlink(missing_ok=True)
 
     def state(self, path: Path) -> Literal["free", "live", "unknown", "void"]:
-        """Of a claim of others. live: its owner runs on this machine, or its heart has beaten since an earlier look."""
+        """The state of another task's claim. live: its owner runs on this machine, or has rewritten it between two calls."""
         found = _read(path)
         if found is None:
             return "free"
@@ -89,25 +89,24 @@ class Claims:
             return "void"
         return "live" if beating and now - since <= 3 * BEAT else "unknown"
 
-    def _pulse(self) -> bytes:
+    def _content(self) -> bytes:
         return json.dumps({**self._owner, "beat": time.monotonic_ns()}).encode()
 
-    def _beat_on(self) -> None:
-        while not self._stop.wait(BEAT):
-            with self._lock:
-                for path in self._held:
-                    try:
-                        path.write_bytes(self._pulse())
-                    except OSError:  # a full disk or a directory that was removed is reported by the work itself
-                        continue
+    def _beat(self) -> None:
+        with self._lock:
+            for path in self._held:
+                try:
+                    path.write_bytes(self._content())
+                except OSError:  # the work itself reports a full disk or a directory that was removed
+                    continue
 
 
-def dealt(
+def claimed(
     claims: Claims, missing: Callable[[], list[tuple[Path, int]]], *, poll: float = 2.0
 ) -> Iterator[tuple[Path, int, Path]]:
-    """Yields (folder, shard, claim) of missing shards, each once its claim is held; the receiver gives the claim up.
+    """Yields (folder, shard, claim) of each missing shard once its claim is held; the caller releases the claim.
 
-    `missing()` lists what is missing now. Ends when nothing is, or when all that is missing is in the hands of live tasks.
+    `missing()` lists what is missing now. Ends when nothing is, or when live tasks have claimed all of it.
     """
     mine: set[tuple[Path, int]] = set()
     while not claims.stopped and (left := [item for item in missing() if item not in mine]):
@@ -115,8 +114,8 @@ def dealt(
         for folder, index in left:
             claim = folder / f".{index:06d}.claim"
             if claims.take(claim):
-                if (folder, index) not in missing():  # made by another task since we looked
-                    claims.give_up(claim)
+                if (folder, index) not in missing():  # made by another task in the meantime
+                    claims.release(claim)
                     break
                 mine.add((folder, index))
                 yield folder, index, claim

@@ -1,4 +1,4 @@
-"""The teacher: sentences to vectors, by one encoder or several whose vectors are put side by side."""
+"""The teacher: texts to vectors, by one encoder or by several whose vectors are concatenated."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.config import ModelConfig, TeacherConfig
+from distill.run.collectives import add_over_ranks, rank, world_size
+from distill.teacher.batching import Batch, Tokens, can_tokenise, cut, pad, tokenise
 from distill.teacher.load import load_model, packed_flops
-from distill.teacher.tokens import Batch, Tokens, can_tokenise, cut, pad, tokenise
-from distill.training.distributed import add_over_ranks, rank, world_size
+from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
 PACKED_FLOPS = {torch.ops.mkldnn._linear_pointwise: packed_flops}
-SENTENCES_PER_BATCH = 256  # for models that read no tokens
+TEXTS_PER_BATCH = 256  # for models that take texts, not tokens
 
-Read = list[Tokens | list[str]]  # what each encoder reads, of the same sentences
+Read = list[Tokens | list[str]]  # the input of each encoder, of the same texts
 
 
 @dataclass
 class Work:
-    """What was computed: tokens that are real, tokens with padding, operations (2 x multiply-adds), shapes of batches."""
+    """Work done: tokens without and with padding, FLOPs (2 x multiply-adds), shapes of batches."""
 
     tokens: int = 0
     padded: int = 0
@@ -35,10 +35,10 @@ class Work:
 
 
 class Teacher:
-    """read(sentences) on one thread, encode(...) on another -> L2-normalised fp16 vectors [n, dim], in the sentences' order.
+    """read(texts) on one thread, encode(...) on another -> L2-normalised fp16 vectors [n, dim], in the texts' order.
 
-    amp: bfloat16 or None. Of several encoders, each one's vectors are normalised, concatenated, and divided by the square root
-    of their number: the cosine of the whole is the mean of the cosines.
+    amp: bfloat16 or None. The normalised vectors of several encoders are concatenated and divided by the square root of the
+    number of encoders, so that a cosine is the mean of the encoders' cosines.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Teacher:
         self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
         self.work = Work()
 
-    def __call__(self, sentences: Sequence[str]) -> np.ndarray:
-        """float32 [n, dim], L2-normalised: the teacher as evaluation and search see it."""
-        return self.encode(self.read(sentences)).astype(np.float32)
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, dim], L2-normalised: for evaluation and search."""
+        return self.encode(self.read(texts)).astype(np.float32)
 
     @cached_property
     def dim(self) -> int:
@@ -65,12 +65,12 @@ class Teacher:
     def params(self) -> int:
         return sum(parameter.numel() for encoder in self.encoders for parameter in encoder.model.parameters())
 
-    def read(self, sentences: Sequence[str], numbers: np.ndarray | None = None) -> Read:
-        """Tokenises. Touches neither the weights nor the device."""
-        return [encoder.read(sentences) for encoder in self.encoders]
+    def read(self, texts: Sequence[str], numbers: np.ndarray | None = None) -> Read:
+        """Tokenises the texts, without the weights or the device."""
+        return [encoder.read(texts) for encoder in self.encoders]
 
     def encode(self, read: Read, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
-        """float16 [n, dim], L2-normalised, of what `read` returned. `tick` is told the sentences of each batch under way."""
+        """float16 [n, dim], L2-normalised, of what `read` returned. tick: called with the number of texts of each batch."""
         parts = [
             encoder.encode(tokens, self.work, number, tick if number == len(self.encoders) - 1 else lambda rows: None)
             for number, (encoder, tokens) in enumerate(zip(self.encoders, read, strict=True))
@@ -97,15 +97,18 @@ class _Encoder:
         with torch.inference_mode():
             self._flops_linear, self._flops_square = self._count_flops()
 
-    def read(self, sentences: Sequence[str]) -> Tokens | list[str]:
-        return tokenise(self.model, sentences, self.prompt) if can_tokenise(self.model) else list(sentences)
+    def read(self, texts: Sequence[str]) -> Tokens | list[str]:
+        return tokenise(self.model, texts, self.prompt) if can_tokenise(self.model) else list(texts)
 
     @torch.inference_mode()
     def encode(self, read: Tokens | list[str], work: Work, number: int, tick: Callable[[int], object]) -> torch.Tensor:
-        """float32 [n, d] on the device, L2-normalised. Where the weights are spread over ranks, each encodes every W-th batch;
-        a forward pass is a collective then, so all make equally many."""
+        """float32 [n, d] on the device, L2-normalised.
+
+        If the weights are sharded over W ranks, each rank encodes every W-th batch; a forward pass is then a collective, so
+        all ranks run the same number of them.
+        """
         if not isinstance(read, Tokens):
-            return self._encode_sentences(read, tick)
+            return self._encode_texts(read, tick)
         batches = list(cut(read.lengths, self.tokens_per_batch, self.model.max_seq_length))
         mine = batches[rank() :: world_size()]
         rows, vectors = [], []
@@ -124,18 +127,18 @@ class _Encoder:
             return add_over_ranks(encoded.new_zeros((len(read.lengths), encoded.shape[1])))
         return add_over_ranks(_in_order(vectors, rows, len(read.lengths)))
 
-    def _encode_sentences(self, sentences: list[str], tick: Callable[[int], object]) -> torch.Tensor:
-        order = np.array(sorted(range(len(sentences)), key=lambda row: -len(sentences[row])))
-        rows = np.array_split(order, range(SENTENCES_PER_BATCH, len(order), SENTENCES_PER_BATCH))
+    def _encode_texts(self, texts: list[str], tick: Callable[[int], object]) -> torch.Tensor:
+        order = np.array(sorted(range(len(texts)), key=lambda row: -len(texts[row])))
+        rows = np.array_split(order, range(TEXTS_PER_BATCH, len(order), TEXTS_PER_BATCH))
         vectors = []
         for chosen in rows:
-            features = self.model.preprocess([sentences[row] for row in chosen], prompt=self.prompt or None)
+            features = self.model.preprocess([texts[row] for row in chosen], prompt=self.prompt or None)
             vectors.append(self._forward(features))
             tick(len(chosen))
         return _in_order(vectors, rows, len(order))
 
     def _count_flops(self) -> tuple[float, float]:
-        """(a, b): a sentence of w tokens takes a w + b w^2 operations (2 x multiply-adds), from two forward passes."""
+        """(a, b): a text of w tokens takes a w + b w^2 FLOPs (2 x multiply-adds), from two forward passes."""
         tokens, counts = self.read(["what does it take"]), []
         if not isinstance(tokens, Tokens):
             return 0.0, 0.0
@@ -159,9 +162,9 @@ class _Encoder:
 
 
 def prompt_of(model: SentenceTransformer, config: ModelConfig) -> str:
-    """The text put before every sentence: `prompt`, or the model's own of the name `prompt_name`, or its default.
+    """The prompt put before every text: `prompt`, or the model's own prompt named `prompt_name`, or its default prompt.
 
-    Raises ValueError for a name that the model does not know.
+    Raises ValueError for a name that the model does not have.
     """
     if config.prompt is not None:
         return config.prompt
@@ -174,7 +177,7 @@ def prompt_of(model: SentenceTransformer, config: ModelConfig) -> str:
 
 
 def _in_order(vectors: list[torch.Tensor], rows: Sequence[np.ndarray], total: int) -> torch.Tensor:
-    """Vectors of batches put back to the rows they came from; zeros [total, d] elsewhere."""
+    """The vectors of batches in the order of their rows, [total, d]; zeros for rows without a vector."""
     joined = torch.cat(vectors)
     ordered = joined.new_zeros((total, joined.shape[1]))
     ordered[torch.from_numpy(np.concatenate(rows)).to(joined.device)] = joined

@@ -1,4 +1,4 @@
-"""Vectors that a user already has, from any model or API: one for each raw sentence of the text, in order."""
+"""Precomputed vectors, from any model or API: one for each raw text, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
-from distill.config import TeacherConfig
+from distill.teacher.teacher_config import TeacherConfig
 
 
 class ImportedVectors:
@@ -28,7 +28,7 @@ class ImportedVectors:
         else:
             raise ValueError(f"teacher.vectors: {self.path} is neither .npy nor .parquet")
         if self._rows.ndim != 2:
-            raise ValueError(f"teacher.vectors: {self.path} has shape {self._rows.shape}; it must be [sentences, dimensions]")
+            raise ValueError(f"teacher.vectors: {self.path} has shape {self._rows.shape}; it must be [texts, dimensions]")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -37,8 +37,8 @@ class ImportedVectors:
     def dim(self) -> int:
         return int(self._rows.shape[1])
 
-    def read(self, sentences: list[str], numbers: np.ndarray | None) -> np.ndarray:
-        """The L2-normalised fp16 vectors of these raw sentences. Raises ValueError naming a row that has no direction."""
+    def read(self, texts: list[str], numbers: np.ndarray | None) -> np.ndarray:
+        """The L2-normalised fp16 vectors of the raw texts with these row numbers. Raises ValueError naming a zero vector."""
         assert numbers is not None
         vectors = np.asarray(self._rows[numbers], dtype=np.float32)
         norms = np.linalg.norm(vectors, axis=1)

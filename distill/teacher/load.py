@@ -13,10 +13,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from torch import nn
 from transformers import AutoConfig
 
-from distill.config import ModelConfig
-from distill.models import resolve_model
-from distill.precision import has_bf16
+from distill.run.model_folders import resolve_model
+from distill.run.precision import has_bf16
 from distill.student.encoder import load_encoder
+from distill.teacher.teacher_config import ModelConfig
 
 
 def load_model(
@@ -33,7 +33,7 @@ def load_model(
     dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
     if device.type == "cpu":
-        arguments["attn_implementation"] = "eager"  # on short sentences its matrix products beat the fused kernel's
+        arguments["attn_implementation"] = "eager"  # faster than the fused kernel on short texts
     with _split_over_ranks(dtype) if zero3 else nullcontext() as settings:
         model = _load(path, config, arguments, None if placed else "cpu")
     if settings is not None:

@@ -1,19 +1,18 @@
-"""One training stage: steps of one global batch each, over all ranks, from the first or from the last checkpoint.
+"""Training stages: steps of one global batch each, over all ranks, from the first step or from the last checkpoint.
 
-distributed.py   what ranks say to each other, wrapped once
-batches.py       a step's rows, dealt to this rank and tokenized ahead of time
-engine.py        DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step;  zero.py  where its JSON lies
-recipe.py        what differs between stages: the module whose forward is the loss, and its data
-ckd.py, contrast.py, hpd.py     each stage's own: distillation; simcse and finetune; compression
-rows.py          what contrast.py reads: triplets, given or mined (mining.py), or sentences
-loop.py          step, log, dev evaluation, checkpoint
-stopping.py      a wish to stop, obeyed by all ranks after the same step
-watch.py         which ranks still live, and who says what happened when a collective has failed
-checkpoint.py    complete or absent, written in the background, verified before it is opened
-fragments.py     what a rank holds of parameters and optimizer, to files and back, for any world size and ZeRO stage
-dev.py           fidelity and STS of the student as it is, on all ranks together
-metrics.py       TensorBoard, every step once
-dashboard.py     what its pages are told: the layout of the charts, the settings that runs are compared by
-instruments.py   what a logged step shows beside its losses; clock.py, floors.py  what that takes
-origin.py, projector.py     text about the run, and sentences in both spaces
+training_stage.py   a stage: assembles a task from the config and runs it
+tasks/              the stages, one file each: ckd, finetune, hpd, simcse; an installed package may add others
+task.py             what differs between tasks: the module whose forward is the loss, its data, the context of a step
+teacher_keys.py     tasks that compare students with the teacher's vectors, by the terms of objectives/loss_terms (ckd, hpd)
+contrast.py         tasks that compare students with each other (finetune, simcse);  contrast_rows.py, mining.py  their rows
+keys.py             the teacher's vectors of a step and of the queue, which may be sharded over ranks
+batches.py          a step's rows: those of this rank, tokenized ahead of time;  encoded_cache.py  vectors of a frozen encoder
+projection.py       linear maps between the student's and the teacher's space;  temperature.py  the learnable one
+engine.py           DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step;  deepspeed_config.py  its JSON
+loop.py             step, log, dev evaluation, checkpoint;  student_store.py  the best student, merged if asked
+checkpoint.py       complete or absent, written in the background, verified before it is opened
+fragments.py        parameters and optimizer state of a rank, to files and back, for any world size and ZeRO stage
+dev_evaluation.py   fidelity and STS of the student in training, on all ranks together
+step_metrics.py     throughput, time and memory of a logged step;  step_clock.py  where the time goes, FLOPs
+tensorboard.py      every step once;  dashboard.py, run_description.py, projector.py  its charts, texts and points
 """

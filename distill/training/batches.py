@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.sampling import CHUNK_ROWS, GlobalOrder, deal, dealt_order
+from distill.run.sampling import CHUNK_ROWS, GlobalOrder, assign_rows, length_order
 from distill.shards import ShardReader
-from distill.student.student import Tokens
+from distill.student.student import Chunk, PooledVectors, Tokens
 
 Tokenize = Callable[[list[str]], Tokens]
 
 
 class Tokenizer(Protocol):
-    """What a Student is to the loader."""
+    """The part of a Student that the loader uses."""
 
     def token_ids(self, sentences: list[str]) -> list[list[int]]: ...
 
@@ -30,13 +30,13 @@ class Tokenizer(Protocol):
 
 
 class Inputs(Protocol):
-    """What a student reads of the shards' rows."""
+    """The source of a student's inputs."""
 
     def read(self, rows: np.ndarray) -> list[Any]:
-        """Of each row [n], something that has a length."""
+        """For each row [n], an input that has a length."""
         ...
 
-    def pad(self, read: list[Any]) -> Tokens:
+    def pad(self, read: list[Any]) -> Chunk:
         """A chunk of some of what `read` returned; of a placeholder where there is none."""
         ...
 
@@ -48,22 +48,29 @@ PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row
 class MicroBatch:
     """b rows of one backward pass.
 
-    tokens: chunks of rows of like length, input_ids and attention_mask [b_c, L_c] each, b rows in all, or the vectors that a
-    frozen encoder made of them; positions [b] int64: the
-    rows' places in dealt order; teacher [b, d_t] fp16; hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens.
-    most_rows: the b of the rank that has most, which is b or b + 1.
+    tokens: chunks of rows of similar length, input_ids and attention_mask [b_c, L_c] each, b rows in all, or the vectors that a
+    frozen encoder made of them; positions [b] int64: the rows' places in the length-sorted global batch; teacher [b, d_t] fp16;
+    hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens. most_rows: the largest b of any rank, which is b or
+    b + 1. index: which of the step's micro-batches it is.
     """
 
-    tokens: list[Tokens]
+    tokens: Sequence[Chunk]
     positions: Tensor
     teacher: Tensor
     hashes: Tensor
     most_rows: int
+    index: int = 0
 
     def to(self, device: torch.device) -> MicroBatch:
-        tokens = [{name: value.to(device, non_blocking=True) for name, value in chunk.items()} for chunk in self.tokens]
         names = ("positions", "teacher", "hashes")
-        return replace(self, tokens=tokens, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, tokens=[_to(chunk, device) for chunk in self.tokens], **moved)
+
+
+def _to(chunk: Chunk, device: torch.device) -> Chunk:
+    if isinstance(chunk, PooledVectors):
+        return PooledVectors(chunk.vectors.to(device, non_blocking=True))
+    return {name: value.to(device, non_blocking=True) for name, value in chunk.items()}
 
 
 class Tokenized:
@@ -83,7 +90,7 @@ class Tokenized:
 class ShardBatches:
     """The steps of a global order over a shard set, as one rank sees them.
 
-    encoded: what a frozen encoder has made of the sentences before (encoded.py), instead of their tokens.
+    encoded: the cached vectors of a frozen encoder (encoded_cache.py), instead of tokens.
     """
 
     def __init__(
@@ -101,50 +108,51 @@ class ShardBatches:
         self.reader = reader
         self.order = order
         self._inputs = encoded or Tokenized(reader, tokenizer)
-        self._deal = partial(deal, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
-        share = -(-order.global_batch // world_size)
-        self._most_rows = [len(rows) for rows in np.array_split(np.arange(share), -(-share // micro_batch))]
+        self._assign = partial(assign_rows, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
+        most = -(-order.global_batch // world_size)
+        self._most_rows = [len(rows) for rows in np.array_split(np.arange(most), -(-most // micro_batch))]
 
     @property
     def num_micro(self) -> int:
         """Micro-batches a step: it follows from sizes alone."""
-        return len(self._deal(np.zeros(self.order.global_batch)))
+        return len(self._assign(np.zeros(self.order.global_batch)))
 
     def rows(self, step: int) -> np.ndarray:
-        """Rows of global batch `step` in dealt order, the same on every rank."""
+        """Rows of global batch `step` in length-sorted order, the same on every rank."""
         rows = self.order.batch(step)
-        return rows[dealt_order(self.reader.lengths(rows))]
+        return rows[length_order(self.reader.lengths(rows))]
 
     def __call__(self, step: int) -> list[MicroBatch]:
-        dealt = self.rows(step)
-        parts = self._deal(self.reader.lengths(dealt))
+        batch = self.rows(step)
+        parts = self._assign(self.reader.lengths(batch))
         sizes = [[len(chunk) for chunk in chunks] for chunks in parts]
-        # rows are dealt by their bytes, which every rank knows; a rank then lays its own by their tokens
+        # rows are assigned by their length in bytes, which every rank knows; a rank then sorts its own by their tokens
         own = np.concatenate([chunk for chunks in parts for chunk in chunks])
-        read = self._inputs.read(dealt[own])
-        falling = dealt_order(np.array([len(row) for row in read], dtype=np.int64))
+        read = self._inputs.read(batch[own])
+        falling = length_order(np.array([len(row) for row in read], dtype=np.int64))
         ends = np.cumsum([sum(chunks) for chunks in sizes])
         return [
-            self._micro_batch(dealt, own[rows], [read[row] for row in rows], chunks, most)
-            for rows, chunks, most in zip(np.split(falling, ends[:-1]), sizes, self._most_rows, strict=True)
+            self._micro_batch(index, batch, own[rows], [read[row] for row in rows], chunks)
+            for index, (rows, chunks) in enumerate(zip(np.split(falling, ends[:-1]), sizes, strict=True))
         ]
 
     def _micro_batch(
-        self, dealt: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int], most_rows: int
+        self, index: int, batch: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int]
     ) -> MicroBatch:
-        rows = dealt[positions]
+        rows = batch[positions]
         starts = np.cumsum([0, *chunks]).tolist()
         return MicroBatch(
             [self._inputs.pad(read[start:stop]) for start, stop in pairwise(starts)],
             torch.from_numpy(positions),
             torch.from_numpy(self.reader.vectors(rows)),
             torch.from_numpy(self.reader.hashes(rows)),
-            most_rows,
+            self._most_rows[index],
+            index,
         )
 
     def keys(self, first_step: int, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Teacher vectors and hashes of rows of the line that begins with batch `first_step`, in dealt order; `numbers`
-        int64, ascending, say which. Batches before 0 are those of epochs before the first."""
+        """Teacher vectors and hashes of rows. `numbers`, int64, ascending, count the rows of the batches from `first_step` on,
+        each in length-sorted order; batches before 0 are of epochs before the first."""
         batches, within = np.divmod(numbers, self.order.global_batch)
         rows = [self.rows(first_step + int(batch))[within[batches == batch]] for batch in np.unique(batches)]
         flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)

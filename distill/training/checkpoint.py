@@ -1,18 +1,18 @@
-"""Checkpoints: complete or absent, written in the background, kept N last, read by any number of ranks and any ZeRO stage.
+"""Checkpoints: complete or absent, written in the background, the last N kept, read by any number of ranks and any ZeRO stage.
 
     checkpoints/step-00000100/rank-00000.safetensors ...    what each rank owned (fragments.py)
     checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file, the loop's state, what the
                                                             run is made of; then the folder loses its suffix .part
 
 `save` copies to host memory and returns. A thread on each rank writes, flushes and hashes; rank 0's commits once all files are
-there. Rank 0 decides which checkpoint is read, and tells the others.
+there. Rank 0 decides which checkpoint is read, and broadcasts it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.files import flush, publish, sha256_of, write_json
-from distill.stages import conflicts
-from distill.training.distributed import FailedElsewhere, add_over_ranks, barrier, from_rank_0, rank, world_size
+from distill.run.collectives import FailedElsewhere, add_over_ranks, barrier, from_rank_0, rank, world_size
+from distill.run.files import flush, publish, sha256_of, write_json
+from distill.run.stage import differences
 from distill.training.fragments import copy_owned, load_fragments, shapes, steps_taken, write_tensors
 
+logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 MOST_NAMED = 8
 
@@ -88,11 +89,11 @@ class Checkpoints:
 
         Raises ValueError if it is of a run that was made of something else, and names what changed.
         """
-        described = from_rank_0(self._newest_sound() if rank() == 0 else None, self.device)
+        described = from_rank_0(self._newest_valid() if rank() == 0 else None, self.device)
         if described is None:
             return None
         folder = self.directory / f"step-{described['step']:08d}"
-        if changed := conflicts(described["made_of"], self._made_of(engine)):
+        if changed := differences(described["made_of"], self._made_of(engine)):
             more = f"; and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
             raise ValueError(
                 f"{folder} was taken by a run made of other things ({'; '.join(changed[:MOST_NAMED])}{more}):"
@@ -105,7 +106,7 @@ class Checkpoints:
         return json.loads(json.dumps(self.made_of | {"parameters": shapes(engine)}))
 
     def _raise_together(self, writer: _Writer) -> None:
-        """Raises a writer's error on its rank, and on the others says whose it is; a collective."""
+        """Raises a writer's error on its rank, and FailedElsewhere on the others; a collective."""
         error = writer.error
         failed = torch.zeros(world_size(), dtype=torch.int32, device=self.device)
         failed[rank()] = error is not None
@@ -115,15 +116,15 @@ class Checkpoints:
         if failed.any():
             raise FailedElsewhere(f"{writer.part}: rank {failed.argmax()} could not write its part of the checkpoint")
 
-    def _newest_sound(self) -> dict[str, Any] | None:
-        """COMPLETE.json of the checkpoint to go on from; removes what a killed run left half-written or half-deleted."""
+    def _newest_valid(self) -> dict[str, Any] | None:
+        """COMPLETE.json of the checkpoint to continue from; removes what a killed run left half-written or half-deleted."""
         for part in self.directory.glob("step-*.part"):
             shutil.rmtree(part)
         for folder in reversed(_complete(self.directory)):
             damage = _damage(folder)
             if damage is None:
                 return json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
-            print(f"{folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
+            logger.warning("%s is damaged and is passed over: %s", folder, damage)
         return None
 
 

@@ -1,4 +1,4 @@
-"""What TensorBoard's pages are told: the layout of the control room, the settings and results that runs are compared by."""
+"""Summaries for TensorBoard's plugins: the layout of the custom-scalars page, and the hparams table."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
 CHARTS: dict[str, dict[str, list[str]]] = {
-    "Loss and its floor": {
-        "loss and floor": ["loss", "floor"],
-        "terms of the loss and their floors": ["loss/.*", "floor/.*"],
+    "Loss and reference loss": {
+        "loss and reference loss": ["loss", "reference_loss"],
+        "terms of the loss and their references": ["loss/.*", "reference_loss/.*"],
     },
-    "Dev, against the teacher's line": {
+    "Dev evaluation, with the teacher's scores": {
         "fidelity on held-out text (the teacher's is 1)": ["dev/fidelity/.*", "teacher/fidelity"],
         "STS-B dev, student and teacher": ["dev/sts/.*", "teacher/sts/.*"],
         "score that chooses the student to keep": ["dev/score"],
     },
     "Similarity of positives and hardest negatives": {
         "mean cosine": ["similarity/.*"],
-        "share of masked negatives": ["negatives/masked"],
+        "fraction of masked negatives": ["negatives/masked"],
     },
     "Throughput and where the time goes": {
-        "share of the time": ["time/.*"],
-        "sentences a second": ["sentences_a_second"],
-        "tokens a second": ["tokens_a_second"],
+        "fraction of the time": ["time/.*"],
+        "texts per second": ["texts_per_second"],
+        "tokens per second": ["tokens_per_second"],
         "MFU: of a large matrix product on this device": ["mfu"],
     },
     "Temperature and gradient norm": {
@@ -41,17 +41,17 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "gradient norm, before clipping": ["gradient_norm"],
         "learning rate": ["learning_rate"],
     },
-    "Queue, memory, wire": {
+    "Queue, memory, communication": {
         "age of the queue's keys, steps": ["queue/age_.*"],
         "memory of rank 0, GiB": ["memory/.*"],
-        "bytes that a rank receives a step, without gradients and parameters": ["wire/.*"],
+        "bytes received per rank and step, without gradients and parameters": ["bytes_received/.*"],
     },
 }
-CLOSED = {"Queue, memory, wire"}
+CLOSED = {"Queue, memory, communication"}
 
 
 def layout() -> Summary:
-    """The custom-scalars page: CHARTS, each of the tags that match wholly, in all runs."""
+    """The layout of the custom-scalars page: CHARTS, each of the tags that match wholly, in all runs."""
     categories = [
         Category(
             title=title,
@@ -68,15 +68,16 @@ def layout() -> Summary:
     return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, metadata=layout_metadata(), tensor=tensor)])
 
 
-def settings(tree: dict[str, Any], run: str) -> Summary:
-    """A line of the hparams table: a JSON tree's leaves as `ckd.lr`-like columns, those that are null left out.
+def settings_row(tree: dict[str, Any], run: str) -> Summary:
+    """A row of the hparams table: a JSON tree's leaves as `ckd.lr`-like columns, those that are null left out.
 
     The usual add_hparams would write a run of another name beside this one.
     """
     return hparams_pb(dict(_leaves(tree)), trial_id=run, start_time_secs=time.time())
 
 
-def ended_well() -> Summary:
+def session_end() -> Summary:
+    """The end of a stage in the hparams table."""
     data = HParamsPluginData(session_end_info=SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time()))
     metadata: SummaryMetadata = hparams_metadata.create_summary_metadata(data)
     tag = hparams_metadata.SESSION_END_INFO_TAG

@@ -7,20 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
-from distill.config import EngineConfig, TrainConfig
-from distill.training.zero import find_deepspeed_config
+from distill.training.deepspeed_config import find_deepspeed_config
+from distill.training.train_config import EngineConfig, TrainConfig
 
 OWN_LR_PREFIX = "logit_scale"
 
 
 class CheckedAdamW(torch.optim.AdamW):
-    """What ZeRO's optimizers do around AdamW, for ZeRO 0: clips, and leaves all as it was if the gradient's norm is not finite.
+    """AdamW with what ZeRO's optimizers add, for ZeRO 0: clips, and skips the step if the gradient's norm is not finite.
 
-    Every rank sees the reduced gradient, so that all decide alike. DeepSpeed's engine reads `overflow` and `_global_grad_norm`.
+    Every rank has the reduced gradient, so that all decide the same. DeepSpeed reads `overflow` and `_global_grad_norm`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **defaults: Any) -> None:
@@ -68,6 +67,8 @@ def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, n
     groups = [group for group in groups if group["params"]]
     adam: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "fused": True}
     optimizer = torch.optim.AdamW(groups, **adam) if is_zero else CheckedAdamW(groups, clip=train.clip, **adam)
+    import deepspeed  # takes seconds, and a command that does not train needs none of it
+
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
@@ -84,7 +85,7 @@ def _check_checkpoints_can_read(zero: dict[str, Any], path: Path) -> None:
 
 
 def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:
-    """Linear from 0 over the first `warmup` share of steps, then half a cosine to 0."""
+    """Linear from 0 over the first `warmup` fraction of steps, then half a cosine to 0."""
     warmup_steps = math.ceil(train.warmup * num_steps)
     if step < warmup_steps:
         return train.lr * (step + 1) / warmup_steps
@@ -98,13 +99,15 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """The norm before clipping of the last step, where the ZeRO stage tells it."""
+    """The norm before clipping of the last step, where the ZeRO stage reports it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 def whole_state(engine: Any) -> dict[str, Tensor]:
     """The task's parameters, whole, on the CPU of rank 0 and empty elsewhere; gathers them under ZeRO-3. All ranks call it."""
+    import deepspeed
+
     parameters = dict(engine.module.named_parameters())
     state: dict[str, Tensor] = {}
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_optimization_stage() == 3):

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from distill.training.distributed import rank, world_size
+from distill.run.collectives import rank, world_size
 
 FROM_MODEL = "student.encoder."  # what is frozen in here is as in the model that training began from
 

@@ -1,7 +1,7 @@
-"""The keys of one step: those of the global batch, and the queue, whole on every rank or spread over them.
+"""The keys of one step: those of the global batch, and the queue, replicated on every rank or sharded over them.
 
-Where the queue is spread, every rank holds the queries of all ranks against its own part and sends back what came of it, a
-log-sum-exp and a vector a query (`objectives.contrast.joined`). Backward needs nothing sent: keys are constants, and what was
+Where the queue is sharded, every rank computes the softmax of all ranks' queries over its own part and sends back a log-sum-exp
+and a vector for each query (`objectives.key_softmax.joined`). Backward communicates nothing: keys are constants, and what was
 sent back is all that the gradient is made of. A micro-batch of b rows sends b d_t numbers to every rank and gets as many back.
 """
 
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.objectives.contrast import attend, joined, survey_negatives
+from distill.objectives.key_softmax import attend, joined, survey_negatives
 from distill.objectives.queue import KeyQueue
+from distill.run.collectives import exchange, gather, world_size
 from distill.training.batches import MicroBatch
-from distill.training.distributed import exchange, gather, world_size
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Which keys are no negatives of the first kind of queries: those of the row's text and, from a cosine on, its meaning."""
+    """False-negative mask of the masked queries: same text hash, or teacher cosine >= same_meaning."""
 
     same_meaning: float | None
 
@@ -34,62 +34,65 @@ class Masking:
 class Keys:
     """What every micro-batch of a step sees.
 
-    vectors [G, d_t] fp16, hashes [G] int64: of the global batch, in dealt order. queue: all of it, or this rank's part.
+    vectors [G, d_t] fp16, hashes [G] int64: of the global batch, in length-sorted order. queue: all of it, or this rank's part.
     """
 
     vectors: Tensor
     hashes: Tensor
     queue: KeyQueue
     sharded: bool
-    step: int
 
     def attend(
-        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking | None, tile: int
+        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking, tile: int, *, num_masked: int
     ) -> tuple[Tensor, Tensor]:
-        """The softmax of `objectives.contrast.attend` over batch and queue: lse [k, b], attended [k, b, d_t].
+        """The softmax of `objectives.key_softmax.attend` over batch and queue: lse [k, b], attended [k, b, d_t].
 
-        queries [k, b, d_t]: k kinds of queries of the micro-batch's b rows; scales [k]. masking is of the first kind. A
-        collective where the queue is spread over ranks.
+        queries [k, b, d_t]: k query sets of the micro-batch's b rows; scales [k]. masking applies to the first `num_masked`
+        sets. A collective where the queue is sharded.
         """
-        kinds, rows, width = queries.shape
+        num_sets, rows, width = queries.shape
         flat, scale = queries.reshape(-1, width), scales.repeat_interleave(rows)
 
         def masked(key_ids: Tensor) -> dict[str, Any]:
-            return {} if masking is None else masking.options(micro.hashes, key_ids, micro.teacher)
+            if not num_masked:
+                return {}
+            return masking.options(micro.hashes.repeat(num_masked), key_ids, micro.teacher.repeat(num_masked, 1))
 
-        own: dict[str, Any] = {} if masking is None else {"positives": micro.positions}
+        own: dict[str, Any] = {"positives": micro.positions.repeat(num_masked)} if num_masked else {}
         parts = [attend(flat, self.vectors, scale, tile=tile, **masked(self.hashes), **own)]
         if self.sharded:
-            parts += self._over_ranks(queries, scales, micro, masking, tile)
+            parts += self._over_ranks(queries, scales, micro, masking, tile, num_masked)
         elif len(self.queue):
             parts.append(attend(flat, self.queue.keys, scale, tile=tile, **masked(self.queue.ids)))
         lse, attended = parts[0]
         if len(parts) > 1:
             lse, attended = joined(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
-        return lse.view(kinds, rows), attended.view(kinds, rows, width)
+        return lse.view(num_sets, rows), attended.view(num_sets, rows, width)
 
     def _over_ranks(
-        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking | None, tile: int
+        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking, tile: int, num_masked: int
     ) -> list[tuple[Tensor, Tensor]]:
         """For each rank's part of the queue, its (lse, attended) of this rank's queries."""
-        kinds, rows, width = queries.shape
+        num_sets, rows, width = queries.shape
         size, most = world_size(), micro.most_rows
         gathered = gather(_padded(queries.transpose(0, 1), most))  # [W, most, k, d]
-        everyone = gathered.permute(2, 0, 1, 3).reshape(-1, width)  # the first kind of all ranks first, as masks need it
+        everyone = gathered.permute(2, 0, 1, 3).reshape(-1, width)  # the first set of all ranks first, as masks need it
         masked: dict[str, Any] = {}
-        if masking is not None:
-            hashes = gather(_padded(micro.hashes, most)).flatten()
-            teacher = micro.teacher if masking.same_meaning is None else gather(_padded(micro.teacher, most)).flatten(0, 1)
+        if num_masked:
+            hashes = gather(_padded(micro.hashes, most)).flatten().repeat(num_masked)
+            teacher = micro.teacher
+            if masking.same_meaning is not None:
+                teacher = gather(_padded(micro.teacher, most)).flatten(0, 1).repeat(num_masked, 1)
             masked = masking.options(hashes, self.queue.ids, teacher)
         scale = scales.repeat_interleave(size * most)
         lse, attended = attend(everyone, self.queue.keys, scale, tile=tile, **masked)
-        answers = torch.cat([lse[:, None], attended], dim=1).view(kinds, size, most, width + 1).transpose(0, 1).contiguous()
-        mine = exchange(answers)[:, :, :rows].reshape(size, kinds * rows, width + 1)
+        answers = torch.cat([lse[:, None], attended], dim=1).view(num_sets, size, most, width + 1).transpose(0, 1).contiguous()
+        mine = exchange(answers)[:, :, :rows].reshape(size, num_sets * rows, width + 1)
         return [(part[:, 0], part[:, 1:]) for part in mine]
 
     def negatives(self, queries: Tensor, micro: MicroBatch, masking: Masking | None, tile: int) -> tuple[Tensor, Tensor]:
         """Of each row's keys among those that this rank holds: the largest cosine to one of another text, [b] float32, and the
-        share that is masked, [b] float32."""
+        fraction that is masked, [b] float32."""
         none = torch.full_like(micro.positions, -1)
         meaning: dict[str, Any] = {}
         if masking is not None and masking.same_meaning is not None:

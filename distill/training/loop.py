@@ -1,46 +1,48 @@
 """Step, log, dev evaluation, checkpoint; from the first step or from the last checkpoint.
 
-The loss of a step is the mean over the global batch's rows, however they are dealt: each micro-batch gives the sum over its
-rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
+The loss of a step is the mean over the global batch's rows, however they are assigned to ranks: each micro-batch gives the sum
+over its rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import shutil
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from distill.config import TrainConfig
-from distill.files import flush
-from distill.student import Student
+from distill.run.collectives import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
+from distill.run.stage import StopAsked
+from distill.run.stopping import Stopped
 from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
-from distill.training.dashboard import ended_well
-from distill.training.dev import Dev, score
-from distill.training.distributed import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
-from distill.training.engine import gradient_norm, learning_rate, set_learning_rate, whole_state
-from distill.training.instruments import KEYS, WHOLE_STEP, Instruments
-from distill.training.metrics import Metrics
-from distill.training.recipe import Recipe
-from distill.training.stopping import Stopped
+from distill.training.dashboard import session_end
+from distill.training.dev_evaluation import DevEvaluation
+from distill.training.engine import gradient_norm, learning_rate, set_learning_rate
+from distill.training.step_metrics import KEYS, WHOLE_STEP, StepMetrics
+from distill.training.student_store import StudentStore
+from distill.training.task import StepContext, Task
+from distill.training.tensorboard import TensorBoard
+from distill.training.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside parameters and optimiser: JSON-able and the same on every rank."""
+    """What a checkpoint holds besides parameters and optimizer: JSON-able and the same on every rank."""
 
     step: int = 0
     best_score: float = -math.inf
     best_step: int = 0
-    best_figures: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
@@ -49,173 +51,176 @@ class Progress:
 
 
 class Trainer:
-    """One training stage. After `run`, the best student lies in `student_dir`: as it was trained, or merged with its origin,
+    """One training stage, from its last checkpoint; after `run`, the best student lies in `student_dir`.
 
-        theta = theta_0 + merge (theta_best - theta_0)                  WiSE-FT (arXiv 2109.01903), LM-Cocktail (2311.13534)
-
-    theta_0: with what the stage began. Dev evaluations before the last are of the student in training, and choose the best.
-    asked_to_stop: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
+    Dev evaluations are of the student in training, and choose the best; with `merge`, the last one is of the merged student.
+    stop_asked: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
     """
 
     def __init__(
         self,
         name: str,
-        recipe: Recipe,
+        task: Task,
         engine: Any,
         train: TrainConfig,
-        dev: Dev | None,
-        instruments: Instruments,
+        dev: DevEvaluation | None,
+        metrics: StepMetrics,
+        checkpoints: Checkpoints,
         *,
         student_dir: Path,
-        checkpoints: Checkpoints,
         tensorboard: Path,
         device: torch.device,
         max_skipped: int,
-        asked_to_stop: Callable[[int], bool],
+        stop_asked: StopAsked,
+        selects_by_sts: bool,
     ) -> None:
         self.name = name
-        self.recipe = recipe
+        self.task = task
         self.engine = engine
         self.train = train
         self.dev = dev
-        self.student_dir = student_dir
+        self.metrics = metrics
         self.checkpoints = checkpoints
         self.device = device
         self.max_skipped = max_skipped
-        self.asked_to_stop = asked_to_stop
+        self.stop_asked = stop_asked
+        self.selects_by_sts = selects_by_sts
         self.num_steps = self._num_steps()
         self.progress = Progress()
-        self._origin = whole_state(engine) if train.merge is not None else {}
-        self._mend_student()
+        self.store = StudentStore(student_dir, engine, merge=train.merge)
         restored = checkpoints.load(engine)
         if restored is not None:
             self.progress = Progress(**restored)
-            recipe.restore(self.progress.step)
+            task.restore(self.progress.step)
             if rank() == 0:
-                print(f"{name}: continuing after step {self.progress.step} of {self.num_steps}", file=sys.stderr, flush=True)
-        self.metrics = Metrics(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
-        self.instruments = instruments
-        self._observed: dict[str, torch.Tensor] = {}
+                logger.info("%s: continuing after step %d of %d", name, self.progress.step, self.num_steps)
+        self.tensorboard = TensorBoard(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
 
     def _num_steps(self) -> int:
-        steps = math.ceil(self.train.epochs * self.recipe.steps_per_epoch)
+        steps = math.ceil(self.train.epochs * self.task.steps_per_epoch)
         return min(steps, self.train.max_steps or steps)
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once it is stopped as asked."""
-        progress, clock = self.progress, self.instruments.clock
+        """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once a stop was requested."""
+        progress, clock = self.progress, self.metrics.clock
         if progress.step > progress.evaluated and progress.step % self.train.dev_every == 0:
-            self._evaluate(owed=True)  # a stop did not wait for it
-        started, seconds_before, asked = time.monotonic(), progress.seconds, False
+            self._evaluate(deferred=True)  # a stop did not wait for it
+        started, seconds_before, stop_requested = time.monotonic(), progress.seconds, False
         steps = range(progress.step, progress.step if self._has_stopped_early() else self.num_steps)
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc=self.name, unit="step", disable=None if rank() == 0 else True
         )
-        batches = prefetch(self.recipe.load, steps)
+        batches = prefetch(self.task.load, steps)
         clock.take()
         for step in steps:
             with clock.of("input wait"):
                 micro = next(batches)
             last = step + 1 == self.num_steps
-            self.recipe.task.measuring = (step + 1) % self.train.log_every == 0 or last
-            self.instruments.count(micro)
-            measured = self._step(step, [part.to(self.device) for part in micro])
-            asked = measured.pop("asked_to_stop") > 0 and not last
+            is_logged = (step + 1) % self.train.log_every == 0 or last
+            self.metrics.count(micro)
+            context, means = self._step(step, [part.to(self.device) for part in micro], is_logged)
+            stop_requested = means.pop("stop_asked") > 0 and not last
             progress.step = step + 1
             bar.update()
-            if self.recipe.task.measuring:
+            if is_logged:
                 with clock.of("logging"):
-                    self._log(measured)
-                bar.set_postfix(loss=f"{measured['loss']:.4f}")
-            if (progress.step % self.train.dev_every == 0 or last) and not asked:
+                    self._log(context, means)
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+            if (progress.step % self.train.dev_every == 0 or last) and not stop_requested:
                 with clock.of("evaluation"):
-                    self._evaluate(measured["loss"])
-            stop = self._has_stopped_early()
+                    self._evaluate(means["loss"])
+            stops_early = self._has_stopped_early()
             progress.seconds = seconds_before + time.monotonic() - started
-            if last or stop:
+            if last or stops_early:
                 self._log_best()
-            if progress.step % self.train.save_every == 0 or last or stop or asked:
+            if progress.step % self.train.save_every == 0 or last or stops_early or stop_requested:
                 with clock.of("checkpoint"):
-                    self.metrics.flush()  # first: what is of a step before a checkpoint is never written again
+                    self.tensorboard.flush()  # first: points of steps before a checkpoint are never written again
                     self.checkpoints.save(self.engine, progress.step, asdict(progress))
-            if stop or asked:
+            if stops_early or stop_requested:
                 break
         batches.close()
         bar.close()
         self.checkpoints.wait()
-        self.metrics.close()
+        self.tensorboard.close()
         barrier()
-        if asked:
-            raise Stopped(f"{self.name}: stopped as asked at step {progress.step} of {self.num_steps}")
+        if stop_requested:
+            raise Stopped(f"{self.name}: stopped on request at step {progress.step} of {self.num_steps}")
         return {
             "steps": progress.step,
             "best_step": progress.best_step,
             "best_score": progress.best_score,
             "seconds": round(progress.seconds, 1),
-            "sentences": progress.step * self.train.global_batch,
+            "texts": progress.step * self.train.global_batch,
         }
 
     def _has_stopped_early(self) -> bool:
         return self.train.patience is not None and self.progress.evaluations_without_gain >= self.train.patience
 
-    def _step(self, step: int, micro: list[MicroBatch]) -> dict[str, float]:
+    def _step(self, step: int, micro: list[MicroBatch], is_logged: bool) -> tuple[StepContext, dict[str, float]]:
+        """Takes one step; returns its context and the means over the global batch, the same on every rank."""
         self.checkpoints.check()
-        clock, received, task = self.instruments.clock, bytes_received(), self.recipe.task
+        clock, received = self.metrics.clock, bytes_received()
         with clock.of("gather", on_device=True):
-            shared = self.recipe.share(step, micro)
-        self.instruments.received(KEYS, received)
+            context = self.task.prepare_step(step, micro, is_logged=is_logged)
+        self.metrics.received(KEYS, received)
         rate = learning_rate(step, self.num_steps, self.train)
         set_learning_rate(self.engine, rate)
-        factor = world_size() * len(micro) / self.train.global_batch
-        sums: dict[str, torch.Tensor] = {}
-        for index, part in enumerate(micro):
-            with clock.of("forward and backward", on_device=True):
-                loss, measured = self.engine(part, shared)
-                self.engine.backward(loss * factor)
-            for name, value in {"loss": loss.detach(), **measured}.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-            if index < len(micro) - 1:
-                self.engine.step()
-        with clock.of("optimiser", on_device=True):
+        sums = self._forward_and_backward(micro, context)
+        with clock.of("optimizer", on_device=True):
             self.engine.step()
-        self.recipe.taken()
-        sums["asked_to_stop"] = torch.tensor(self.asked_to_stop(step + 1), dtype=torch.double, device=self.device)
-        if task.measuring:
-            self._observed = task.take_observed()
-            sums = {name: rows.double().sum() for name, rows in self._observed.items()} | sums | self.instruments.sums()
+        self.task.after_step(context)
+        sums["stop_asked"] = torch.tensor(self.stop_asked(step + 1), dtype=torch.double, device=self.device)
+        if is_logged:
+            observed = {name: rows.double().sum() for name, rows in context.observations().items()}
+            sums = observed | sums | self.metrics.sums()
         means = {name: value / self.train.global_batch for name, value in reduce_sums(sums).items()}
-        self.instruments.received(WHOLE_STEP, received)
+        self.metrics.received(WHOLE_STEP, received)
         self._count_skipped(step, means["loss"])
         means["learning_rate"] = rate
         norm = gradient_norm(self.engine)
         if norm is not None:
             means["gradient_norm"] = norm
-        return means
+        return context, means
 
-    def _log(self, means: dict[str, float]) -> None:
-        """The figures of the step that was just taken, a measured one. All ranks call it; rank 0 writes."""
+    def _forward_and_backward(self, micro: list[MicroBatch], context: StepContext) -> dict[str, Tensor]:
+        """Accumulates the gradients of all micro-batches; returns this rank's sums over rows, float64."""
+        factor = world_size() * len(micro) / self.train.global_batch
+        sums: dict[str, Tensor] = {}
+        for index, part in enumerate(micro):
+            with self.metrics.clock.of("forward and backward", on_device=True):
+                loss, logged = self.engine(part, context)
+                self.engine.backward(loss * factor)
+            for name, value in {"loss": loss.detach(), **logged}.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+            if index < len(micro) - 1:
+                self.engine.step()
+        return sums
+
+    def _log(self, context: StepContext, means: dict[str, float]) -> None:
+        """Writes the metrics of the step that was just taken, a logged one. All ranks call it; rank 0 writes."""
         total, step = self.train.global_batch, self.progress.step
-        speed = self.instruments.figures(means.pop("tokens") * total, means.pop("squares") * total, total)
-        figures = means | self.recipe.floor(means) | self.recipe.state(step - 1) | speed
+        speed = self.metrics.since_last_call(means.pop("tokens") * total, means.pop("squares") * total, total)
+        values = means | self.task.reference_losses(means) | self.task.step_metrics(step - 1) | speed
         if rank() == 0:
-            self.metrics.log(step, {name: value for name, value in figures.items() if math.isfinite(value)})
-            for name, rows in self._observed.items():
+            self.tensorboard.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
+            for name, rows in context.observations().items():
                 if name.startswith("similarity/"):  # of rank 0's rows; a tag is a number's or a histogram's
                     cosines = rows[rows.isfinite()].float().cpu().numpy()
-                    self.metrics.log_cosines(step, name.replace("similarity/", "cosines/"), cosines)
+                    self.tensorboard.log_cosines(step, name.replace("similarity/", "cosines/"), cosines)
 
-    def _log_best(self, *, owed: bool = False) -> None:
-        """The figures of the student that was kept, by which runs compare. All ranks call it. owed: as in _evaluate."""
+    def _log_best(self, *, deferred: bool = False) -> None:
+        """Writes the metrics of the student that was kept. All ranks call it. deferred: see _evaluate."""
         progress = self.progress
         if self.train.merge is not None and self.dev is not None:
-            progress.best_figures = self.dev(Student.load(self.student_dir).to(self.device))
-            progress.best_score = self._score(progress.best_figures)
-            self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_figures)
-        if owed and self.metrics.has("best/score", progress.step):
+            progress.best_metrics = self.dev(self.store.load(self.device))
+            progress.best_score = self._score(progress.best_metrics)
+            self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_metrics)
+        if deferred and self.tensorboard.has("best/score", progress.step):
             return
-        figures = progress.best_figures | {"score": progress.best_score, "step": float(progress.best_step)}
-        self.metrics.log(progress.step, {f"best/{name}": figure for name, figure in figures.items()})
-        self.metrics.add(progress.step, ended_well())
+        values = progress.best_metrics | {"score": progress.best_score, "step": float(progress.best_step)}
+        self.tensorboard.log(progress.step, {f"best/{name}": value for name, value in values.items()})
+        self.tensorboard.add(progress.step, session_end())
 
     def _count_skipped(self, step: int, loss: float) -> None:
         """Every rank finds the same. Raises FloatingPointError after `max_skipped` skipped steps in a row."""
@@ -225,10 +230,10 @@ class Trainer:
             return
         progress.skipped += 1
         progress.skipped_in_row += 1
-        self.metrics.log(step + 1, {"skipped": progress.skipped})
+        self.tensorboard.log(step + 1, {"skipped": progress.skipped})
         if rank() == 0:
-            of = f"{self.name}: step {step + 1}/{self.num_steps} is skipped"
-            tqdm.write(f"{of}: the gradient is not finite (loss {loss:.4f})", file=sys.stderr)
+            where = f"{self.name}: step {step + 1}/{self.num_steps}"
+            logger.warning("%s is skipped: the gradient is not finite (loss %.4f)", where, loss)
         if progress.skipped_in_row >= self.max_skipped:
             raise FloatingPointError(
                 f"{self.name}: the gradient is not finite in {progress.skipped_in_row} steps in a row, the last is {step + 1}"
@@ -236,67 +241,38 @@ class Trainer:
                 " or raise engine.max_skipped"
             )
 
-    def _evaluate(self, loss: float | None = None, *, owed: bool = False) -> None:
+    def _evaluate(self, loss: float | None = None, *, deferred: bool = False) -> None:
         """Scores the student on all ranks and keeps it if it is the best so far. `loss` is shown beside.
 
-        owed: of a step before the checkpoint, so that a run that was killed since then may have logged it already.
+        deferred: of a step before the checkpoint, so that a run that was killed since then may have logged it already.
         """
         progress = self.progress
         progress.evaluated = progress.step
-        figures = self.dev(self.recipe.student) if self.dev else {}
-        value = self._score(figures) if figures else float(progress.step)
+        metrics = self.dev(self.task.module.student) if self.dev else {}
+        value = self._score(metrics) if metrics else float(progress.step)
         better = from_rank_0(value > progress.best_score, self.device)
         if better:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
-            progress.best_figures = figures
-            self._keep_student()
+            progress.best_metrics = metrics
+            self.store.keep(self.task.module.student)
         else:
             progress.evaluations_without_gain += 1
-        if not (owed and self.metrics.has("dev/score", progress.step)):
-            line = self.dev.teacher_line if self.dev else {}
-            self.metrics.log(progress.step, {f"dev/{name}": figure for name, figure in figures.items()} | line)
-            self.metrics.log(progress.step, {"dev/score": value})
-        if owed and self._has_stopped_early():
-            self._log_best(owed=True)
-        of = f"step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
-        self._show(of, figures, "  best" if better else "")
+        if not (deferred and self.tensorboard.has("dev/score", progress.step)):
+            teacher = self.dev.teacher_scores if self.dev else {}
+            self.tensorboard.log(progress.step, {f"dev/{name}": each for name, each in metrics.items()} | teacher)
+            self.tensorboard.log(progress.step, {"dev/score": value})
+        if deferred and self._has_stopped_early():
+            self._log_best(deferred=True)
+        what = f"step {progress.step}/{self.num_steps}{'' if loss is None else f'  loss {loss:.4f}'}"
+        self._show(what, metrics, "  best" if better else "")
 
-    def _score(self, figures: dict[str, float]) -> float:
-        return score(figures, by_sts=self.name in ("finetune", "simcse"))
+    def _score(self, metrics: dict[str, float]) -> float:
+        """What decides which student is best: the mean fidelity; STS-B dev where the task selects by it and it is known."""
+        if self.selects_by_sts and "sts/STSB-dev" in metrics:
+            return metrics["sts/STSB-dev"] / 100
+        return float(np.mean([value for name, value in metrics.items() if name.startswith("fidelity/")]))
 
-    def _show(self, of: str, figures: dict[str, float], end: str = "") -> None:
+    def _show(self, what: str, metrics: dict[str, float], end: str = "") -> None:
         if rank() == 0:
-            shown = "".join(f"  {name.split('/')[1]} {figure:.3f}" for name, figure in figures.items())
-            tqdm.write(f"{self.name}: {of}{shown}{end}", file=sys.stderr)
-
-    def _keep_student(self) -> None:
-        state = whole_state(self.engine)
-        if self.train.merge is not None:
-            for name, origin in self._origin.items():
-                state[name] = torch.lerp(origin.double(), state[name].double(), self.train.merge).to(origin.dtype)
-        if rank() == 0:
-            part = self.student_dir.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            prefix = "student."
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            extra = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
-            self.recipe.student.save(part, own, extra)
-            for path in part.rglob("*"):
-                flush(path)
-            old = self.student_dir.with_suffix(".old")
-            if self.student_dir.exists():
-                self.student_dir.rename(old)
-            part.rename(self.student_dir)
-            shutil.rmtree(old, ignore_errors=True)
-        barrier()
-
-    def _mend_student(self) -> None:
-        """A kill between the two renames of `_keep_student` leaves the student before under its other name."""
-        old = self.student_dir.with_suffix(".old")
-        if rank() == 0 and old.exists():
-            if self.student_dir.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(self.student_dir)
-        barrier()
+            shown = "".join(f"  {name.split('/')[1]} {value:.3f}" for name, value in metrics.items())
+            logger.info("%s: %s%s%s", self.name, what, shown, end)

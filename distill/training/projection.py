@@ -1,4 +1,4 @@
-"""The way from the student's width to the teacher's, and linear maps fitted before training.
+"""The projection from the student's width to the teacher's, and linear maps fitted before training.
 
 linear       learned; begins as the ridge regression of the teacher's vectors on those of the untrained student
 pca          fixed: q = C^T z with C [d_s, d_t] the teacher's first components; the student learns its coordinates
@@ -7,44 +7,45 @@ procrustes   fixed: the map with orthonormal columns that brings the untrained s
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import nn
 
-from distill.config import CkdConfig
-from distill.sampling import permutation
+from distill.run.sampling import permutation
 from distill.shards import ShardReader
 from distill.student import Student
 
-FIT_SENTENCES = 2048
+FIT_TEXTS = 2048
 RIDGE = 1e-3
 
+LinearMap = tuple[np.ndarray, np.ndarray]
+"""weight [d_out, d_in], bias [d_out]."""
+Kind = Literal["auto", "linear", "pca", "procrustes", "none"]
 
-def build_projection(width: int, teacher_dim: int, config: CkdConfig) -> nn.Linear | None:
-    """P: Linear(d_s -> d_t), not fitted yet, or None where there is none. Raises ValueError if widths and config do not fit."""
-    if config.projection_width not in (None, teacher_dim):
-        raise ValueError(
-            f"ckd.projection_width {config.projection_width} is not the teacher's width {teacher_dim}: leave it out"
-        )
-    if config.projection == "none" and width != teacher_dim:
+
+def build_projection(width: int, teacher_dim: int, kind: Kind) -> nn.Linear | None:
+    """P: Linear(d_s -> d_t), not fitted yet, or None where none is needed. Raises ValueError if the widths do not fit."""
+    if kind == "none" and width != teacher_dim:
         raise ValueError(f"ckd.projection is none, but the student is {width} wide and the teacher {teacher_dim}; use auto")
-    if config.projection == "pca" and width > teacher_dim:
+    if kind == "pca" and width > teacher_dim:
         raise ValueError(f"ckd.projection is pca, but the student is {width} wide and the teacher only {teacher_dim}; use auto")
-    if config.projection == "none" or (config.projection == "auto" and width == teacher_dim):
+    if kind == "none" or (kind == "auto" and width == teacher_dim):
         return None
     projection = nn.Linear(width, teacher_dim)
-    projection.requires_grad_(config.projection in ("auto", "linear"))
+    projection.requires_grad_(kind in ("auto", "linear"))
     return projection
 
 
-def fit_projection(projection: nn.Linear, student: Student, reader: ShardReader, config: CkdConfig, seed: int) -> None:
-    """Sets a projection to where it begins, or to what it stays."""
-    if config.projection == "pca":
+def fit_projection(projection: nn.Linear, student: Student, reader: ShardReader, kind: Kind, seed: int) -> None:
+    """Sets a projection to its initial value, or to its final one where it is not trained."""
+    if kind == "pca":
         weight, bias = reader.moments.pca(student.dim)[0].T, np.zeros(reader.dim)
     else:
-        sentences, teacher = fit_sample(reader, seed)
-        vectors = student.encode(sentences, normalize=config.projection == "procrustes").astype(np.float64)
-        if config.projection == "procrustes":
+        texts, teacher = fit_sample(reader, seed)
+        vectors = student.encode(texts, normalize=kind == "procrustes").astype(np.float64)
+        if kind == "procrustes":
             left, _, right = np.linalg.svd(teacher.T @ vectors, full_matrices=False)
             weight, bias = left @ right, np.zeros(reader.dim)
         else:
@@ -53,12 +54,12 @@ def fit_projection(projection: nn.Linear, student: Student, reader: ShardReader,
 
 
 def fit_sample(reader: ShardReader, seed: int) -> tuple[list[str], np.ndarray]:
-    """Sentences to fit a map on, and their teacher vectors, float64 [n, d_t]."""
-    rows = permutation(len(reader), seed, 0)[:FIT_SENTENCES]
+    """Texts to fit a map on, and their teacher vectors, float64 [n, d_t]."""
+    rows = permutation(len(reader), seed, 0)[:FIT_TEXTS]
     return reader.texts(rows), reader.vectors(rows).astype(np.float64)
 
 
-def ridge_regression(vectors: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ridge_regression(vectors: np.ndarray, targets: np.ndarray) -> LinearMap:
     """(weight [d_out, d_in], bias [d_out]) of the linear map from vectors [n, d_in] nearest to targets [n, d_out]."""
     design = np.concatenate([vectors, np.ones((len(vectors), 1))], axis=1)
     ridge = RIDGE * np.trace(design.T @ design) / design.shape[1]

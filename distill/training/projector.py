@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf import text_format
 from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 
-from distill.files import publish
+from distill.run.files import publish
 from distill.shards import ShardReader
 from distill.student import Student
 

@@ -1,11 +1,10 @@
-"""DistilFACE's pooling choices: unsupervised SimCSE of one encoder under each, on STS12 to STS15 and STS-B.
+"""The poolings of DistilFACE: unsupervised SimCSE of one encoder with each, measured on STS12 to STS15 and STS-B.
 
     python tests/bench/distilface.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --sts DATA/sts --work DIR
 
-configs/distilface.yaml with this encoder and text, --steps of it a pooling; the student that scored best on STS-B's dev set
-counts, beside the encoder untouched under the same pooling. The paper's column is of DistilBERT after 20,000 steps
-(arXiv 2401.12472). Poolings that are in DIR/results.jsonl are not trained again, and one that was killed goes on from its
-checkpoint: the same command may be typed any number of times.
+configs/distilface.yaml with this encoder and text, --steps for each pooling. `trained` is the student that scored best on
+STS-B's dev set, `untrained` the encoder with the same pooling. The paper's column: DistilBERT, 20,000 steps (arXiv 2401.12472).
+Poolings in DIR/results.jsonl are not trained again, and one that was killed continues from its checkpoint: repeat the command.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from typing import Any, get_args
 import torch
 from objectives import ROOT, launch, read_results, write_config
 
-from distill.config import Pooling, RunConfig, load_config
-from distill.evaluation.report import figure, table
-from distill.evaluation.sts import read_sets, sts_scores
+from distill.config import RunConfig, load_config
+from distill.corpus.evaluation_sets import read_sts
+from distill.metrics.sts import sts_scores
+from distill.run.formatting import format_table
 from distill.student import Student
 from distill.student.encoder import build_encoder
+from distill.student.student_config import Pooling
 
 PAPER = {
     "cls": 69.87,
@@ -34,13 +35,6 @@ PAPER = {
     "last4_mean": 72.17,
     "all_mean": 67.77,
     "concat_last4_mean": 71.38,
-}
-COLUMNS = {
-    "pooling": figure("pooling"),
-    "untouched": figure("untouched", form="{:.2f}"),
-    "trained": figure("after", form="{:.2f}"),
-    "at step": figure("best_step"),
-    "the paper's": figure("paper", form="{:.2f}"),
 }
 SETS = ("STS12", "STS13", "STS14", "STS15", "STSB")
 
@@ -71,7 +65,7 @@ def config_of(pooling: str, options: argparse.Namespace) -> RunConfig:
 
 def mean_of_sets(student: Student, options: argparse.Namespace) -> float:
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    sets = read_sets(options.sts)
+    sets = read_sts(options.sts)
     scores = sts_scores(student.encode, {name: sets[name] for name in SETS}, bootstrap=0)["sts"]
     return sum(scores[name] for name in SETS) / len(SETS)
 
@@ -79,22 +73,22 @@ def mean_of_sets(student: Student, options: argparse.Namespace) -> float:
 def run(pooling: str, options: argparse.Namespace) -> dict[str, Any]:
     config = config_of(pooling, options)
     encoder, tokenizer = build_encoder(config.student, config.teacher.model, config.seed)
-    untouched = Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
-    before = mean_of_sets(untouched, options)
+    untrained = Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
+    before = mean_of_sets(untrained, options)
     launch(ROOT / "launcher/pipeline.py", "--config", write_config(config.model_dump(mode="json"), options.work))
     stage = config.run_dir / "simcse"
     after = mean_of_sets(Student.load(stage / "student"), options)
     shutil.rmtree(stage / "checkpoints")
     best = json.loads((stage / "DONE.json").read_text(encoding="utf-8"))["results"]["best_step"]
-    return {"pooling": pooling, "steps": options.steps, "untouched": before, "after": after, "best_step": best}
+    return {"pooling": pooling, "steps": options.steps, "untrained": before, "trained": after, "best_step": best}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder of an encoder of four layers or more")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
+    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz with a text per line")
     parser.add_argument("--sts", type=Path, required=True, help="a folder with sts12_test.tsv.gz ... and stsb_dev.tsv.gz")
-    parser.add_argument("--work", type=Path, required=True, help="where runs and results.jsonl go")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and of results.jsonl")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--poolings", nargs="*", default=list(get_args(Pooling)), choices=get_args(Pooling))
@@ -112,8 +106,13 @@ def main() -> None:
         results.append(run(pooling, options))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(results[-1]) + "\n")
-    rows = sorted((row for row in results if row["steps"] == options.steps), key=lambda row: -row["after"])
-    print(table([row | {"paper": PAPER.get(row["pooling"])} for row in rows], COLUMNS))
+    rows = sorted((row for row in results if row["steps"] == options.steps), key=lambda row: -row["trained"])
+    cells = [
+        [row["pooling"], f"{row['untrained']:.2f}", f"{row['trained']:.2f}", str(row["best_step"]), paper]
+        for row in rows
+        for paper in [f"{PAPER[row['pooling']]:.2f}" if row["pooling"] in PAPER else None]
+    ]
+    print(format_table(["pooling", "untrained", "trained", "at step", "the paper's"], cells))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The CKD loss against the obvious one: seconds of forward and backward, and memory beyond the inputs.
+"""The CKD loss and the direct implementation: seconds of forward and backward, and memory beyond the inputs.
 
     python tests/bench/loss.py                          1,024 queries against 16,384, 131,072 and 1,048,576 keys of 384
     python tests/bench/loss.py --device cuda --dtype bf16
 
-ours    ckd_loss: tiles of keys, nothing of size B x N, keys of a row's own text masked by their ids
-naive   the B x N logits, the same mask as a B x N array, torch's cross_entropy; not run where half of the memory would not do
-torch   torch.nn.functional.linear_cross_entropy, where this torch has it, in chunks of as many logits as our tiles have, but of
-        32 rows at least: each chunk reads all keys, and its own choice is many times slower on a CPU. It has no mask
+ours    ckd_loss: tiles of keys, nothing of size B x N, keys of the row's text masked by their ids
+naive   the B x N logits, the same mask as a B x N array, torch's cross_entropy; not run if it needs more than half the memory
+torch   torch.nn.functional.linear_cross_entropy, where this torch has it, in chunks with as many logits as our tiles, but at
+        least 32 rows: each chunk reads all keys, and its default is many times slower on a CPU. It has no mask
 
-The keys get no gradient anywhere. Each case has a process of its own. Memory is the peak of its first run less what the process
-held with the inputs in place: on a CPU the resident set (VmHWM, set back through clear_refs), on a GPU the allocator's. Then
-all take turns; the medians count. `stored` is what training has: float32 queries, float16 keys (the others' are float32 then).
+The keys get no gradient. Each case runs in a separate process. Memory is the peak of its first run minus what the process held
+with the inputs: on a CPU the resident set (VmHWM, reset through clear_refs), on a GPU the allocator's. Then they take turns;
+the result is the medians. `stored` are training's types: float32 queries, float16 keys (float32 for the others).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.memory import keep_freed_memory
 from distill.objectives.ckd import ckd_loss
-from distill.objectives.contrast import DEFAULT_TILE
+from distill.objectives.key_softmax import DEFAULT_TILE
+from distill.run.allocator import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": torch.float32}
 FEWEST_ROWS = 32
-SAME_TEXT = 100  # every so many keys, one is a query's own text
+SAME_TEXT = 100  # one key in this many has a query's text
 GOAL_KEYS, GOAL_MEMORY, GOAL_TIME = 131_072, 0.02, 0.75
 GOAL_MANY_KEYS, GOAL_BYTES = 1_048_576, 200e6
 
@@ -77,7 +77,7 @@ LOSSES: dict[str, Callable[[Inputs], Tensor]] = {"ours": ours, "naive": naive, "
 
 
 def unit_rows(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random directions, made a few at a time so that nothing but the result is left."""
+    """Random unit vectors [count, dim], made in blocks so that little memory is used besides the result."""
     rows = torch.empty(count, dim, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)
     for part in rows.split(8192):
@@ -119,7 +119,7 @@ def resident(field: str) -> int:
 
 
 class Peak:
-    """Bytes by which memory rose above what was held when this was made."""
+    """The increase of memory, in bytes, since this was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -140,7 +140,7 @@ class Peak:
 def work(
     pipe: Connection, name: str, sizes: tuple[int, int, int], dtype: str, tile: int | None, threads: int, place: str
 ) -> None:
-    """A case in its own process: sends what its first run gave, then a time for each True that it receives."""
+    """A case in a separate process: sends the values of its first run, then the seconds of a run for each True received."""
     torch.set_num_threads(threads)
     device = torch.device(place)
     batch, dim, num_keys = sizes
@@ -162,9 +162,9 @@ def available_memory(device: torch.device) -> int:
 
 
 def measure(names: list[str], sizes: tuple[int, int, int], options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of each loss at one number of keys."""
+    """The values of each loss at one number of keys."""
     context = multiprocessing.get_context("spawn")
-    figures: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     pipes: dict[str, Connection] = {}
     processes = []
     for name in names:
@@ -174,7 +174,7 @@ def measure(names: list[str], sizes: tuple[int, int, int], options: argparse.Nam
         process.start()
         theirs.close()
         processes.append(process)
-        figures[name] = pipes[name].recv()  # before the next begins: one peak at a time
+        measured[name] = pipes[name].recv()  # before the next begins: one peak at a time
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name, pipe in pipes.items():
@@ -183,7 +183,7 @@ def measure(names: list[str], sizes: tuple[int, int, int], options: argparse.Nam
     for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(False)
         process.join()
-    return {name: figures[name] | {"seconds": statistics.median(seconds[name])} for name in names}
+    return {name: measured[name] | {"seconds": statistics.median(seconds[name])} for name in names}
 
 
 def goals(cases: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, help="keys held at a time (default: the loss's own)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     has_fused = hasattr(functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
     cases: dict[int, dict[str, Any]] = {}
@@ -226,13 +226,13 @@ def main() -> None:
             names.append("torch")
         else:
             left_out["torch"] = f"not run: torch {torch.__version__} has no linear_cross_entropy with options"
-        figures = measure(names, (options.batch, options.dim, num_keys), options)
-        if "naive" in figures:
+        values = measure(names, (options.batch, options.dim, num_keys), options)
+        if "naive" in values:
             rounding = 2e-2 if options.dtype == "bf16" else 1e-3
             for what in ("loss", "gradient"):
-                found, expected = figures["ours"][what], figures["naive"][what]
+                found, expected = values["ours"][what], values["naive"][what]
                 assert abs(found - expected) <= rounding * abs(expected), f"{what} of ours is {found}, of naive {expected}"
-        cases[num_keys] = figures | left_out
+        cases[num_keys] = values | left_out
         print(num_keys, json.dumps(cases[num_keys]), flush=True)
     about = {name: getattr(options, name) for name in ("device", "dtype", "batch", "dim", "tile", "threads")}
     result = about | {"torch": torch.__version__, "keys": cases, "goals": goals(cases)}

@@ -1,19 +1,19 @@
-"""Which objective distils best? Students of all-MiniLM-L6-v2, one pass over the same sentences, on STS and fidelity.
+"""Objectives compared by STS and fidelity: students of all-MiniLM-L6-v2 after one pass over the same texts.
 
     python tests/bench/objectives.py --data DATA --models MODELS --work DIR scan    every objective, one seed
     python tests/bench/objectives.py --data DATA --models MODELS --work DIR seeds   the two best, two more seeds
-    python tests/bench/objectives.py --data DATA --models MODELS --work DIR more    tuned, and 128,000 and 150,000 sentences
-    python tests/bench/objectives.py --data DATA --models MODELS --work DIR table   what is known so far
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR more    tuned, and 128,000 and 150,000 texts
+    python tests/bench/objectives.py --data DATA --models MODELS --work DIR table   the results so far
 
-three-layers    its own layers 0, 2, 5             no projection
-one-layer       its own layer 0                    no projection
+three-layers    layers 0, 2, 5 of the teacher      no projection
+one-layer       layer 0 of the teacher             no projection
 bert-tiny       4.4M parameters, 128 dimensions    learned projection
 
-Scan and seeds share one recipe, batches of 256; `tuned` has smaller batches and higher rates, found by a few trials on 51,200
-sentences that looked at these very STS sets.
+Scan and seeds have the same settings, batches of 256; `tuned` has smaller batches and higher rates, chosen by a few trials on
+51,200 texts with the same STS sets.
 Each cell is a run of launcher/train.py on two ranks and an evaluation of the student that scored best on the held-out dev
-sentences; the test sentences and the STS sets decide nothing. Cells that are in results.jsonl are not run again, and a cell
-that was killed goes on from its checkpoint: the same command may be typed any number of times.
+texts; the test texts and the STS sets select nothing. Cells in results.jsonl are not run again, and a cell that was killed
+continues from its checkpoint: repeat the same command.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "bert-tiny": {"init": "bert-tiny"},
 }
 LR = {"three-layers": 5e-4, "one-layer": 1e-3, "bert-tiny": 1e-3}
-TEXT, SCAN = 170_000, 51_200
+ALL_TEXTS, SCAN = 170_000, 51_200
 GLOBAL_BATCH, QUEUE = 256, 16_384
 TUNED: dict[str, dict[str, Any]] = {
     "three-layers": {"global_batch": 128, "lr": 1e-3},
     "one-layer": {"global_batch": 64, "lr": 2e-3},
     "bert-tiny": {"global_batch": 128, "lr": 2e-3},
 }
-MORE = [  # objective, sentences, passes over them, whether by the tuned recipe
+MORE = [  # student, objective, texts, passes over them, whether tuned
     ("three-layers", "CKD + cosine", 51_200, 1, True),
     ("three-layers", "CKD + cosine", 150_000, 1, True),
     ("three-layers", "CKD + cosine", 128_000, 2, True),
     ("one-layer", "CKD + cosine", 51_200, 1, True),
     ("one-layer", "CKD + cosine", 150_000, 1, True),
-    ("bert-tiny", "MSE", 128_000, 1, True),  # which it does not bear
+    ("bert-tiny", "MSE", 128_000, 1, True),  # at too high a rate for MSE
     ("bert-tiny", "MSE", 128_000, 1, False),
     ("bert-tiny", "ConGen", 51_200, 1, True),
     ("bert-tiny", "ConGen", 128_000, 1, True),
@@ -73,7 +73,7 @@ MORE = [  # objective, sentences, passes over them, whether by the tuned recipe
 class Cell(NamedTuple):
     student: str
     objective: str
-    sentences: int
+    texts: int
     seed: int
     passes: int = 1
     tuned: bool = False
@@ -81,20 +81,20 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         objective = self.objective.replace(" + ", "-").replace(" ", "")
-        return f"{self.student}-{objective}-{self.sentences}-{self.passes}-{self.seed}" + ("-tuned" if self.tuned else "")
+        return f"{self.student}-{objective}-{self.texts}-{self.passes}-{self.seed}" + ("-tuned" if self.tuned else "")
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return TUNED[self.student] if self.tuned else {"global_batch": GLOBAL_BATCH, "lr": LR[self.student]}
 
     @property
-    def text(self) -> int:
-        """The sentences there are: more than it takes in one pass, else those that it takes again and again."""
-        return TEXT if self.passes == 1 else self.sentences
+    def available_texts(self) -> int:
+        """The texts of the run: more than one pass takes, or those of every pass."""
+        return ALL_TEXTS if self.passes == 1 else self.texts
 
 
-def base_config(text: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Sentences of every kind there is, chosen by hash; the teacher; a student's training without its objective."""
+def base_config(num_texts: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The texts of all sources, chosen by hash, and the teacher."""
     unlabelled = options.data / "unlabelled"
     sources = [
         {"type": "file", "path": str(unlabelled / "wiki1m_en.txt.gz"), "limit": 100_000},
@@ -105,9 +105,9 @@ def base_config(text: int, options: argparse.Namespace) -> dict[str, Any]:
         {"type": "file", "path": str(options.data / "nli/snli.tsv.gz"), "field": "premise"},
     ]
     return {
-        "name": f"base-{text}",
+        "name": f"base-{num_texts}",
         "runs_dir": str(options.work),
-        "text": {"sources": sources, "max_sentences": text},
+        "text": {"sources": sources, "max_sentences": num_texts},
         "teacher": {"model": str(options.models / "minilm-l6"), "max_length": 64, "tokens_per_batch": 1024, "tasks": 2},
         "shards": {"rows": 20_000},
         "engine": {"num_ranks": 2},
@@ -119,9 +119,9 @@ def config_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     student = dict(STUDENTS[cell.student]) | {"max_length": 64}
     if student["init"] != "teacher":
         student["init"] = str(options.models / student["init"])
-    steps = cell.sentences * cell.passes // cell.recipe["global_batch"]
+    steps = cell.texts * cell.passes // cell.settings["global_batch"]
     every = max(50, steps // 10)
-    ckd = cell.recipe | {
+    ckd = cell.settings | {
         "micro_batch": 128,
         "queue": QUEUE,
         "warmup": 0.1,
@@ -131,7 +131,7 @@ def config_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "dev_every": every,
         "save_every": every,
     }
-    base = base_config(cell.text, options)
+    base = base_config(cell.available_texts, options)
     return base | {"name": cell.name, "shards_from": base["name"], "seed": cell.seed, "student": student, "ckd": ckd}
 
 
@@ -155,23 +155,24 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         port = probe.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     launch(*torchrun, ROOT / "launcher/train.py", "--config", config, "stage=ckd")
-    figures = evaluate(directory, options.work / f"base-{cell.text}" / "shards", options)
+    scores = evaluate(directory, options.work / f"base-{cell.available_texts}" / "shards", options)
     shutil.rmtree(directory / "ckd" / "checkpoints")
     done = json.loads((directory / "ckd/DONE.json").read_text(encoding="utf-8"))
-    return cell._asdict() | figures | {"seconds": done["results"]["seconds"]}
+    return cell._asdict() | scores | {"seconds": done["results"]["seconds"]}
 
 
 def evaluate(directory: Path, shards: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from distill.evaluation.fidelity import fidelity
-    from distill.evaluation.sts import read_sets, sts_scores
+    from distill.corpus.evaluation_sets import read_sts
+    from distill.metrics.fidelity import fidelity
+    from distill.metrics.held_out import test_rows
+    from distill.metrics.sts import sts_scores
     from distill.shards import ShardReader
     from distill.student import Student
-    from distill.training.dev import split_held_out
 
     held_out = ShardReader(shards / "held_out")
-    rows, _ = split_held_out(len(held_out), 2000, 1000)
+    rows = test_rows(len(held_out), 2000)
     student = Student.load(directory / "ckd/student").eval()
-    scores = sts_scores(student.encode, read_sets(options.data / "sts"), bootstrap=0)["sts"]
+    scores = sts_scores(student.encode, read_sts(options.data / "sts"), bootstrap=0)["sts"]
     kept = fidelity(student.encode(held_out.texts(rows)), held_out.vectors(rows).astype("float32"))
     return {"sts": scores["AVG"], "sts_of": scores["AVG_OF"], **{name: round(value, 4) for name, value in kept.items()}}
 
@@ -181,7 +182,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def quality(row: dict[str, Any]) -> float:
-    """STS as a share and the mean of fidelity, alike: what 'best' means here."""
+    """The sum of STS (0..1) and the mean fidelity, by which objectives are ranked."""
     return row["sts"] / 100 + (row["spearman"] + row["spearman_top50"] + row["top10"]) / 3
 
 
@@ -201,25 +202,25 @@ def cells(what: str, results: list[dict[str, Any]]) -> list[Cell]:
         contrasted = {"bert-tiny": ["MSE", "CKD", "ConGen"]}
         wanted = {student: dict.fromkeys([*best[student], *contrasted.get(student, [])]) for student in STUDENTS}
         return [Cell(s, objective, SCAN, seed) for s in STUDENTS for objective in wanted[s] for seed in (1, 2)]
-    return [Cell(student, objective, sentences, 0, passes, tuned) for student, objective, sentences, passes, tuned in MORE]
+    return [Cell(student, objective, texts, 0, passes, tuned) for student, objective, texts, passes, tuned in MORE]
 
 
 def table(results: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, bool, int, int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in results:
         cell = cell_of(row)
-        groups[cell.student, cell.tuned, cell.sentences, cell.passes, cell.objective].append(row)
-    lines = ["| student | sentences | objective | seeds | STS | spearman | top-50 | top-10 |", "|" + "---|" * 8]
-    for (student, tuned, sentences, passes, objective), rows in sorted(groups.items()):
-        count = f"{sentences:,}" + (f" x {passes}" if passes > 1 else "") + (", tuned" if tuned else "")
+        groups[cell.student, cell.tuned, cell.texts, cell.passes, cell.objective].append(row)
+    lines = ["| student | texts | objective | seeds | STS | spearman | top-50 | top-10 |", "|" + "---|" * 8]
+    for (student, tuned, texts, passes, objective), rows in sorted(groups.items()):
+        count = f"{texts:,}" + (f" x {passes}" if passes > 1 else "") + (", tuned" if tuned else "")
 
         def mean(name: str, form: str, rows: list[dict[str, Any]] = rows) -> str:
             values = [row[name] for row in rows]
             spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
             return f"{statistics.mean(values):{form}}{spread}"
 
-        figures = [mean("sts", ".2f"), *(mean(name, ".3f") for name in ("spearman", "spearman_top50", "top10"))]
-        lines.append(f"| {student} | {count} | {objective} | {len(rows)} | " + " | ".join(figures) + " |")
+        columns = [mean("sts", ".2f"), *(mean(name, ".3f") for name in ("spearman", "spearman_top50", "top10"))]
+        lines.append(f"| {student} | {count} | {objective} | {len(rows)} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with unlabelled/, nli/ and sts/")
     parser.add_argument("--models", type=Path, required=True, help="a folder with minilm-l6/ and bert-tiny/")
-    parser.add_argument("--work", type=Path, required=True, help="where runs and results.jsonl go")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and of results.jsonl")
     parser.add_argument("--results", type=Path, help="the results file, if elsewhere")
     parser.add_argument("--students", nargs="*", default=list(STUDENTS), choices=STUDENTS)
     parser.add_argument("what", choices=["scan", "seeds", "more", "table"])

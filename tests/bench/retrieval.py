@@ -1,19 +1,19 @@
-"""What small vectors keep and what they save: a teacher's float32 vectors against a student's float32, int8 and binary ones.
+"""Retrieval with quantised vectors: a teacher's float32 vectors compared with a student's float32, int8 and binary vectors.
 
     python tests/bench/retrieval.py --teacher MODELS/mpnet-base --student runs/mine/export/hpd --whole runs/mine/export/ckd \
         --retrieval DATA/retrieval/* --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench --out retrieval.json
 
-quality   nDCG@10 on every retrieval set, the mean, its share of the teacher's and of that of --whole, the student before it was
-          compressed, and the 95% interval of the difference of means to the teacher's from the resamples of queries that all
-          share; bytes a vector, and how many times fewer than the teacher's: of what is searched, and with what rescoring
-          looks up (of 4 x as many candidates as are wanted)
-million   the sentences of --text, put into an exact index --copies times over: one query at a time, its ten nearest; an index's
-          MB are without what rescoring looks up
-graph     the same sentences once, in an HNSW: build, one query at a time, and the share of the exact ten nearest it finds
+quality   nDCG@10 of every retrieval set, the mean, its ratio to the teacher's and to that of --whole, the student before it was
+          compressed, and the 95% interval of the difference of means to the teacher's, from the same resamples of queries;
+          bytes per vector, and the ratio to the teacher's: of the vectors searched, and with those that rescoring looks up
+          (4 x as many candidates as results)
+exact     the texts of --text, --copies times, in an exact index: one query at a time, its ten nearest; the index's MB do not
+          include what rescoring looks up
+hnsw      the same texts once, in an HNSW graph: build, one query at a time, and the fraction of the exact ten nearest found
 
-faiss on one thread throughout. Copies stand in for size, never for quality: a scan takes as long whatever the vectors hold, so
-only its speed is measured on them. Queries are those of the retrieval sets. Vectors are computed in bf16 where the processor
-has it, and kept under --work block by block: a second run, or one after a kill, goes on from there.
+faiss runs on one thread. Copies only serve to measure the speed of a scan, which does not depend on the vectors' values. The
+queries are those of the retrieval sets. Vectors are computed in bf16 where the processor has it, and kept under --work in
+blocks: a second run, or one after a kill, continues from there.
 """
 
 from __future__ import annotations
@@ -29,28 +29,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.config import TeacherConfig
-from distill.evaluation import Encoded, read_tasks, retrieval_scores
-from distill.evaluation.bootstrap import difference
-from distill.evaluation.encode import unit
-from distill.evaluation.index import Form, forms_of, measured
-from distill.evaluation.report import between, figure, table
-from distill.evaluation.retrieval import COMPARED, exact_search
-from distill.evaluation.tasks import Tasks
-from distill.files import publish, sha256_of
-from distill.memory import keep_freed_memory
-from distill.precision import autocast_dtype
+from distill.evaluation.index_types import IndexType, index_types, timed_search
+from distill.evaluation.retrieval import COMPARED, exact_search, retrieval_scores
+from distill.evaluation.score_tables import cell, table_of
+from distill.evaluation.tasks import EncodedTexts, Tasks, read_tasks
+from distill.metrics.bootstrap import difference
+from distill.metrics.vectors import unit
+from distill.run.allocator import keep_freed_memory
+from distill.run.files import publish, sha256_of
+from distill.run.precision import autocast_dtype
 from distill.shards import fingerprint
 from distill.teacher.encoder import Teacher
+from distill.teacher.teacher_config import TeacherConfig
 
 BLOCK = 5_000
 NEAREST = 10
-TEACHER_FORMS = forms_of(["exact"], ["float32"], None)
-SMALL = ("float32", "int8", "binary")
+TEACHER_TYPES = index_types(["exact"], ["float32"], None)
+PRECISIONS = ("float32", "int8", "binary")
 
 
 class Model:
-    """A model's vectors, encoded once, and loaded no sooner than a block is missing."""
+    """A model's vectors, encoded once; the model is loaded when a block is missing."""
 
     def __init__(self, name: str, truncate_dim: int | None, work: Path) -> None:
         self.name = name
@@ -58,45 +57,46 @@ class Model:
         self.work = work
         self.encoder: Any = None
         weights = sorted(Path(name).rglob("*.safetensors"))  # none where it is a hub name
-        self.of = {"model": [sha256_of(path) for path in weights] or name}
+        self.identity = {"model": [sha256_of(path) for path in weights] or name}
 
-    def __call__(self, sentences: Sequence[str]) -> np.ndarray:
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, d], L2-normalised."""
-        blocks = [sentences[start : start + BLOCK] for start in range(0, len(sentences), BLOCK)]
+        blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
         vectors = np.concatenate([self._block(block, f"{n + 1} of {len(blocks)}") for n, block in enumerate(blocks)])
         return unit(vectors[:, : self.truncate_dim]).astype(np.float32)
 
-    def _block(self, sentences: Sequence[str], which: str) -> np.ndarray:
-        path = self.work / f"{fingerprint(self.of | {'sentences': list(sentences)})[:24]}.npy"
+    def _block(self, texts: Sequence[str], which: str) -> np.ndarray:
+        path = self.work / f"{fingerprint(self.identity | {'texts': list(texts)})[:24]}.npy"
         if not path.exists():
             self.encoder = self.encoder or encoder_of(self.name)
             print(f"{self.name}: encoding block {which}", flush=True)
-            vectors = self.encoder(sentences)
+            vectors = self.encoder(texts)
             with publish(path) as file:
                 np.lib.format.write_array(file, vectors, allow_pickle=False)
         return np.load(path, allow_pickle=False)
 
 
 def encoder_of(name: str) -> Teacher:
-    """As precompute encodes: in bf16 where there is such, in batches of like length: on a CPU, as much as its cache holds."""
+    """The encoder of precompute, in bf16 where the device has it; smaller batches on a CPU, which fit its cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TeacherConfig(model=name) if device.type == "cuda" else TeacherConfig(model=name, tokens_per_batch=2048)
     return Teacher(config, device, autocast_dtype("auto", device))
 
 
-def quality(models: dict[str, tuple[Encoded, tuple[Form, ...]]], tasks: Tasks) -> list[dict[str, Any]]:
-    """A row for each model and form."""
+def quality(models: dict[str, tuple[EncodedTexts, tuple[IndexType, ...]]], tasks: Tasks) -> list[dict[str, Any]]:
+    """A row for each model and index type."""
     rows = []
-    for model, (encoded, forms) in models.items():
-        results = retrieval_scores(encoded, tasks.retrieval, forms=forms)
-        for form in forms:
-            scores = {name: results["retrieval"][name][form.name] for name in tasks.retrieval}
-            resamples = [results["retrieval_resamples"][name][form.name][COMPARED] for name in tasks.retrieval]
+    for model, (encoded, types) in models.items():
+        results = retrieval_scores(encoded, tasks.retrieval, types=types)
+        for index_type in types:
+            scores = {name: results["retrieval"][name][index_type.name] for name in tasks.retrieval}
+            kept = results["retrieval_resamples"]
+            resamples = [kept[f"{name} {index_type.name} {COMPARED}"].values for name in tasks.retrieval]
             some = next(iter(scores.values()))
             rows.append(
                 {
                     "model": model,
-                    "vectors": f"{model} {form.name}",
+                    "vectors": f"{model} {index_type.name}",
                     "bytes": some["bytes_per_vector"],
                     "rescore_bytes": some.get("rescore_bytes_per_vector", 0),
                     "sets": {name: score[COMPARED] for name, score in scores.items()},
@@ -107,29 +107,29 @@ def quality(models: dict[str, tuple[Encoded, tuple[Form, ...]]], tasks: Tasks) -
     teacher, teacher_resamples = rows[0], rows[0]["resamples"]
     whole = next((row["mean"] for row in rows if row["model"] == "whole"), None)
     for row in rows:
-        row["share_of_whole"] = row["mean"] / whole if whole else None
+        row["ratio_to_whole"] = row["mean"] / whole if whole else None
         row["fewer_searched"] = teacher["bytes"] / row["bytes"]
         row["fewer_stored"] = teacher["bytes"] / (row["bytes"] + row["rescore_bytes"])
-        row["share"] = row["mean"] / teacher["mean"]
+        row["ratio_to_teacher"] = row["mean"] / teacher["mean"]
         row["difference"] = row["mean"] - teacher["mean"]
         row["interval"] = difference(teacher_resamples, row.pop("resamples"))
     return rows
 
 
 def speed(
-    models: dict[str, tuple[np.ndarray, np.ndarray, tuple[Form, ...]]],
+    models: dict[str, tuple[np.ndarray, np.ndarray, tuple[IndexType, ...]]],
     copies: int,
     *,
     exact: dict[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each model and form of a search for the ten nearest; with `exact` rows by model, the share of these found."""
+    """A row for each model and index type of a search for the ten nearest; with `exact` rows by model, the fraction found."""
     rows = []
-    for model, (queries, documents, forms) in models.items():
+    for model, (queries, documents, types) in models.items():
         copied = np.tile(documents, (copies, 1))
-        for form in forms:
-            print(f"{model} {form.name}: {len(copied):,} vectors of {documents.shape[1]}", flush=True)
-            found, costs = measured(form, queries, copied, NEAREST)
-            row = {"vectors": f"{model} {form.name}", "ms": 1000 / costs["queries_per_second"], **costs}
+        for index_type in types:
+            print(f"{model} {index_type.name}: {len(copied):,} vectors of {documents.shape[1]}", flush=True)
+            found, costs = timed_search(index_type, queries, copied, NEAREST)
+            row = {"vectors": f"{model} {index_type.name}", "ms": 1000 / costs["queries_per_second"], **costs}
             if exact is not None:
                 pairs = zip(found.tolist(), exact[model].tolist(), strict=True)
                 row["found"] = float(np.mean([len(set(ours) & set(theirs)) / NEAREST for ours, theirs in pairs]))
@@ -141,21 +141,33 @@ def speed(
     return rows
 
 
-QUALITY_COLUMNS = {
-    "bytes/vector": figure("bytes"),
-    "+ rescored from": figure("rescore_bytes"),
-    "fewer searched": figure("fewer_searched", form="{:.1f}x"),
-    "fewer stored": figure("fewer_stored", form="{:.1f}x"),
-}
-SPEED_COLUMNS = {
-    "vectors": figure("vectors"),
-    "index MB": figure("mb", form="{:,.1f}"),
-    "smaller": figure("times_smaller", form="{:.1f}x"),
-    "build s": figure("build_seconds", form="{:,.1f}"),
-    "ms a query": figure("ms", form="{:.3f}"),
-    "queries/s": figure("queries_per_second", form="{:,.1f}"),
-    "faster": figure("times_faster", form="{:.1f}x"),
-}
+def quality_row(row: dict[str, Any]) -> dict[str, str | None]:
+    return {
+        "nDCG@10": row["vectors"],
+        "bytes/vector": cell(row["bytes"]),
+        "+ rescored from": cell(row["rescore_bytes"]),
+        "fewer searched": cell(row["fewer_searched"], "{:.1f}x"),
+        "fewer stored": cell(row["fewer_stored"], "{:.1f}x"),
+        **{name: cell(score, "{:.4f}") for name, score in row["sets"].items()},
+        "mean": cell(row["mean"], "{:.4f}"),
+        "of teacher": cell(row["ratio_to_teacher"], "{:.1%}"),
+        "of whole": cell(row["ratio_to_whole"], "{:.1%}"),
+        "difference": cell(row["difference"], "{:+.4f}"),
+        "95%": cell(row["interval"], "{:+.4f}"),
+    }
+
+
+def speed_row(row: dict[str, Any]) -> dict[str, str | None]:
+    return {
+        "vectors": row["vectors"],
+        "index MB": cell(row["mb"], "{:,.1f}"),
+        "smaller": cell(row["times_smaller"], "{:.1f}x"),
+        "build s": cell(row["build_seconds"], "{:,.1f}"),
+        "ms per query": cell(row["ms"], "{:.3f}"),
+        "queries/s": cell(row["queries_per_second"], "{:,.1f}"),
+        "faster": cell(row["times_faster"], "{:.1f}x"),
+        "of exact's 10": cell(row.get("found"), "{:.3f}"),
+    }
 
 
 def main() -> None:
@@ -163,71 +175,59 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="a sentence-transformers folder or hub name")
     parser.add_argument("--student", required=True, help="another")
     parser.add_argument("--whole", help="the student before it was compressed")
-    parser.add_argument("--truncate-dim", type=int, help="the student's first so many dimensions")
+    parser.add_argument("--truncate-dim", type=int, help="the student's first dimensions that are kept")
     parser.add_argument("--retrieval", nargs="+", required=True, help="folders in BEIR's layout, or hub:OWNER/NAME")
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--work", type=Path, required=True, help="where vectors are kept for the next time")
-    parser.add_argument("--sentences", type=int, default=100_000)
+    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz with a text per line")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the vectors, kept for the next time")
+    parser.add_argument("--sentences", dest="num_texts", type=int, default=100_000, help="texts taken of --text")
     parser.add_argument("--copies", type=int, default=10)
-    parser.add_argument("--queries", type=int, default=100, help="that are timed")
-    parser.add_argument("--rescore", type=int, default=4, help="times as many candidates as are wanted")
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--queries", type=int, default=100, help="number of queries that are timed")
+    parser.add_argument("--rescore", type=int, default=4, help="candidates that are rescored for each result")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
-    student_forms = tuple(form for form in forms_of(["exact"], SMALL, options.rescore) if form.rescored != "float32")
-    graphs = tuple(form._replace(kind="hnsw") for form in student_forms)
-    tasks = read_tasks(retrieval=options.retrieval, forms=student_forms)
+    student_types = tuple(each for each in index_types(["exact"], PRECISIONS, options.rescore) if each.rescored != "float32")
+    graphs = tuple(each._replace(search="hnsw") for each in student_types)
+    tasks = read_tasks(retrieval=options.retrieval, precisions=PRECISIONS, rescore=options.rescore)
     with gzip.open(options.text, "rt", encoding="utf-8") as file:
-        texts = [line.rstrip("\n") for line in itertools.islice(file, options.sentences)]
-    asked = [query for given in tasks.retrieval.values() for query in given.queries.values()][: options.queries]
+        texts = [line.rstrip("\n") for line in itertools.islice(file, options.num_texts)]
+    queries = [query for given in tasks.retrieval.values() for query in given.queries.values()][: options.queries]
 
     teacher, student = Model(options.teacher, None, options.work), Model(options.student, options.truncate_dim, options.work)
-    measuring: dict[str, tuple[Encoded, tuple[Form, ...]]] = {}
-    searched: dict[str, tuple[np.ndarray, np.ndarray, tuple[Form, ...]]] = {}
-    for role, model, forms in (("teacher", teacher, TEACHER_FORMS), ("student", student, student_forms)):
-        sentences = tasks.sentences
-        encoded = Encoded(sentences, model(sentences))
-        measuring[role] = encoded, forms
-        searched[role] = encoded(asked), model(texts), forms
+    measuring: dict[str, tuple[EncodedTexts, tuple[IndexType, ...]]] = {}
+    searched: dict[str, tuple[np.ndarray, np.ndarray, tuple[IndexType, ...]]] = {}
+    for role, model, types in (("teacher", teacher, TEACHER_TYPES), ("student", student, student_types)):
+        encoded = EncodedTexts(tasks.texts, model(tasks.texts))
+        measuring[role] = encoded, types
+        searched[role] = encoded(queries), model(texts), types
     if options.whole:
         whole = Model(options.whole, None, options.work)
-        measuring["whole"] = Encoded(tasks.sentences, whole(tasks.sentences)), TEACHER_FORMS
+        measuring["whole"] = EncodedTexts(tasks.texts, whole(tasks.texts)), TEACHER_TYPES
     rows = quality(measuring, tasks)
-    million = speed(searched, options.copies)
+    exact_rows = speed(searched, options.copies)
     exact = {role: exact_search(queries, documents, NEAREST) for role, (queries, documents, _) in searched.items()}
     in_graph = {
-        role: (queries, documents, graphs if role == "student" else (Form("hnsw"),))
+        role: (queries, documents, graphs if role == "student" else (IndexType("hnsw"),))
         for role, (queries, documents, _) in searched.items()
     }
-    graph = speed(in_graph, 1, exact=exact)
+    hnsw_rows = speed(in_graph, 1, exact=exact)
 
-    by_set = {name: figure("sets", name, form="{:.4f}") for name in tasks.retrieval}
-    quality_columns = {
-        "nDCG@10": figure("vectors"),
-        **QUALITY_COLUMNS,
-        **by_set,
-        "mean": figure("mean", form="{:.4f}"),
-        "of teacher": figure("share", form="{:.1%}"),
-        "of whole": figure("share_of_whole", form="{:.1%}"),
-        "difference": figure("difference", form="{:+.4f}"),
-        "95%": between("interval", "{:+.4f}"),
-    }
     total = len(texts) * options.copies
-    print(f"\n{table(rows, quality_columns)}")
-    print(f"\nexact, one query at a time, {total:,} vectors: {len(texts):,} real ones, each {options.copies} times")
-    print(table(million, SPEED_COLUMNS))
-    print(f"\nHNSW, one query at a time, {len(texts):,} real vectors")
-    print(table(graph, {**SPEED_COLUMNS, "of exact's 10": figure("found", form="{:.3f}")}))
+    print(f"\n{table_of([quality_row(row) for row in rows])}")
+    print(f"\nexact, one query at a time, {total:,} vectors: {len(texts):,} different texts, each {options.copies} times")
+    print(table_of([speed_row(row) for row in exact_rows]))
+    print(f"\nHNSW, one query at a time, {len(texts):,} vectors")
+    print(table_of([speed_row(row) for row in hnsw_rows]))
     if options.out:
         about = {
             "teacher": {"model": options.teacher, "dim": searched["teacher"][1].shape[1]},
             "student": {"model": options.student, "dim": searched["student"][1].shape[1]},
-            "vectors": {"searched": total, "real": len(texts), "copies": options.copies},
-            "queries": len(asked),
+            "vectors": {"searched": total, "different": len(texts), "copies": options.copies},
+            "queries": len(queries),
             "threads": 1,
         }
-        result = about | {"quality": rows, "exact": million, "hnsw": graph}
+        result = about | {"quality": rows, "exact": exact_rows, "hnsw": hnsw_rows}
         options.out.write_text(json.dumps(result, indent=1))
 
 

@@ -1,9 +1,9 @@
-"""Reading shards in shuffled order, against per-sample WebDataset tars and a memory-mapped array; and bytes a sentence.
+"""Reading shards in shuffled order, compared with per-sample WebDataset tars and a memory-mapped array; and bytes per text.
 
     python tests/bench/shards.py --text DATA/unlabelled/wiki1m_en.txt.gz --sentences 200000 --dim 384
 
-All three hold the same sentences and vectors and are in the page cache; one process, one thread. The per-sample tars are read
-as their users read them: shards in random order, a shuffle buffer, the library's decoding.
+All three hold the same texts and vectors and are in the page cache; one process, one thread. The per-sample tars are read in
+the usual way: shards in random order, a shuffle buffer, the library's decoding.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make(folder: Path, texts: list[str], vectors: np.ndarray) -> None:
 
 
 def rate(batches, seconds: float) -> float:
-    """Sentences a second, over batches that give their number of sentences, after the first."""
+    """Texts per second after the first batch; batches: the number of texts of each."""
     batches = iter(batches)
     next(batches)
     read, started = 0, time.perf_counter()
@@ -82,14 +82,14 @@ def shuffled(total: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz, a sentence a line")
-    parser.add_argument("--sentences", type=int, default=200_000)
+    parser.add_argument("--text", type=Path, required=True, help="a .txt.gz with a text per line")
+    parser.add_argument("--sentences", dest="num_texts", type=int, default=200_000, help="texts taken of --text")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     with gzip.open(options.text, "rt", encoding="utf-8") as file:
-        texts = [line.rstrip("\n") for line in itertools.islice(file, options.sentences)]
+        texts = [line.rstrip("\n") for line in itertools.islice(file, options.num_texts)]
     vectors = np.random.default_rng(0).normal(size=(len(texts), options.dim)).astype(np.float32)
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     with tempfile.TemporaryDirectory() as name:
@@ -116,11 +116,11 @@ def main() -> None:
             "per-sample WebDataset": sum(path.stat().st_size for path in (folder / "samples").glob("*.tar")),
         }
     result = {
-        "sentences": len(texts),
+        "texts": len(texts),
         "dim": options.dim,
-        "sentences_per_second": {name: round(value) for name, value in rates.items()},
+        "texts_per_second": {name: round(value) for name, value in rates.items()},
         "ratio_to_per_sample": round(rates["shards, vectors and texts"] / rates["per-sample WebDataset"], 1),
-        "bytes_a_sentence": {name: round(size / len(texts), 1) for name, size in sizes.items()},
+        "bytes_per_text": {name: round(size / len(texts), 1) for name, size in sizes.items()},
         "overhead": {name: round(size / raw, 4) for name, size in sizes.items()},
     }
     print(json.dumps(result, indent=1))

@@ -1,11 +1,11 @@
-"""The teacher's encoder on a GPU: tokens a second and model FLOP utilisation, with random weights of the true architectures.
+"""The teacher's encoder on a GPU: tokens per second and model FLOP utilisation, with random weights of real architectures.
 
-    python tests/bench/teacher_gpu.py            Sentence-T5-XXL's encoder at lengths 64 and 256; MiniLM and BERT-base against
-                                                 sentence-transformers' best
+    python tests/bench/teacher_gpu.py            Sentence-T5-XXL's encoder at lengths 64 and 256; MiniLM and BERT-base
+                                                 compared with sentence-transformers at its best
     python tests/bench/teacher_gpu.py --tiny     the same code on small models, to see that it runs
 
-MFU is of a large bf16 matrix product measured on the same device in the same run. Nothing is downloaded; a vocabulary of
-made-up words stands for the tokenizer.
+MFU is relative to a large bf16 matrix product on the same device in the same run. Nothing is downloaded; the tokenizer has a
+vocabulary of made-up words.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from distill.config import TeacherConfig
-from distill.precision import autocast_dtype
+from distill.run.precision import autocast_dtype
+from distill.run.throughput import matmul_peak
 from distill.teacher.encoder import Teacher, Work
-from distill.teacher.timing import matmul_peak
+from distill.teacher.teacher_config import TeacherConfig
 
 WORDS = [f"w{number}" for number in range(20_000)]
 T5_XXL = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24}
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_encoder(folder: Path, encoder: PreTrainedModel) -> Path:
-    """A transformers folder; at 10 GB of weights, one copy is enough."""
+    """A transformers folder: one copy of weights that may be 10 GB."""
     encoder.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -62,8 +62,8 @@ def save_model(folder: Path, encoder: PreTrainedModel) -> Path:
     return folder / "model"
 
 
-def sentences(count: int, tokens: int, spread: bool) -> list[str]:
-    """Sentences of `tokens` tokens, or of around half of that with the spread of real text."""
+def random_texts(count: int, tokens: int, spread: bool) -> list[str]:
+    """Texts of `tokens` tokens, or of about half of that with the spread of real text."""
     rng = np.random.default_rng(0)
     lengths = (
         np.clip(rng.lognormal(np.log(tokens / 2), 0.45, count), 4, tokens).astype(int) if spread else np.full(count, tokens)
@@ -97,7 +97,7 @@ def measure(
     work = teacher.work
     tokens, padded, flops = work.tokens, work.padded, work.flops
     return {
-        "sentences_per_second": round(len(texts) / seconds, 1),
+        "texts_per_second": round(len(texts) / seconds, 1),
         "tokens_per_second": round(tokens / seconds),
         "padding_efficiency": round(tokens / padded, 4),
         "tflops": round(flops * tokens / padded / seconds / 1e12, 2),
@@ -113,7 +113,7 @@ def best_of_sentence_transformers(model: Path, texts: list[str], device: torch.d
             seconds = timed(partial(peer.encode, batch_size=batch_size), texts, device)
             rates[f"{dtype}, batch {batch_size}"] = round(len(texts) / seconds, 1)
     name = max(rates, key=rates.__getitem__)
-    return {"best": name, "sentences_per_second": rates[name], "all": rates}
+    return {"best": name, "texts_per_second": rates[name], "all": rates}
 
 
 def keep(result: dict[str, Any], path: Path | None) -> None:
@@ -125,8 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tokens-per-batch", type=int, nargs="+", default=[16384, 65536, 131072])
-    parser.add_argument("--sentences", type=int, default=60_000, help="of MiniLM and BERT-base")
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
+    parser.add_argument(
+        "--sentences", dest="num_texts", type=int, default=60_000, help="number of texts for MiniLM and BERT-base"
+    )
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.tiny:
@@ -151,21 +153,21 @@ def main() -> None:
         for length in (64, 256):
             count = 64 if options.tiny else 2**19 // length
             for budget in options.tokens_per_batch:
-                figures = measure(model, sentences(count, length, False), length, budget, device, peak)
-                result[f"sentence-t5-xxl, length {length}, {budget} tokens a batch"] = figures
-                print(length, budget, figures, flush=True)
+                metrics = measure(model, random_texts(count, length, False), length, budget, device, peak)
+                result[f"sentence-t5-xxl, length {length}, {budget} tokens per batch"] = metrics
+                print(length, budget, metrics, flush=True)
                 keep(result, options.out)
         shutil.rmtree(model)
         for label, shape in (("all-MiniLM", MINILM), ("BERT-base", BERT_BASE)):
             bert = BertModel(BertConfig(vocab_size=vocabulary, pad_token_id=0, **(TINY_BERT if options.tiny else shape)))
             model = save_model(folder / label, bert)
-            texts = sentences(200 if options.tiny else options.sentences, 64, True)
+            texts = random_texts(200 if options.tiny else options.num_texts, 64, True)
             ours = max(
                 (measure(model, texts, 64, budget, device, peak) for budget in options.tokens_per_batch),
-                key=lambda figures: figures["sentences_per_second"],
+                key=lambda metrics: metrics["texts_per_second"],
             )
             peer = best_of_sentence_transformers(model, texts, device)
-            ratio = round(ours["sentences_per_second"] / peer["sentences_per_second"], 2)
+            ratio = round(ours["texts_per_second"] / peer["texts_per_second"], 2)
             result[label] = {"ours": ours, "sentence-transformers": peer, "ratio": ratio}
             print(label, result[label], flush=True)
             keep(result, options.out)

@@ -1,16 +1,16 @@
-"""Training on stored teacher vectors against sentence-transformers: the same student, text and cores, in bf16, in one run.
+"""Training on stored teacher vectors and sentence-transformers' trainer: the same student, text and cores, in bf16, in one run.
 
     python tests/bench/train.py --model MODELS/minilm-l6 --text DATA/unlabelled/wiki1m_en.txt.gz --work /tmp/bench
 
-ours      the CKD stage: a process a rank, global batch and queue as below, an optimiser step a global batch
-defaults  SentenceTransformerTrainer with EmbedDistillLoss, the vectors as its dataset's label column, batches of 256 a device
-grouped   the same with transformers' LengthGroupedSampler as its batch sampler: its trainer has no strategy of that kind
-bare      forward and backward of our very micro-batches, loaded ahead: no engine, no optimiser, nothing sent, outputs summed
+ours      the CKD stage: one process per rank, one optimizer step per global batch
+defaults  SentenceTransformerTrainer with EmbedDistillLoss, the vectors as its dataset's label column, batches of 256 per device
+grouped   the same with transformers' LengthGroupedSampler as its batch sampler, which its trainer does not offer
+bare      forward and backward of our micro-batches, loaded before: no engine, optimizer or communication; the loss is a sum
 
 sentence-transformers runs on as many ranks as ours (DDP over gloo) or in one process with all threads: whichever is faster on
-a sample, found for `defaults` and `grouped` each. All train a student without dropout and with the same longest sentence. An
-epoch counts, from its first batch to its last step; ours without the first steps, the peer's after a short one before it. All
-take turns; the medians count. Nothing else may run meanwhile.
+a sample, chosen for `defaults` and `grouped` separately. All train a student without dropout and with the same maximum length.
+The time is that of an epoch, from its first batch to its last step: ours without the first steps, the peer's after a short
+epoch to warm up. They take turns; the result is the medians. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ckd_run import CPU, StepClock, begin_again, embedded_run, join_ranks, on_ranks, run_parser
+from ckd_run import CPU, StepTimer, build_task, ckd_stage, delete_training, embedded_run, join_ranks, on_ranks, run_parser
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
@@ -35,39 +35,38 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from distill.config import RunConfig
-from distill.precision import autocast_dtype
-from distill.sampling import permutation
+from distill.run.precision import autocast_dtype
+from distill.run.sampling import permutation
 from distill.shards import ShardReader
 from distill.student.encoder import keep_layers, set_dropout
-from distill.training.stage import build_recipe, run_stage
 
 FIRST_STEPS = 2  # of ours, in which kernels are chosen; not counted
 
 
 def our_rank(rank: int, world_size: int, port: int, threads: int, config: RunConfig) -> dict[str, Any]:
     join_ranks(rank, world_size, port, threads)
-    clock = StepClock()
-    run_stage(config, "ckd", CPU)
+    timer = StepTimer()
+    ckd_stage(config).run(CPU)
     dist.destroy_process_group()
-    return clock.figures(FIRST_STEPS)
+    return timer.metrics(FIRST_STEPS)
 
 
 def bare_rank(rank: int, world_size: int, port: int, threads: int, config: RunConfig) -> dict[str, Any]:
     join_ranks(rank, world_size, port, threads)
-    recipe = build_recipe(config, "ckd", config.run_dir / "ckd", CPU, autocast_dtype("auto", CPU))
-    steps = [recipe.load(step) for step in range(recipe.steps_per_epoch)]
+    task = build_task(config)
+    steps = [task.load(step) for step in range(task.steps_per_epoch)]
     masks = [chunk["attention_mask"] for micro in steps for part in micro for chunk in part.tokens]
     dist.barrier()
     for number, micro in enumerate(steps):
         if number == FIRST_STEPS:
             started = time.perf_counter()
-        recipe.task.zero_grad()
+        task.module.zero_grad()
         for part in micro:
-            recipe.task.embed(part).sum().backward()
+            task.module.embed(part).sum().backward()
     seconds = time.perf_counter() - started
     dist.destroy_process_group()
     tokens, padded = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
-    return {"seconds_a_step": seconds / (len(steps) - FIRST_STEPS), "tokens": tokens, "padded": padded}
+    return {"seconds_per_step": seconds / (len(steps) - FIRST_STEPS), "tokens": tokens, "padded": padded}
 
 
 class CountingLoss(EmbedDistillLoss):
@@ -94,7 +93,7 @@ class EpochClock(TrainerCallback):
 
 
 def group_by_length(dataset: Dataset, batch_size: int, drop_last: bool, generator: Any, **_: Any) -> DefaultBatchSampler:
-    lengths = [len(sentence) for sentence in dataset["sentence"]]
+    lengths = [len(text) for text in dataset["sentence"]]
     sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
     return DefaultBatchSampler(sampler, batch_size=batch_size, drop_last=drop_last)
 
@@ -145,7 +144,7 @@ def total(ranks: list[dict[str, Any]], name: str) -> int:
 
 
 class Peer:
-    """sentence-transformers on the ranks and threads that suit it better."""
+    """sentence-transformers on the ranks and threads that are faster on a sample."""
 
     def __init__(self, config: RunConfig, ranks: int, cores: int, batch: int, sample: int, *, grouped: bool) -> None:
         self.config, self.batch, self.grouped = config, batch, grouped
@@ -158,21 +157,21 @@ class Peer:
         self.way = ways[self.name]
 
     def run(self, way: tuple[int, int], count: int) -> tuple[float, float]:
-        """Seconds of an epoch over `count` sentences, and the share of tokens that are real."""
-        ranks = on_ranks(peer_rank, way[0], way[1], self.config, count, self.batch, self.grouped, keeps_memory=False)
+        """Seconds of an epoch over `count` texts, and the fraction of tokens that are not padding."""
+        ranks = on_ranks(peer_rank, way[0], way[1], self.config, count, self.batch, self.grouped, keeps_freed_memory=False)
         return max(rank["seconds"] for rank in ranks), total(ranks, "tokens") / total(ranks, "padded")
 
 
 def main() -> None:
-    parser = run_parser(__doc__, sentences=50_000, global_batch=1024, micro_batch=512)
+    parser = run_parser(__doc__, num_texts=50_000, global_batch=1024, micro_batch=512)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--queue", type=int, default=16_384)
-    parser.add_argument("--peer-batch", type=int, default=256, help="sentences a device and step")
+    parser.add_argument("--peer-batch", type=int, default=256, help="texts per device and step")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     ckd = {"global_batch": options.global_batch, "micro_batch": options.micro_batch, "queue": options.queue}
-    config = embedded_run(options.work, options.model, options.text, options.sentences, layers=options.layers, ckd=ckd)
+    config = embedded_run(options.work, options.model, options.text, options.num_texts, layers=options.layers, ckd=ckd)
 
     both = options.ranks * options.peer_batch  # an even number of batches for every rank
     available = len(ShardReader(config.run_dir / "shards", verify=False)) // both * both
@@ -186,12 +185,12 @@ def main() -> None:
     padding: dict[str, float] = {}
     step: dict[str, Any] = {}
     for _ in range(options.rounds):
-        begin_again(config)
+        delete_training(config)
         ranks = on_ranks(our_rank, options.ranks, cores // options.ranks, config)
-        rates["ours"].append(options.global_batch / ranks[0]["seconds_a_step"])
+        rates["ours"].append(options.global_batch / ranks[0]["seconds_per_step"])
         step = ranks[0]
         ranks = on_ranks(bare_rank, options.ranks, cores // options.ranks, config)
-        rates["bare"].append(options.global_batch / max(rank["seconds_a_step"] for rank in ranks))
+        rates["bare"].append(options.global_batch / max(rank["seconds_per_step"] for rank in ranks))
         padding["ours"] = total(ranks, "tokens") / total(ranks, "padded")
         for name, peer in peers.items():
             seconds, padding[name] = peer.run(peer.way, available)
@@ -201,18 +200,18 @@ def main() -> None:
     result = {
         "model": Path(options.model).name,
         "layers": options.layers,
-        "sentences": available,
+        "texts": available,
         "ranks": options.ranks,
         **ckd,
         "peer_batch": options.peer_batch,
-        "sentences_per_second": {name: round(rate, 1) for name, rate in medians.items()},
+        "texts_per_second": {name: round(rate, 1) for name, rate in medians.items()},
         "rounds": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
         "peer_runs_on": {name: peer.name for name, peer in peers.items()},
         "ratio_to_defaults": round(medians["ours"] / medians["defaults"], 2),
         "ratio_to_grouped": round(medians["ours"] / medians["grouped"], 2),
         "step_over_bare": round(medians["bare"] / medians["ours"], 3),
         "padding_efficiency": {name: round(value, 4) for name, value in padding.items()},
-        "share_of_step": step["share_of_step"],
+        "fraction_of_step": step["fraction_of_step"],
     }
     print(json.dumps(result, indent=1))
     if options.out:

@@ -1,4 +1,4 @@
-"""Pieces against a dead-simple in-memory reference, and the promises that hold at any size."""
+"""Text chunks against a simple in-memory reference, and guarantees that hold at any size."""
 
 import gzip
 import hashlib
@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.config import SourceConfig, TextConfig
-from distill.corpus import can_resume, held_out_sources, normalise, prepare_text, read_piece, read_source, spool, text_hash
+from distill.corpus import can_resume, held_out_sources, normalise, prepare_text, read_chunk, read_source, spool, text_hash
+from distill.corpus.text_config import SourceConfig, TextConfig
 
 
 def reference(texts, *, min_chars, max_chars, max_held_out):
-    """(kept, held out), each a list of (raw row number, sentence)."""
+    """(kept, held out), each a list of (raw row number, text)."""
     seen, kept, held_out = set(), [], []
     for row, text in enumerate(map(normalise, texts)):
         if min_chars <= len(text) <= max_chars and text not in seen:
@@ -33,12 +33,12 @@ def config_of(path, texts, **more):
     return TextConfig(sources=[SourceConfig(type="file", path=str(path / "raw.jsonl"), field="text")], **more)
 
 
-def prepare(config, out, *, rows_per_piece=100, **more):
-    return prepare_text(config, out, rows_per_piece=rows_per_piece, show_progress=False, **more)
+def prepare(config, out, *, rows_per_chunk=100, **more):
+    return prepare_text(config, out, rows_per_chunk=rows_per_chunk, show_progress=False, **more)
 
 
-def pieces_of(out, manifest):
-    return [read_piece(out / f"{piece['name']}.txt") for piece in manifest["pieces"]]
+def chunks_of(out, manifest):
+    return [read_chunk(out / f"{chunk['name']}.txt") for chunk in manifest["chunks"]]
 
 
 def files_of(out):
@@ -46,7 +46,7 @@ def files_of(out):
 
 
 def some_texts(count, seed=0):
-    """Sentences with many duplicates, some far apart, some differing in spaces alone, and some too short or too long."""
+    """Texts with many duplicates, some far apart, some differing in spaces alone, and some too short or too long."""
     numbers = np.random.default_rng(seed).integers(0, count // 2 + 1, count).tolist()
     return [("x" * 90 if n % 17 == 0 else "s") + f" {' ' * (row % 3)}number {n} é" for row, n in enumerate(numbers)] + [
         "short"
@@ -57,17 +57,17 @@ LIMITS = {"min_chars": 10, "max_chars": 60}
 
 
 @pytest.mark.parametrize("count", [60, 1000, 40_000])
-def test_pieces_and_held_out_are_those_of_the_reference(tmp_path, count):
+def test_chunks_and_held_out_are_those_of_the_reference(tmp_path, count):
     texts = some_texts(count)
     manifest = prepare(config_of(tmp_path / "in", texts, held_out=7, **LIMITS), tmp_path / "out", keep_row_numbers=True)
     kept, held_out = reference(texts, max_held_out=7, **LIMITS)
-    pieces = pieces_of(tmp_path / "out", manifest)
-    assert [text for piece in pieces for text in piece] == [text for _, text in kept]
-    assert read_piece(tmp_path / "out/held_out.txt") == [text for _, text in held_out]
-    rows = np.concatenate([np.load(tmp_path / f"out/{piece['name']}.rows.npy") for piece in manifest["pieces"]])
+    chunks = chunks_of(tmp_path / "out", manifest)
+    assert [text for chunk in chunks for text in chunk] == [text for _, text in kept]
+    assert read_chunk(tmp_path / "out/held_out.txt") == [text for _, text in held_out]
+    rows = np.concatenate([np.load(tmp_path / f"out/{chunk['name']}.rows.npy") for chunk in manifest["chunks"]])
     assert rows.dtype == np.int64 and rows.tolist() == [row for row, _ in kept]
     assert np.load(tmp_path / "out/held_out.rows.npy").tolist() == [row for row, _ in held_out]
-    assert [len(piece) for piece in pieces[:-1]] == [100] * (len(pieces) - 1) and 1 <= len(pieces[-1]) <= 100
+    assert [len(chunk) for chunk in chunks[:-1]] == [100] * (len(chunks) - 1) and 1 <= len(chunks[-1]) <= 100
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -77,21 +77,21 @@ def test_any_text_gives_what_the_reference_gives(tmp_path_factory, texts):
     kept, held_out = reference(texts, min_chars=1, max_chars=3, max_held_out=2)
     config = config_of(folder, texts, min_chars=1, max_chars=3, held_out=2)
     if not kept:
-        with pytest.raises(ValueError, match="no sentence is left"):
+        with pytest.raises(ValueError, match="no text is left"):
             prepare(config, folder / "out")
         return
-    manifest = prepare(config, folder / "out", rows_per_piece=7)
-    assert [text for piece in pieces_of(folder / "out", manifest) for text in piece] == [text for _, text in kept]
-    assert read_piece(folder / "out/held_out.txt") == [text for _, text in held_out]
+    manifest = prepare(config, folder / "out", rows_per_chunk=7)
+    assert [text for chunk in chunks_of(folder / "out", manifest) for text in chunk] == [text for _, text in kept]
+    assert read_chunk(folder / "out/held_out.txt") == [text for _, text in held_out]
 
 
 def test_a_duplicate_far_apart_is_dropped_once(tmp_path):
     middle = [f"sentence number {number}" for number in range(50_000)]
     texts = ["this one comes twice", *middle, "this  one comes\ntwice"]
-    manifest = prepare(config_of(tmp_path / "in", texts), tmp_path / "out", rows_per_piece=100_000)
-    (piece,) = pieces_of(tmp_path / "out", manifest)
+    manifest = prepare(config_of(tmp_path / "in", texts), tmp_path / "out", rows_per_chunk=100_000)
+    (chunk,) = chunks_of(tmp_path / "out", manifest)
     assert manifest["counts"]["duplicates"] == 1
-    assert piece.count("this one comes twice") == 1 and piece[0] == "this one comes twice"
+    assert chunk.count("this one comes twice") == 1 and chunk[0] == "this one comes twice"
 
 
 def test_counts_and_lengths_add_up(tmp_path):
@@ -100,10 +100,10 @@ def test_counts_and_lengths_add_up(tmp_path):
     counts = manifest["counts"]
     assert counts["read"] == len(texts) == sum(value for key, value in counts.items() if key != "read")
     assert counts["too_short"] == 3 and counts["too_long"] == sum(len(normalise(text)) > 60 for text in texts)
-    assert counts["kept"] == 300 == sum(piece["rows"] for piece in manifest["pieces"])
+    assert counts["kept"] == 300 == sum(chunk["rows"] for chunk in manifest["chunks"])
     assert counts["held_out"] == 5 == manifest["held_out"]["rows"] and counts["held_out_unused"] > 0
     assert [source["count"] for source in manifest["sources"]] == [len(texts)]
-    lengths = [len(text) for piece in pieces_of(tmp_path / "out", manifest) for text in piece]
+    lengths = [len(text) for chunk in chunks_of(tmp_path / "out", manifest) for text in chunk]
     histogram = manifest["lengths"].pop("histogram")
     edges = [histogram["from"] - 1, *histogram["upto"]]
     assert histogram["counts"] == [sum(low < size <= high for size in lengths) for low, high in pairwise(edges)]
@@ -120,7 +120,7 @@ def test_the_manifest_describes_every_file_and_no_other_is_left(tmp_path):
     out = tmp_path / "out"
     manifest = prepare(config_of(tmp_path / "in", some_texts(1000), **LIMITS), out)
     assert json.loads((out / "manifest.json").read_text()) == manifest
-    described = [*manifest["pieces"], manifest["held_out"]]
+    described = [*manifest["chunks"], manifest["held_out"]]
     assert {path.name for path in out.iterdir()} - {"held_out.sources.npy"} == {
         "manifest.json",
         *(f"{file['name']}.txt" for file in described),
@@ -132,15 +132,15 @@ def test_the_manifest_describes_every_file_and_no_other_is_left(tmp_path):
     assert manifest["fingerprint"] == hashlib.sha256(digests.encode()).hexdigest()
 
 
-def test_held_out_sentences_never_reach_a_piece(tmp_path):
+def test_no_held_out_text_is_in_a_chunk(tmp_path):
     texts = [f"sentence number {number}" for number in range(5000)]
     manifest = prepare(config_of(tmp_path / "in", texts, held_out=0), tmp_path / "out")
-    kept = {text for piece in pieces_of(tmp_path / "out", manifest) for text in piece}
-    assert read_piece(tmp_path / "out/held_out.txt") == []
+    kept = {text for chunk in chunks_of(tmp_path / "out", manifest) for text in chunk}
+    assert read_chunk(tmp_path / "out/held_out.txt") == []
     assert kept == {text for text in texts if text_hash(text) % 2**64 % 50}
 
 
-def test_pieces_do_not_depend_on_bucket_count(tmp_path):
+def test_chunks_do_not_depend_on_bucket_count(tmp_path):
     config = config_of(tmp_path / "in", some_texts(20_000), max_sentences=4000, **LIMITS)
     for num_buckets in (1, 3, 64, 256):
         prepare(config, tmp_path / str(num_buckets), num_buckets=num_buckets, keep_row_numbers=True)
@@ -152,9 +152,9 @@ def test_a_sample_is_exact_the_same_in_any_order_and_holds_smaller_samples(tmp_p
     samples = {}
     for name, ordered, size in [("a", texts, 3000), ("b", texts[::-1], 3000), ("c", texts, 1000), ("d", texts, 10**9)]:
         manifest = prepare(
-            config_of(tmp_path / name, ordered, max_sentences=size), tmp_path / name / "out", rows_per_piece=10**6
+            config_of(tmp_path / name, ordered, max_sentences=size), tmp_path / name / "out", rows_per_chunk=10**6
         )
-        samples[name] = pieces_of(tmp_path / name / "out", manifest)[0]
+        samples[name] = chunks_of(tmp_path / name / "out", manifest)[0]
     assert len(samples["a"]) == 3000 and samples["a"] == samples["b"][::-1]
     assert len(samples["c"]) == 1000 and set(samples["c"]) < set(samples["a"]) < set(samples["d"])
     in_the_first_half = sum(int(text.split()[-1]) < 10_000 for text in samples["a"])
@@ -163,7 +163,7 @@ def test_a_sample_is_exact_the_same_in_any_order_and_holds_smaller_samples(tmp_p
 
 def test_a_text_with_nothing_left_is_refused_with_its_counts_and_leaves_nothing(tmp_path):
     config = config_of(tmp_path / "in", ["short", "", "x" * 5000])
-    with pytest.raises(ValueError, match=r"no sentence is left.* 3 read, 2 too short, 1 too long.*raw\.jsonl.*min_chars 12"):
+    with pytest.raises(ValueError, match=r"no text is left.* 3 read, 2 too short, 1 too long.*raw\.jsonl.*min_chars 12"):
         prepare(config, tmp_path / "out")
     with pytest.raises(ValueError, match="0 read"):
         prepare(config_of(tmp_path / "in", []), tmp_path / "out")
@@ -194,22 +194,22 @@ def test_what_an_earlier_attempt_left_is_not_read(tmp_path):
     assert files_of(tmp_path / "again") == files_of(tmp_path / "fresh")
 
 
-def test_a_piece_ends_lines_at_newlines_only_and_a_cut_one_is_refused(tmp_path):
+def test_lines_of_a_chunk_end_at_newlines_only_and_a_truncated_chunk_is_refused(tmp_path):
     path = tmp_path / "000000.txt"
     path.write_bytes("one \u2028 line\nanother\x0b\x85 line\n".encode())
-    assert read_piece(path) == ["one \u2028 line", "another\x0b\x85 line"]
+    assert read_chunk(path) == ["one \u2028 line", "another\x0b\x85 line"]
     path.write_bytes(b"one\ntw")
     with pytest.raises(ValueError, match="cut off"):
-        read_piece(path)
+        read_chunk(path)
 
 
 PEAK_MEMORY = """
 import re, sys
 from pathlib import Path
-from distill.config import TextConfig
+from distill.corpus.text_config import TextConfig
 from distill.corpus import prepare_text
 folder = Path(sys.argv[1])
-prepare_text(TextConfig(sources=[{"type": "file", "path": str(folder / "raw.txt.gz")}]), folder / "out", rows_per_piece=65_536)
+prepare_text(TextConfig(sources=[{"type": "file", "path": str(folder / "raw.txt.gz")}]), folder / "out", rows_per_chunk=65_536)
 # not getrusage: its maximum is at first that of the process which forked this one
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
 """
@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("cut_after", [1, 30, 64])
-def test_a_killed_reader_goes_on_from_its_journal_and_makes_the_same_pieces(tmp_path, monkeypatch, cut_after):
+def test_a_killed_call_continues_from_its_journal_and_writes_the_same_chunks(tmp_path, monkeypatch, cut_after):
     texts = some_texts(6000)
     config = TextConfig(
         sources=[config_of(tmp_path / name, part).sources[0] for name, part in (("a", texts[:2500]), ("b", texts[2500:]))],
@@ -258,7 +258,7 @@ def test_a_killed_reader_goes_on_from_its_journal_and_makes_the_same_pieces(tmp_
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     of_a = set(map(normalise, texts[:2500]))  # the first of equal sentences stays
     expected = [
-        "1 raw.jsonl text" if text in of_a else "2 raw.jsonl text" for text in read_piece(tmp_path / "cut/held_out.txt")
+        "1 raw.jsonl text" if text in of_a else "2 raw.jsonl text" for text in read_chunk(tmp_path / "cut/held_out.txt")
     ]
     assert held_out_sources(tmp_path / "cut") == expected and len(set(expected)) == 2
     assert len(normalised) == len(texts) - cut_after // 7 * 7 * 50, "what the journal covers is read again"

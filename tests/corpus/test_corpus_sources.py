@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from distill.config import SourceConfig, TextConfig
 from distill.corpus import read_rows, read_source, read_sources
+from distill.corpus.sources import source_files
+from distill.corpus.text_config import SourceConfig, TextConfig
 
 TEXTS = [
     'She said "no", twice.',
@@ -236,3 +237,12 @@ def test_a_dataset_with_a_script_runs_nothing(tmp_path):
     with pytest.raises(ValueError, match="cannot read the Hugging Face dataset"):
         list(read_source(SourceConfig(type="huggingface", name=str(tmp_path / "set"), field="text")))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("pattern", ["a[[]1[]].txt", "a[1].txt", "*.txt", "**/*.txt"])
+def test_source_files_are_those_that_are_read(tmp_path, pattern):
+    for name in ("a[1].txt", "b.txt", ".hidden.txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    found = source_files(TextConfig(sources=[str(tmp_path / pattern)]))
+    assert [path.name for path in found] == read(tmp_path / pattern)
+    assert found and ".hidden.txt" not in read(tmp_path / pattern)

@@ -18,7 +18,7 @@ def test_normalising_twice_changes_nothing(text):
 
 
 @given(ANY_TEXT)
-def test_a_normalised_sentence_is_one_line_of_utf8_in_nfc(text):
+def test_a_normalised_text_is_one_line_of_utf8_in_nfc(text):
     result = normalise(text)
     assert len(result.splitlines()) <= 1
     assert result.encode().decode() == result == unicodedata.normalize("NFC", result) == result.strip()
@@ -31,7 +31,7 @@ def test_every_kind_of_whitespace_and_control_is_one_space():
     assert all(normalise(f"a{separator}b") == "a b" for separator in separators)
 
 
-def test_composed_and_decomposed_letters_are_the_same_sentence():
+def test_composed_and_decomposed_letters_are_the_same_text():
     assert normalise("cafe\u0301") == normalise("café") == "café"
 
 

@@ -1,15 +1,14 @@
-import json
-
 import numpy as np
 import pytest
 
-from distill.evaluation import retrieval_scores, sts_scores, transfer_scores
-from distill.evaluation.beir import RetrievalSet
-from distill.evaluation.bootstrap import difference, draws, identity, interval, means
-from distill.evaluation.compare import compare, read_results
-from distill.evaluation.report import comparison
-from distill.evaluation.sts import Pairs
-from distill.evaluation.transfer import Labelled, TransferSet
+from distill.corpus.evaluation_sets import Labelled, RetrievalSet, TransferSet
+from distill.evaluation.compare import compare, read_model
+from distill.evaluation.retrieval import retrieval_scores
+from distill.evaluation.score_tables import format_comparison
+from distill.evaluation.transfer import transfer_scores
+from distill.metrics.bootstrap import difference, draw_counts, interval, resampled_means, sample_name
+from distill.metrics.results import ModelResults, write_model_results, write_results
+from distill.metrics.sts import Pairs, sts_scores
 
 DIM = 24
 
@@ -40,7 +39,7 @@ def retrieval_set(num_queries: int = 60) -> RetrievalSet:
     return RetrievalSet(documents, {f"q{i}": f"c{i} 99" for i in range(num_queries)}, grades)
 
 
-def everything(encode: Noisy, seed: int = 0, bootstrap: int = 400) -> dict:
+def everything(encode: Noisy, seed: int = 0, bootstrap: int = 400) -> ModelResults:
     concepts = np.random.default_rng(3).integers(0, 40, size=(150, 2))
     first, second = ([f"c{number} {i}" for i, number in enumerate(side)] for side in concepts.T)
     gold = np.array([concept_vector(one) @ concept_vector(other) for one, other in concepts])
@@ -48,25 +47,26 @@ def everything(encode: Noisy, seed: int = 0, bootstrap: int = 400) -> dict:
         Labelled([f"c{i % 3} {i}" for i in some], [f"{i % 3}" for i in some]) for some in (range(90), range(90, 250))
     )
     options = {"seed": seed, "bootstrap": bootstrap}
-    return (
+    scores = (
         sts_scores(encode, {"STSB": Pairs(first, second, gold)}, **options)
         | retrieval_scores(encode, {"made": retrieval_set()}, **options)
         | transfer_scores(encode, {"three": TransferSet(train, None, test)}, **options)
     )
+    return ModelResults(dim=DIM, params=1, bytes_per_vector=4 * DIM, **scores)
 
 
 def test_draws_are_resamples_with_replacement_and_a_function_of_what_they_are_of():
-    of = identity(0, {"a": [1, 2]})
-    drawn = draws(of, 50, 2000)
+    of = sample_name(0, {"a": [1, 2]})
+    drawn = draw_counts(of, 50, 2000)
     assert (drawn.sum(axis=1) == 50).all() and drawn.mean(axis=0) == pytest.approx(np.ones(50), abs=0.15)
     assert drawn.var(axis=0).mean() == pytest.approx(1 - 1 / 50, abs=0.05)  # binomial, as with replacement
-    assert (draws(identity(0, {"a": [1, 2]}), 50, 2000) == drawn).all()
-    assert identity(1, {"a": [1, 2]}) != of != identity(0, {"a": [1, 3]})
+    assert (draw_counts(sample_name(0, {"a": [1, 2]}), 50, 2000) == drawn).all()
+    assert sample_name(1, {"a": [1, 2]}) != of != sample_name(0, {"a": [1, 3]})
 
 
 def test_the_interval_of_a_mean_is_the_normal_one_for_many_items():
     scores = np.random.default_rng(0).uniform(size=400)
-    low, high = interval(means(scores, draws(identity(0, {}), 400, 4000)))
+    low, high = interval(resampled_means(scores, draw_counts(sample_name(0, {}), 400, 4000)))
     half = 1.96 * scores.std() / 20
     assert (low, high) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.004)
 
@@ -75,52 +75,52 @@ def test_a_paired_difference_is_the_difference_of_each_resample():
     rng = np.random.default_rng(0)
     first = rng.uniform(size=300)
     second = first + 0.02 + 0.01 * rng.standard_normal(300)
-    drawn = draws(identity(0, {}), 300, 1000)
-    paired = difference(means(first, drawn), means(second, drawn))
-    assert paired == pytest.approx(interval(means(second - first, drawn)))
+    drawn = draw_counts(sample_name(0, {}), 300, 1000)
+    paired = difference(resampled_means(first, drawn), resampled_means(second, drawn))
+    assert paired == pytest.approx(interval(resampled_means(second - first, drawn)))
     assert 0 < paired[0] < 0.02 < paired[1]
-    unpaired = difference(means(first, drawn), means(second, draws(identity(1, {}), 300, 1000)))
+    unpaired = difference(resampled_means(first, drawn), resampled_means(second, draw_counts(sample_name(1, {}), 300, 1000)))
     assert unpaired[0] < 0 < unpaired[1]
     with pytest.raises(ValueError, match="3 and 2 resamples"):
         difference([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
 def test_a_model_is_not_distinguishable_from_itself_and_a_much_worse_one_is():
-    good, same, bad = (json.loads(json.dumps(everything(Noisy(noise)))) for noise in (1.0, 1.0, 6.0))
+    good, same, bad = (everything(Noisy(noise)) for noise in (1.0, 1.0, 6.0))
     for row in compare(good, same):
-        assert (row["difference"], row["interval"], row["verdict"]) == (0, [0, 0], "not distinguishable from 0"), row
+        assert (row.difference, row.interval, row.verdict) == (0, (0, 0), "not distinguishable from 0"), row
     rows = compare(good, bad)
-    assert [row["measure"] for row in rows] == ["STS AVG", "made ndcg@10", "three accuracy"]
+    assert [row.measure for row in rows] == ["STS AVG", "made ndcg@10", "three accuracy"]
     for row in rows:
-        low, high = row["interval"]
-        assert low < row["difference"] < high < 0, row
-        assert row["verdict"] == "first is better"
-    assert [row["verdict"] for row in compare(bad, good)] == ["second is better"] * 3
+        low, high = row.interval
+        assert low < row.difference < high < 0, row
+        assert row.verdict == "first is better"
+    assert [row.verdict for row in compare(bad, good)] == ["second is better"] * 3
 
 
 def test_a_small_difference_of_two_models_alike_is_not_taken_for_a_result():
     rows = compare(everything(Noisy(2.5, seed=1)), everything(Noisy(2.5, seed=2)))
     for row in rows:
-        assert row["difference"] != 0 and row["verdict"] == "not distinguishable from 0", row
+        assert row.difference != 0 and row.verdict == "not distinguishable from 0", row
 
 
 def test_what_was_measured_on_other_resamples_is_not_compared():
     given = everything(Noisy(1.0))
     for other in (everything(Noisy(1.0), seed=1), everything(Noisy(1.0), bootstrap=0), everything(Noisy(1.0), bootstrap=10)):
         for row in compare(given, other):
-            assert row["verdict"].startswith("not comparable") and "difference" not in row
+            assert row.verdict.startswith("not comparable") and row.difference is None
     with pytest.raises(ValueError, match="no measure in common"):
-        compare(given, {"dim": 3})
+        compare(given, ModelResults(dim=3, params=1, bytes_per_vector=12))
 
 
 def test_results_are_read_by_file_and_model_and_printed_with_their_names(tmp_path):
     one, run = tmp_path / "one.json", tmp_path / "results.json"
-    results = everything(Noisy(1.0)) | {"dim": DIM}
-    one.write_text(json.dumps(results))
-    run.write_text(json.dumps({"teacher": results, "ckd": everything(Noisy(6.0)) | {"dim": DIM}}))
-    (name, first), (other, second) = read_results(str(one)), read_results(f"{run}:ckd")
+    results = everything(Noisy(1.0))
+    write_model_results(one, results)
+    write_results(run, {"teacher": results, "ckd": everything(Noisy(6.0))})
+    (name, first), (other, second) = read_model(str(one)), read_model(f"{run}:ckd")
     assert (name, other) == ("one", "ckd")
-    printed = comparison(name, other, compare(first, second, (name, other)))
+    printed = format_comparison(name, other, compare(first, second, (name, other)))
     assert "one" in printed.splitlines()[0] and "ckd" in printed.splitlines()[0]
     assert "one is better" in printed and "made ndcg@10" in printed
     for where, message in (
@@ -129,4 +129,4 @@ def test_results_are_read_by_file_and_model_and_printed_with_their_names(tmp_pat
         (str(tmp_path / "no"), "cannot read"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_results(where)
+            read_model(where)

@@ -1,10 +1,24 @@
-from types import SimpleNamespace
+"""The evaluate stage on a run whose precompute is done: what is measured, at which sizes, and what is not measured twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_pairs
 from retrieval_sets import write_folder
 
-from distill.evaluation import read_tasks, stage
+from distill.config import load_config, stage_of
+from distill.evaluation import measure
+from distill.evaluation.measure import Measurement, Model
+from distill.evaluation.tasks import read_tasks
+from distill.metrics.results import read_results
+from distill.shards import ShardReader
+
+CPU = torch.device("cpu")
 
 
 class Letters:
@@ -12,26 +26,83 @@ class Letters:
 
     dim, params = 7, 70
 
-    def __call__(self, sentences: list[str]) -> np.ndarray:
-        return np.array([[text.count(letter) + 0.1 for letter in "abcdefg"] for text in sentences], dtype=np.float32)
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        return np.array([[text.count(letter) + 0.1 for letter in "abcdefg"] for text in texts], dtype=np.float32)
 
 
 @pytest.fixture
-def measure(monkeypatch, tmp_path):
-    monkeypatch.setattr(stage, "throughput", lambda encoder, sentences: 100.0)
-    tasks = read_tasks(retrieval=[str(write_folder(tmp_path / "found", "1\t2\t2\n1\t1\t1\n2\t1\t1\n"))])
-    config = SimpleNamespace(hpd=SimpleNamespace(nested=[3]))
-    return lambda name: stage._measure(config, name, Letters(), None, tasks, [])
+def measurement(monkeypatch, tmp_path, embedded_once):
+    monkeypatch.setattr(measure, "throughput", lambda encoder, texts: 100.0)
+    found = write_folder(tmp_path / "found", "1\t2\t2\n1\t1\t1\n2\t1\t1\n")
+    sts = write_pairs(tmp_path / "sts")
+    return lambda: Measurement(read_tasks(str(sts), [str(found)]), embedded_once / "runs/tiny/shards", num_held_out=50)
 
 
-def test_nested_sizes_are_measured_on_prefixes_of_the_same_vectors(measure):
-    rows = measure("hpd")
-    assert list(rows) == ["hpd", "hpd-3"]
-    assert (rows["hpd"]["bytes_per_vector"], rows["hpd-3"]["bytes_per_vector"]) == (28, 12)
-    assert set(rows["hpd"]["retrieval"]) == {"found"}
-    assert rows["hpd"]["retrieval"] != rows["hpd-3"]["retrieval"]
-    assert rows["hpd"]["retrieval_resamples"]["found"]["of"] == rows["hpd-3"]["retrieval_resamples"]["found"]["of"]
+def test_nested_and_pca_sizes_are_measured_on_projections_of_the_same_vectors(measurement):
+    rows = measurement().measure(Model("hpd", "id", Letters, nested=(3,), pca=(2, 1)))
+    assert list(rows) == ["hpd", "hpd-3", "hpd-pca-2", "hpd-pca-1"]
+    assert [row.bytes_per_vector for row in rows.values()] == [28, 12, 8, 4]
+    assert rows["hpd"].retrieval.keys() == {"found"} and rows["hpd"].retrieval != rows["hpd-3"].retrieval
+    assert len({row.resamples["found ndcg@10"].sample for row in rows.values()}) == 1
+    alone = measurement().measure(Model("hpd", "id", Letters))
+    assert alone == {"hpd": rows["hpd"]}
 
 
-def test_only_hpd_has_nested_sizes(measure):
-    assert list(measure("ckd")) == ["ckd"]
+def test_the_key_of_a_measurement_changes_with_the_model_its_sizes_and_the_sets(measurement, tmp_path):
+    before = measurement()
+    keys = {
+        before.key(model, "cpu")
+        for model in (Model("a", "1", Letters), Model("a", "2", Letters), Model("a", "1", Letters, (3,)))
+    }
+    assert len(keys) == 3 and measurement().key(Model("a", "1", Letters), "cpu") in keys
+    write_pairs(tmp_path / "sts", count=50)
+    assert measurement().key(Model("a", "1", Letters), "cpu") not in keys
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    """A copy of a finished run and its config with `overrides`."""
+    config, directory, _ = finished
+    runs = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(directory, runs / directory.name)
+    return lambda *overrides: load_config(config, [f"runs_dir={runs}", *overrides])
+
+
+def test_baselines_are_the_student_before_training_and_pca_at_the_sizes_of_the_compressed_students(run):
+    config = run("evaluate.baselines=true", "evaluate.precision=[int8, binary]")
+    assert stage_of(config, "evaluate").run(CPU)
+    results = read_results(config.run_dir / "evaluate/results.json")
+    pca = {f"{name}-pca-{size}" for name in ("teacher", config.hpd.init) for size in (16, 8)}
+    assert set(results) == {"teacher", "untrained", "ckd", "finetune", "hpd", "hpd-8"} | pca
+    assert results["teacher-pca-16"].dim == 16 and results["teacher-pca-16"].params == results["teacher"].params
+    assert results["teacher-pca-16"].fidelity.spearman > results["teacher-pca-8"].fidelity.spearman
+    assert results["untrained"].params == results["ckd"].params and results["untrained"].fidelity != results["ckd"].fidelity
+    assert set(results["hpd"].sts_quantised) == {"int8", "binary"}
+    components, _ = ShardReader(config.shards_dir).moments.pca(8)
+    assert components.shape == (8, results["teacher"].dim)
+
+
+def test_a_model_that_was_measured_on_the_same_sets_is_not_measured_again(run, monkeypatch, caplog):
+    config = run("evaluate.baselines=true", "evaluate.precision=[int8, binary]")
+    stage_of(config, "evaluate").run(CPU)
+    before = read_results(config.run_dir / "evaluate/results.json")
+    monkeypatch.setattr(Measurement, "measure", lambda self, model: pytest.fail(f"{model.name} is measured again"))
+    stage_of(config, "evaluate").run(CPU)
+    assert read_results(config.run_dir / "evaluate/results.json") == before
+    other = run("evaluate.baselines=true", "evaluate.precision=[int8, binary]", "evaluate.num_held_out=7")
+    with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
+        stage_of(other, "evaluate").run(CPU)
+    shutil.rmtree(other.run_dir / "evaluate")
+
+
+def test_the_stage_writes_its_own_directory_and_what_later_readers_need(run):
+    config = run("stages=[precompute, ckd, export, evaluate]")
+    card = config.run_dir / "export/ckd/README.md"
+    before = card.stat().st_mtime_ns
+    stage_of(config, "evaluate").run(CPU)
+    evaluated = config.run_dir / "evaluate"
+    assert {"results.json", "table.txt", "neighbours.json", "index.npy", "DONE.json"} <= {
+        path.name for path in evaluated.iterdir()
+    }
+    assert json.loads((evaluated / "DONE.json").read_text())["results"] == {"models": ["teacher", "ckd"], "index": "ckd"}
+    assert card.stat().st_mtime_ns == before

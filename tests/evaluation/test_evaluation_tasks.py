@@ -6,13 +6,13 @@ import torch
 from distributed_ranks import on_ranks
 from retrieval_sets import write_folder
 
-from distill.evaluation import Encoded, read_tasks
-from distill.evaluation.over_ranks import encode_over_ranks
-from distill.training.distributed import rank
+from distill.evaluation.model_encoder import encode_over_ranks
+from distill.evaluation.tasks import EncodedTexts, read_tasks
+from distill.run.collectives import rank
 
 
-def encode(sentences: list[str]) -> np.ndarray:
-    return np.array([[len(text), *(text.count(letter) for letter in "abcdefg")] for text in sentences], dtype=np.float32)
+def encode(texts: list[str]) -> np.ndarray:
+    return np.array([[len(text), *(text.count(letter) for letter in "abcdefg")] for text in texts], dtype=np.float32)
 
 
 @pytest.fixture
@@ -29,29 +29,29 @@ def places(tmp_path) -> dict:
 
 def test_every_text_is_encoded_once_and_measured_as_if_it_were_encoded_on_the_spot(places):
     tasks = read_tasks(**places)
-    sentences = tasks.sentences
-    assert len(set(sentences)) == len(sentences)
+    texts = tasks.texts
+    assert len(set(texts)) == len(texts)
     calls = []
 
     def counted(texts: list[str]) -> np.ndarray:
         calls.append(len(texts))
         return encode(texts)
 
-    encoded = Encoded(sentences, counted(sentences))
+    encoded = EncodedTexts(texts, counted(texts))
     results = tasks.measure(encoded)
-    assert calls == [len(sentences)]
+    assert calls == [len(texts)]
     assert results == tasks.measure(encode)
     assert set(results) == {
-        *("sts", "sts_ci", "sts_resamples", "sts_warnings"),
+        *("sts", "sts_ci", "sts_quantised", "sts_resamples", "sts_warnings"),
         *(f"{task}{part}" for task in ("retrieval", "transfer") for part in ("", "_ci", "_resamples")),
     }
 
 
-def test_a_truncated_encoding_is_that_of_the_first_dimensions(places):
-    tasks = read_tasks(**places)
-    encoded = Encoded(tasks.sentences, encode(tasks.sentences))
-    assert tasks.measure(encoded.truncated(3)) == tasks.measure(lambda texts: encode(texts)[:, :3])
-    assert tasks.measure(encoded.truncated(3)) != tasks.measure(encoded)
+def test_the_fingerprint_changes_with_the_sets_and_the_precisions(places):
+    fingerprint = read_tasks(**places).fingerprint
+    assert fingerprint == read_tasks(**places).fingerprint
+    others = [places | {"transfer": []}, places | {"retrieval": []}, {"sts": places["sts"], "precisions": ["int8"]}]
+    assert len({fingerprint, *(read_tasks(**other).fingerprint for other in others)}) == 4
 
 
 def test_two_sets_of_one_name_are_refused(places, tmp_path):
@@ -62,24 +62,24 @@ def test_two_sets_of_one_name_are_refused(places, tmp_path):
         read_tasks(retrieval=[*places["retrieval"], str(other / "found")])
 
 
-def _encoded_on_this_rank(sentences: list[str], block: int) -> list | None:
-    from distill.evaluation import over_ranks
+def _encoded_on_this_rank(texts: list[str], block: int) -> list | None:
+    from distill.evaluation import model_encoder
 
-    over_ranks.SENTENCES_A_BLOCK = block
+    model_encoder.TEXTS_PER_BLOCK = block
     seen = []
 
-    def encode_and_count(texts: list[str]) -> np.ndarray:
-        seen.extend(texts)
-        return encode(texts).reshape(-1, 8)
+    def encode_and_count(some: list[str]) -> np.ndarray:
+        seen.extend(some)
+        return encode(some).reshape(-1, 8)
 
-    vectors = encode_over_ranks(encode_and_count, sentences if rank() == 0 else [], torch.device("cpu"))
+    vectors = encode_over_ranks(encode_and_count, texts if rank() == 0 else [], torch.device("cpu"))
     return [seen, None if vectors is None else vectors.tolist()]
 
 
-@pytest.mark.parametrize(("num_sentences", "block"), [(11, 100), (11, 4), (1, 4), (8, 4)])
-def test_ranks_share_the_sentences_and_rank_0_alone_has_all_vectors_in_order(num_sentences, block):
-    sentences = [f"{'abcdefg'[i % 7] * (i + 1)} {i}" for i in range(num_sentences)]
-    answers = on_ranks(3, _encoded_on_this_rank, sentences, block)
-    assert answers[0][1] == encode(sentences).tolist()
+@pytest.mark.parametrize(("num_texts", "block"), [(11, 100), (11, 4), (1, 4), (8, 4)])
+def test_ranks_share_the_texts_and_rank_0_alone_has_all_vectors_in_order(num_texts, block):
+    texts = [f"{'abcdefg'[i % 7] * (i + 1)} {i}" for i in range(num_texts)]
+    answers = on_ranks(3, _encoded_on_this_rank, texts, block)
+    assert answers[0][1] == encode(texts).tolist()
     assert answers[1][1] is None and answers[2][1] is None
-    assert sorted(text for seen, _ in answers for text in seen) == sorted(sentences)
+    assert sorted(text for seen, _ in answers for text in seen) == sorted(texts)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from conftest import sentences
 
-from distill.config import StudentConfig
 from distill.export.folder import export_student
 from distill.student import Student
 from distill.student.encoder import build_encoder
+from distill.student.student_config import StudentConfig
 
 MAX_LENGTH = 30
 TEXTS = [*sentences(20), "key.", "the model reads a tensor from a queue of keys and writes it to a shard " * 4]

@@ -1,4 +1,4 @@
-"""Agreement is of the worst sentence; what is not of length 1, not finite or below what its format must reach does not pass."""
+"""Agreement is that of the worst text; vectors of another length, not finite or below the lowest cosine are refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def unit():
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_agreement_is_the_cosine_of_the_worst_sentence_and_the_mean(unit):
+def test_agreement_is_the_cosine_of_the_worst_text_and_the_mean(unit):
     found = unit.copy()
     found[17] = unit[18]
-    worst, sentence, mean = agreement(found, unit)
-    assert sentence == 17 and worst == pytest.approx(float(unit[17] @ unit[18]), abs=1e-6)
+    worst, text, mean = agreement(found, unit)
+    assert text == 17 and worst == pytest.approx(float(unit[17] @ unit[18]), abs=1e-6)
     assert mean == pytest.approx((49 + worst) / 50, abs=1e-6)
 
 
@@ -29,7 +29,7 @@ def test_vectors_that_are_not_of_length_1_or_not_finite_are_the_worst(unit):
     longer[3] *= 1.5
     broken[9, 2] = np.nan
     assert agreement(longer, unit)[:2] == (pytest.approx(1 - 0.5**2 / 2, abs=1e-6), 3)
-    assert np.isnan(agreement(broken, unit).worst) and agreement(broken, unit).sentence == 9
+    assert np.isnan(agreement(broken, unit).worst) and agreement(broken, unit).text == 9
 
 
 def test_what_a_format_must_reach():
@@ -41,21 +41,21 @@ def test_what_a_format_must_reach():
 
 
 @pytest.mark.parametrize("name, passes, fails", [("onnx", 0.99995, 0.9998), ("onnx-int8", 0.991, 0.989)])
-def test_one_bad_sentence_in_any_reading_is_refused_by_its_index(unit, monkeypatch, tmp_path, name, passes, fails):
+def test_one_bad_text_in_any_reading_is_refused_by_its_index(unit, monkeypatch, tmp_path, name, passes, fails):
     def vectors(cosine):
         found = unit.copy()
         other = unit[5] - (unit[5] @ unit[4]) * unit[4]
         found[4] = cosine * unit[4] + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
         return found
 
-    sentences = [str(i) for i in range(50)]
+    texts = [str(i) for i in range(50)]
     monkeypatch.setattr(check, "_vectors", lambda *_: iter([unit, vectors(passes)]))
-    worst, sentence, mean = check_format(tmp_path, name, "student", sentences, unit)
-    assert worst == pytest.approx(passes, abs=1e-6) and sentence == 4 and worst < mean <= 1
+    worst, text, mean = check_format(tmp_path, name, "student", texts, unit)
+    assert worst == pytest.approx(passes, abs=1e-6) and text == 4 and worst < mean <= 1
     for bad in ([unit, vectors(fails)], [vectors(fails), unit]):
         monkeypatch.setattr(check, "_vectors", lambda *_, bad=bad: iter(bad))
-        with pytest.raises(ValueError, match=rf"worst cosine {fails:.4f}\d?, of sentence 4 of 50; mean"):
-            check_format(tmp_path, name, "student", sentences, unit)
+        with pytest.raises(ValueError, match=rf"worst cosine {fails:.4f}\d?, of text 4 of 50; mean"):
+            check_format(tmp_path, name, "student", texts, unit)
     monkeypatch.setattr(check, "_vectors", lambda *_: iter([unit, np.full_like(unit, np.nan)]))
-    with pytest.raises(ValueError, match="worst cosine nan, of sentence 0"):
-        check_format(tmp_path, name, "student", sentences, unit)
+    with pytest.raises(ValueError, match="worst cosine nan, of text 0"):
+        check_format(tmp_path, name, "student", texts, unit)

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, environment
-from conftest import write_config
 from reference_times import hang_limit
 from safetensors.torch import load_file, save_file
 from students import TEXTS, cosines, export, make_student
 
-from distill.config import load_config
 from distill.export import folder, formats, int8
-from distill.export.card import model_card
+from distill.export.card import Provenance, model_card
 from distill.export.check import check_format
 from distill.export.formats import FORMATS, package
 
@@ -47,10 +45,10 @@ def exported(tmp_path_factory, tiny_encoder):
     pytest.importorskip("onnxscript")
     work, elsewhere = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("elsewhere") / "model"
     student = make_student(work / "student", tiny_encoder, pooling="last4_mean", head="tanh", dim=16)
-    config = load_config(write_config(work, tiny_encoder))
+    provenance = Provenance("run", "hpd", "HPD", "tiny", ["tiny"], ["text.txt"], {"dim": 16}, [8], None)
 
     def card(folder):
-        return model_card(config, "hpd", None, None, folder)
+        return model_card(folder, provenance)
 
     export(work / "student", work / "out", "onnx", "onnx-int8", card=card)
     shutil.move(work / "out", elsewhere)
@@ -130,7 +128,7 @@ def test_a_file_that_is_not_the_students_is_found(exported, tmp_path, name):
         changed[0] += 3
         bias.CopyFrom(onnx.numpy_helper.from_array(changed, bias.name))
         onnx.save(model, str(copy / FORMATS[name].file))
-    with pytest.raises(ValueError, match=rf"of it as {name} does not agree .* worst cosine -?0\.\d+, of sentence \d+ of 22"):
+    with pytest.raises(ValueError, match=rf"of it as {name} does not agree .* worst cosine -?0\.\d+, of text \d+ of 22"):
         check_format(copy, name, "it", TEXTS, expected)
 
 
@@ -151,7 +149,7 @@ def test_an_export_that_does_not_agree_leaves_nothing_and_the_last_one_as_it_was
     heads["head.0.bias"][3] = torch.nan
     save_file(heads, tmp_path / "student/heads.safetensors")
     for out in ("export", "other"):
-        with pytest.raises(ValueError, match="does not agree with the student: worst cosine nan, of sentence 0"):
+        with pytest.raises(ValueError, match="does not agree with the student: worst cosine nan, of text 0"):
             export(tmp_path / "student", tmp_path / out)
     assert (tmp_path / "export/README.md").read_text() == "the last one"
     assert names(tmp_path) == ["export", "student"]

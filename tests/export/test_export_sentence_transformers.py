@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from students import MAX_LENGTH, TEXTS, cosines, export, make_student
 from tokenizers import Tokenizer
 
-from distill.config import Pooling
 from distill.export.sentence_transformers import TOKEN_POOLING, check_pooling, layer_weights
+from distill.student.student_config import Pooling
 
 
 def load(folder, **options):
@@ -58,7 +58,7 @@ def test_truncated_vectors_are_prefixes_of_the_students(tiny_encoder, tmp_path):
         assert np.allclose(unit, full[:, :size] / np.linalg.norm(full[:, :size], axis=1, keepdims=True), atol=1e-5)
 
 
-def test_similarity_is_the_cosine_and_no_prompt_is_put_before_a_sentence(tiny_encoder, tmp_path):
+def test_similarity_is_the_cosine_and_no_prompt_is_put_before_a_text(tiny_encoder, tmp_path):
     make_student(tmp_path / "student", tiny_encoder)
     export(tmp_path / "student", tmp_path / "export")
     config = json.loads((tmp_path / "export/config_sentence_transformers.json").read_text())

@@ -1,4 +1,4 @@
-"""Bad input: one clear message, a non-zero exit, nothing half-written."""
+"""Invalid input: one clear message, a non-zero exit, no partial files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import command, deepspeed, environment, kill_group_when, launch
+from commands import call, command, deepspeed, environment, kill_group_when, launch
 from conftest import make_encoder, write_config
 from distributed_ranks import free_port
 from reference_times import hang_limit, starts
 
-from distill.training.watch import SILENCE
+from distill.run.heartbeats import SILENCE
 
 pytestmark = pytest.mark.slow
 
@@ -30,55 +30,55 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in errors[0], errors[0]
 
 
-def half_written(folder: Path) -> list[Path]:
+def partial_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".part")]
 
 
 def test_no_such_config(tmp_path):
-    refused(launch("pipeline.py", "--config", tmp_path / "none.yaml"), "no config at")
+    refused(call("pipeline.py", "--config", tmp_path / "none.yaml"), "no config at")
 
 
 def test_unknown_key(tmp_path, tiny_encoder):
-    refused(launch("pipeline.py", "--config", write_config(tmp_path, tiny_encoder), "ckd.lrr=1"), "did you mean lr?")
+    refused(call("pipeline.py", "--config", write_config(tmp_path, tiny_encoder), "ckd.lrr=1"), "did you mean lr?")
     assert not (tmp_path / "runs").exists()
 
 
 def test_empty_text(tmp_path, tiny_encoder):
     (tmp_path / "text.txt").write_text("\n\n")
-    refused(launch("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "no sentence")
-    assert not (tmp_path / "runs/tiny/shards").exists() and not half_written(tmp_path / "runs")
+    refused(call("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "no sentence")
+    assert not (tmp_path / "runs/tiny/shards").exists() and not partial_files(tmp_path / "runs")
 
 
 def test_text_that_is_not_utf8(tmp_path, tiny_encoder):
     (tmp_path / "text.txt").write_bytes(b"a good line\nanother\n\xff\xfe bad\n")
-    refused(launch("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "text.txt", "line 3", "UTF-8")
+    refused(call("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "text.txt", "line 3", "UTF-8")
 
 
 def test_a_folder_that_holds_no_model(tmp_path, tiny_encoder):
     (tmp_path / "empty").mkdir()
     config = write_config(tmp_path, tmp_path / "empty")
-    refused(launch("precompute.py", "--config", config), "no model at", "config.json")
+    refused(call("precompute.py", "--config", config), "no model at", "config.json")
 
 
 def test_more_layers_than_the_teacher_has_before_it_has_worked(tmp_path, tiny_encoder):
     config = write_config(tmp_path, tiny_encoder)
-    refused(launch("pipeline.py", "--config", config, "student.layers=9"), "student.layers 9: the encoder has 3")
-    refused(launch("pipeline.py", "--config", config, "student.layers=[0, 5]"), "the encoder has layers 0 to 2")
+    refused(call("pipeline.py", "--config", config, "student.layers=9"), "student.layers 9: the encoder has 3")
+    refused(call("pipeline.py", "--config", config, "student.layers=[0, 5]"), "the encoder has layers 0 to 2")
     assert not (tmp_path / "runs").exists()
 
 
 def test_teacher_and_shards_of_different_width(embedded_copy):
-    refused(launch("train.py", "--config", embedded_copy[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
+    refused(call("train.py", "--config", embedded_copy[0], "ckd.projection_width=77"), "ckd.projection_width 77", "width 32")
 
 
 def test_shards_made_by_another_teacher(embedded_copy, tmp_path):
     other = make_encoder(tmp_path / "other", seed=1)
-    refused(launch("train.py", "--config", embedded_copy[0], f"teacher.model={other}"), "another teacher", "teacher.model")
+    refused(call("train.py", "--config", embedded_copy[0], f"teacher.model={other}"), "another teacher", "teacher.model")
 
 
 def test_a_run_directory_of_another_config(embedded_copy):
     refused(
-        launch("precompute.py", "--config", embedded_copy[0], "text.min_chars=20"),
+        call("precompute.py", "--config", embedded_copy[0], "text.min_chars=20"),
         "begun with another",
         "text.min_chars: 12 -> 20",
     )
@@ -90,7 +90,7 @@ def test_an_unfinished_stage_of_another_config(embedded_copy, tmp_path):
         command("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99"),
         lambda: any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")),
     )
-    refused(launch("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99", "ckd.lr=0.1"), "ckd.lr: 0.001 -> 0.1")
+    refused(call("train.py", "--config", config, "ckd.max_steps=400", "ckd.epochs=99", "ckd.lr=0.1"), "ckd.lr: 0.001 -> 0.1")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -103,7 +103,7 @@ def test_a_damaged_shard(embedded_copy, damage):
     else:
         data[len(data) // 3] ^= 1
     shard.write_bytes(data)
-    refused(launch("train.py", "--config", config), "000001.tar", "repair")
+    refused(call("train.py", "--config", config), "000001.tar", "repair")
 
 
 def test_a_read_only_run_directory(tmp_path, tiny_encoder):
@@ -114,7 +114,7 @@ def test_a_read_only_run_directory(tmp_path, tiny_encoder):
     if mounted.returncode:
         pytest.skip(f"cannot mount a read-only file system: {mounted.stderr.strip()}")
     try:
-        refused(launch("pipeline.py", "--config", config, f"runs_dir={place}"), "Read-only", "runs_dir=")
+        refused(call("pipeline.py", "--config", config, f"runs_dir={place}"), "Read-only", "runs_dir=")
     finally:
         subprocess.run(["umount", str(place)], check=True)
 
@@ -127,13 +127,13 @@ def test_disk_full_while_writing_a_shard(tmp_path, tiny_encoder):
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
     try:
-        assert launch("precompute.py", "--config", config, f"runs_dir={place}", "--text-only").returncode == 0
+        assert call("precompute.py", "--config", config, f"runs_dir={place}", "--text-only").returncode == 0
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
         (place / "ballast").write_bytes(bytes(max(0, free - 30_000)))
-        refused(launch("precompute.py", "--config", config, f"runs_dir={place}"), "No space left", "free some space")
+        refused(call("precompute.py", "--config", config, f"runs_dir={place}"), "No space left", "free some space")
         assert not list(place.glob("tiny/shards/*.part")) and not (place / "tiny/shards/manifest.json").exists()
         (place / "ballast").unlink()
-        assert launch("precompute.py", "--config", config, f"runs_dir={place}").returncode == 0
+        assert call("precompute.py", "--config", config, f"runs_dir={place}").returncode == 0
     finally:
         subprocess.run(["umount", str(place)], check=True)
 
@@ -146,7 +146,7 @@ def test_ctrl_c_in_training_and_a_later_run_continues(embedded_copy):
         lambda: any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")),
         signum=signal.SIGINT,
     )
-    assert "goes on from here" in printed and not (directory / "ckd/DONE.json").exists()
+    assert "continues from here" in printed and not (directory / "ckd/DONE.json").exists()
     again = launch("pipeline.py", *started)
     assert again.returncode == 0 and "continuing after step" in again.stdout, again.stdout
 
@@ -157,18 +157,18 @@ def test_ctrl_c_in_precompute_and_a_later_run_continues(tmp_path, tiny_encoder):
     kill_group_when(
         command("precompute.py", "--config", config), (directory / "shards/000000.tar").exists, signum=signal.SIGINT
     )
-    assert not (directory / "precompute/DONE.json").exists() and not half_written(directory)
+    assert not (directory / "precompute/DONE.json").exists() and not partial_files(directory)
     first = (directory / "shards/000000.tar").stat().st_mtime_ns
-    assert launch("precompute.py", "--config", config).returncode == 0
+    assert call("precompute.py", "--config", config).returncode == 0
     assert (directory / "shards/000000.tar").stat().st_mtime_ns == first
 
 
 @pytest.mark.serial
 def test_a_port_in_use(embedded_copy):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.listen()
+        port = bound.getsockname()[1]
         started = time.monotonic()
         done = subprocess.run(
             deepspeed(2, "--config", embedded_copy[0], port=port),
@@ -207,8 +207,8 @@ def test_imported_vectors_of_another_length(tmp_path, tiny_encoder):
     np.save(tmp_path / "vectors.npy", np.ones((5, 8), np.float32))
     config = write_config(tmp_path, tiny_encoder)
     overrides = [f"teacher={{vectors: {tmp_path / 'vectors.npy'}}}", f"student.init={tiny_encoder}"]
-    refused(launch("precompute.py", "--config", config, *overrides), "5 rows", "600 raw sentences")
+    refused(call("precompute.py", "--config", config, *overrides), "5 rows", "600 raw texts")
 
 
 def test_a_stage_before_its_input(embedded_copy):
-    refused(launch("train.py", "--config", embedded_copy[0], "stage=hpd"), "hpd needs", "run that stage first")
+    refused(call("train.py", "--config", embedded_copy[0], "stage=hpd"), "hpd needs", "run that stage first")

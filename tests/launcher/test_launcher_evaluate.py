@@ -1,4 +1,4 @@
-"""launcher/evaluate.py as a user types it: one process or several ranks, good input and bad, and two results compared."""
+"""launcher/evaluate.py: one process or several ranks, valid input and invalid, and two results compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import LAUNCHER, ROOT, environment, launch
+from commands import LAUNCHER, ROOT, call, environment
 from conftest import WORDS
 from distributed_ranks import free_port
 from reference_times import hang_limit
@@ -65,13 +65,13 @@ def on_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("out") / "new" / "whole.json"
-    done = launch("evaluate.py", *everything(model, data, out))
+    done = call("evaluate.py", *everything(model, data, out))
     assert done.returncode == 0, done.stdout
     return out, done.stdout
 
 
 def same(ours: Any, theirs: Any) -> None:
-    """Equal, with figures to five decimals: a batch's padding moves a vector's last bits."""
+    """Equal, floats to five decimals: a batch's padding moves a vector's last bits."""
     assert type(ours) is type(theirs)
     if isinstance(ours, dict):
         assert list(ours) == list(theirs)
@@ -89,7 +89,7 @@ def test_results_are_written_whole_and_printed_as_tables(measured, data):
     out, printed = measured
     results = json.loads(out.read_text())
     assert (results["dim"], results["bytes_per_vector"]) == (32, 128)
-    assert results["sts"]["AVG_OF"] == ["STSB"] and len(results["sts_resamples"]["AVG"]) == 1000
+    assert results["sts"]["AVG_OF"] == ["STSB"] and len(results["sts_resamples"]["STS AVG"]["values"]) == 1000
     assert set(results["retrieval"][data.name]) == PLAIN == set(results["retrieval_ci"][data.name])
     assert results["transfer"][data.name]["test"] == 20
     for part in ("(1 sets)", "STS16 is missing", "ndcg@10", "majority"):
@@ -97,7 +97,7 @@ def test_results_are_written_whole_and_printed_as_tables(measured, data):
     assert [path.name for path in out.parent.iterdir()] == ["whole.json"]
 
 
-def test_two_ranks_give_the_results_of_one_and_rank_0_alone_speaks(measured, model, data, tmp_path):
+def test_two_ranks_give_the_results_of_one_and_rank_0_alone_prints(measured, model, data, tmp_path):
     out = tmp_path / "shared.json"
     done = on_two_ranks(*everything(model, data, out))
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ def test_two_ranks_give_the_results_of_one_and_rank_0_alone_speaks(measured, mod
 
 
 @pytest.mark.slow
-def test_what_fails_on_rank_0_is_said_once_and_ends_both(model, data, tmp_path):
+def test_a_failure_on_rank_0_is_reported_once_and_ends_both(model, data, tmp_path):
     arguments = ["--model", model, "--sts", data / "nowhere", "--out", tmp_path / "out.json", "--device", "cpu"]
     done = on_two_ranks(*arguments)
     assert done.returncode != 0
@@ -123,21 +123,21 @@ def test_what_fails_on_rank_0_is_said_once_and_ends_both(model, data, tmp_path):
 def test_truncated_vectors_are_compared_with_the_whole_ones(measured, model, data, tmp_path):
     out = tmp_path / "short.json"
     arguments = ["--model", model, "--sts", data, "--retrieval", data, "--out", out, "--truncate-dim", 2, "--device", "cpu"]
-    assert launch("evaluate.py", *arguments).returncode == 0
+    assert call("evaluate.py", *arguments).returncode == 0
     assert json.loads(out.read_text())["dim"] == 2
-    done = launch("evaluate.py", "--compare", measured[0], out)
+    done = call("evaluate.py", "--compare", measured[0], out)
     assert done.returncode == 0, done.stdout
     header, _, *rows = done.stdout.splitlines()
     assert header.split()[:3] == ["measure", "whole", "short"]
     assert [row.split("  ")[0] for row in rows] == ["STS AVG", f"{data.name} ndcg@10"]
-    missing = launch("evaluate.py", "--compare", out, tmp_path / "none.json")
+    missing = call("evaluate.py", "--compare", out, tmp_path / "none.json")
     assert missing.returncode == 2 and "error: cannot read the results" in missing.stdout
 
 
 @pytest.mark.slow
-def test_small_vectors_go_through_faiss_or_it_says_what_to_install(model, data, tmp_path):
+def test_quantised_vectors_go_through_faiss_or_it_says_what_to_install(model, data, tmp_path):
     arguments = ["--model", model, "--retrieval", data, "--out", tmp_path / "small.json", "--device", "cpu"]
-    done = launch("evaluate.py", *arguments, "--precision", "int8", "binary", "--index", "exact", "hnsw", "--rescore", 2)
+    done = call("evaluate.py", *arguments, "--precision", "int8", "binary", "--index", "exact", "hnsw", "--rescore", 2)
     if importlib.util.find_spec("faiss") is None:
         assert done.returncode == 2 and "bash launcher/install.sh quickstart,retrieval" in done.stdout
         return
@@ -162,9 +162,9 @@ def test_small_vectors_go_through_faiss_or_it_says_what_to_install(model, data, 
         ({"--precision": "int8"}, "of --retrieval, which is not given"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(model, data, tmp_path, wrong, message):
+def test_invalid_arguments_are_reported_in_one_line(model, data, tmp_path, wrong, message):
     right = {"--model": model, "--sts": data, "--out": tmp_path / "results.json"}
-    done = launch("evaluate.py", *(part for option in (right | wrong).items() for part in option))
+    done = call("evaluate.py", *(part for option in (right | wrong).items() for part in option))
     assert done.returncode == 2
     assert done.stdout.startswith("error: ") and message in done.stdout
     assert done.stdout.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped, cut off or fails: the others end soon, one message says why, no process stays behind."""
+"""A rank that is killed, stopped, disconnected or fails: the others end soon, one message reports why, no process remains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distributed_ranks import free_port
 from reference_times import starts
 from training_processes import TrainingProcesses, start_training
 
-from distill.training.watch import SILENCE
+from distill.run.heartbeats import SILENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 TIMEOUT = 8
@@ -32,7 +32,7 @@ def run(embedded_copy):
 
 
 def the_message(printed: str) -> str:
-    """The one line that says what happened; a launcher may add lines of its own."""
+    """The one line that reports what happened; a launcher may add others."""
     ours = [line for line in printed.splitlines() if re.match(r"(rank \d+: )?error: ", line)]
     assert len(ours) == 1, printed
     assert 'launcher/train.py", line' not in printed and "gloo" not in printed.replace(ours[0], ""), printed
@@ -70,7 +70,7 @@ def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, s
         message = the_message(started.printed)
     assert f"lost rank {victim} (pid {pid} on {os.uname().nodename})" in message, message
     assert ("stopped (SIGSTOP)" if signum == signal.SIGSTOP else "killed") in message
-    step = re.search(r"the same command goes on from step (\d+)$", message)
+    step = re.search(r"the same command continues from step (\d+)$", message)
     assert step and (checkpoints / f"step-{int(step[1]):08d}/COMPLETE.json").exists(), message
 
 
@@ -87,7 +87,7 @@ def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, sa
     assert message.startswith(f"rank {victim}: error: " if victim else "error: ") and "Too many open files" in message, message
 
 
-def test_what_all_ranks_find_wrong_is_said_once_by_rank_0(run):
+def test_what_all_ranks_find_wrong_is_reported_once_by_rank_0(run):
     config, _ = run
     with start_training("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
         assert started.wait() == [2, 2, 2]
@@ -129,13 +129,13 @@ def two_networks() -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_a_cut_link_ends_both_sides_and_is_told_from_a_dead_rank(run, two_networks):
+def test_a_cut_link_ends_both_sides_and_is_not_reported_as_a_dead_rank(run, two_networks):
     config, checkpoints = run
     train = command("train.py", "--config", config, *ENDLESS)
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(free_port())}
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(free_port())}
     commands = [["ip", "netns", "exec", name, *train] for name, _ in two_networks]
     own = [
-        meeting | {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": end}
+        rendezvous | {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": end}
         for rank, (_, end) in enumerate(two_networks)
     ]
     with TrainingProcesses(commands, own, config) as started:

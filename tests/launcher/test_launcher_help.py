@@ -1,4 +1,4 @@
-"""--help of every launcher says all that it takes, and shows a line to type."""
+"""--help of every launcher describes all its options, and shows a command to type."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from commands import LAUNCHER, ROOT, environment, launch
+from commands import LAUNCHER, ROOT, call, environment
 from reference_times import hang_limit
 
 SCRIPTS = sorted(path.name for path in LAUNCHER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -21,7 +21,7 @@ def test_these_are_launchers():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option_and_gives_an_example(script):
-    done = launch(script, "--help")
+    done = call(script, "--help")
     assert done.returncode == 0, done.stdout
     assert re.search(rf"^    .*launcher/{script} \S", done.stdout, re.MULTILINE), "no example"
     source = (LAUNCHER / script).read_text()
@@ -40,7 +40,7 @@ def test_help_of_a_shell_script_starts_nothing(script, tmp_path):
     assert done.returncode == 0 and f"bash launcher/{script}" in done.stdout and "set -e" not in done.stdout
 
 
-def test_without_the_environment_it_says_how_to_get_one():
+def test_without_the_environment_the_error_names_install_sh():
     variables = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     done = subprocess.run(
         ["/usr/bin/env", "python3", "-S", "-E", str(LAUNCHER / "pipeline.py"), "--help"],

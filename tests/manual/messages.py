@@ -1,4 +1,4 @@
-"""Every string that the code could print, with its changing parts as a mark."""
+"""Every string that the code can print, with a mark in place of its changing parts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from commands import ROOT
 
 from distill.config import load_config
-from distill.study.configs import configs_of
+from distill.study.study_configs import read_study
 
 CKD = {"weights": {"ckd": 1.0}, "projection": "linear", "global_batch": 4096, "micro_batch": 512, "queue": 65_536, "epochs": 20,
        "lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-8, "clip": 1.0, "warmup": 0.1 / 20, "dev_every": 125}  # fmt: skip
@@ -58,7 +58,7 @@ STUDIES = [("study", None), ("study", "files"), ("study/large", None), ("study/l
 @pytest.mark.parametrize("folder, over", STUDIES)
 def test_a_study_is_whole_from_the_hub_and_from_files(folder, over):
     path = ROOT / f"configs/study/over/{over}.yaml" if over else None
-    students = configs_of(ROOT / "configs" / folder, path)
+    students = read_study(ROOT / "configs" / folder, path)
     assert {"minilm", "mpnet-3-layers", "mpnet-6-layers"} <= {student.name for student in students}
     kinds = {str(source.type) for student in students for source in student.text.sources}
     assert kinds == ({"file"} if over else {"huggingface"})

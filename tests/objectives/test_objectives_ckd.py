@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from key_problems import BATCH, problem
+from torch.nn.functional import cross_entropy
 
-from distill.objectives.ckd import ckd_loss, cosine_losses, mse_losses, shuffled_targets
-from distill.objectives.contrast import attend, joined, survey_negatives
-
-BATCH, QUEUE, WIDTH = 37, 101, 24
+from distill.objectives.ckd import ckd_loss
 
 
 def reference(queries, keys, positives, logit_scale, query_ids, key_ids, mask):
@@ -20,18 +18,6 @@ def reference(queries, keys, positives, logit_scale, query_ids, key_ids, mask):
         excluded |= query_ids[:, None] == key_ids[None]
     excluded[torch.arange(len(queries)), positives] = False
     return cross_entropy(logits.masked_fill(excluded, -torch.inf), positives)
-
-
-def problem(dtype, *, queue: bool, ids: bool, masked: bool, scale: float = 3.0):
-    draw = torch.Generator().manual_seed(1)
-    num_keys = BATCH + QUEUE * queue
-    queries = normalize(torch.randn(BATCH, WIDTH, generator=draw, dtype=torch.float64), dim=1)
-    keys = normalize(torch.randn(num_keys, WIDTH, generator=draw, dtype=torch.float64), dim=1)
-    positives = torch.randperm(BATCH, generator=draw)
-    key_ids = torch.randint(-5, 40, (num_keys,), generator=draw) if ids else None
-    query_ids = key_ids[positives] if key_ids is not None else None
-    mask = torch.rand(BATCH, num_keys, generator=draw) < 0.3 if masked else None
-    return (queries.to(dtype), keys.to(dtype), positives, torch.tensor([scale], dtype=dtype), query_ids, key_ids, mask)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
@@ -101,13 +87,6 @@ def test_shapes_that_do_not_fit_are_named(change, message):
         ckd_loss(**arguments)
 
 
-def test_cosine_loss_is_half_the_squared_distance():
-    queries, keys, positives, *_ = problem(torch.float64, queue=False, ids=False, masked=False)
-    teacher = keys[positives]
-    assert torch.allclose(cosine_losses(queries, teacher), mse_losses(queries, teacher) / 2)
-    assert torch.allclose(mse_losses(3 * queries, teacher), 9 + 1 - 6 * (queries * teacher).sum(dim=1))
-
-
 @pytest.mark.parametrize("tile", [None, 7])
 @pytest.mark.parametrize("ids", [False, True])
 def test_keys_of_the_same_meaning_are_no_negatives(tile, ids):
@@ -119,66 +98,3 @@ def test_keys_of_the_same_meaning_are_no_negatives(tile, ids):
     )
     expected = reference(queries, keys, positives, logit_scale, query_ids, key_ids, alike)
     assert abs(found - expected) < 1e-12
-
-
-@pytest.mark.parametrize("cuts", [(3,), (1, 2, 20), (0, 5)])
-def test_parts_of_the_keys_join_to_the_whole(cuts):
-    queries, keys, _, logit_scale, *_ = problem(torch.float64, queue=True, ids=False, masked=False)
-    expected = attend(queries, keys, logit_scale.exp())
-    parts = [attend(queries, part, logit_scale.exp(), tile=4) for part in torch.tensor_split(keys, cuts)]
-    found = joined(torch.stack([lse for lse, _ in parts]), torch.stack([attended for _, attended in parts]))
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_row_may_have_a_scale_of_its_own_and_masks_may_speak_of_the_first_rows_alone():
-    queries, keys, positives, logit_scale, query_ids, key_ids, _ = problem(torch.float64, queue=True, ids=True, masked=False)
-    masks = {"positives": positives, "query_ids": query_ids, "key_ids": key_ids}
-    masked = attend(queries, keys, logit_scale.exp(), tile=5, **masks)
-    plain = attend(queries, keys, torch.tensor([7.0]), tile=5)
-    scales = torch.cat([logit_scale.exp().expand(BATCH), torch.full((BATCH,), 7.0)])
-    both = attend(torch.cat([queries, queries]), keys, scales, tile=5, **masks)
-    assert torch.allclose(both[0], torch.cat([masked[0], plain[0]])) and torch.allclose(
-        both[1], torch.cat([masked[1], plain[1]])
-    )
-
-
-def test_a_row_that_sees_no_key_has_no_weight():
-    lse, attended = attend(torch.ones(2, 3), torch.ones(0, 3), torch.ones(1))
-    assert lse.tolist() == [-torch.inf] * 2 and not attended.any()
-    whole, vector = joined(torch.stack([lse, lse]), torch.stack([attended, attended]))
-    assert whole.tolist() == [-torch.inf] * 2 and not vector.any()
-
-
-def test_shuffling_keeps_the_probability_of_every_group_and_depends_on_the_seed_alone():
-    draw = torch.Generator().manual_seed(0)
-    keys = torch.eye(60)
-    teacher = normalize(torch.rand(4, 60, generator=draw), dim=1)
-    plain = torch.softmax(teacher @ keys.T / 0.05, dim=1)
-    shuffled = shuffled_targets(teacher, keys, [1, 2, 3, 4], teacher_temperature=0.05)
-    for weights, before in zip(shuffled, plain, strict=True):
-        falling, order = before.sort(descending=True)
-        group = ((falling.cumsum(0) - falling) * 10).floor().clamp(max=9)
-        assert not torch.equal(weights, before)
-        for number in group.unique():
-            members = order[group == number]
-            assert torch.equal(weights[members].sort().values, before[members].sort().values)
-    again = shuffled_targets(teacher[2:3], keys, [3], teacher_temperature=0.05)
-    assert torch.allclose(again[0], shuffled[2])
-    assert not torch.equal(shuffled_targets(teacher[2:3], keys, [5], teacher_temperature=0.05), again)
-
-
-@pytest.mark.parametrize("same_meaning", [None, 0.3])
-@pytest.mark.parametrize("tile", [None, 7])
-def test_the_hardest_negatives_and_the_count_of_masked_ones_are_those_of_all_pairs(tile, same_meaning):
-    queries, keys, positives, _, query_ids, key_ids, _ = problem(torch.float32, queue=True, ids=True, masked=False)
-    teacher = keys[positives]
-    meaning = {} if same_meaning is None else {"teacher": teacher, "same_meaning": same_meaning}
-    hardest, masked = survey_negatives(queries, keys, positives, query_ids, key_ids, tile=tile, **meaning)
-    own = torch.zeros(BATCH, len(keys), dtype=torch.bool)
-    own[torch.arange(BATCH), positives] = True
-    same_text = (query_ids[:, None] == key_ids[None]) & ~own
-    expected = (queries @ keys.T).masked_fill(same_text | own, -torch.inf).amax(dim=1)
-    assert torch.allclose(hardest, expected, atol=1e-6)
-    alike = (teacher @ keys.T >= same_meaning) & ~own if same_meaning is not None else torch.zeros_like(own)
-    assert masked.tolist() == (same_text | alike).sum(dim=1).tolist()
-    assert masked.sum() > 0

@@ -1,4 +1,4 @@
-"""The queue is first in, first out, whatever the sizes of what is pushed, and however many ranks share it."""
+"""The queue is first in, first out, whatever the sizes of what is pushed and the number of ranks that hold it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_holds_the_last_rows_pushed_each_on_one_rank(capacity, pushed, world_
 @pytest.mark.parametrize("capacity", [1, 7, 16])
 @pytest.mark.parametrize("pushed", [0, 5, 16, 23])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_restored_queue_goes_on_as_the_one_that_was_pushed(capacity, pushed, world_size):
+def test_a_restored_queue_continues_as_the_one_that_was_pushed(capacity, pushed, world_size):
     for rank in range(world_size):
         straight = KeyQueue(capacity, dim=4, rank=rank, world_size=world_size)
         straight.push(*rows_of(torch.arange(pushed)))
@@ -49,7 +49,7 @@ def test_a_capacity_of_zero_keeps_nothing():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_rank_holds_a_share_of_the_bytes(world_size):
+def test_a_rank_holds_its_part_of_the_bytes(world_size):
     capacity, dim = 4096, 384
     queue = KeyQueue(capacity, dim, rank=world_size - 1, world_size=world_size)
     assert queue.num_bytes == capacity // world_size * (2 * dim + 8)

@@ -1,11 +1,11 @@
-"""The relational loss: what it is least for, that a batch may be taken in parts, and its gradient."""
+"""The relational loss: its minimum, its value for parts of a batch, its gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import normalize
 
-from distill.objectives.relational import relational_losses, whitening_map
+from distill.objectives.loss_terms.relational import relational_losses, whitening_map
 
 TEMPERATURES = {"student_temperature": 0.05, "teacher_temperature": 0.05}
 
@@ -14,23 +14,23 @@ def drawn(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_teachers_own_vectors_reach_the_floor_turned_or_stretched_and_others_do_not():
+def test_the_teachers_own_vectors_reach_the_reference_loss_rotated_or_scaled_and_others_do_not():
     teacher = normalize(drawn(12, 6), dim=1)
-    turned = 3 * teacher @ torch.linalg.qr(drawn(6, 6, seed=1))[0]
+    rotated = 3 * teacher @ torch.linalg.qr(drawn(6, 6, seed=1))[0]
     rows = torch.arange(12)
-    losses, floors = relational_losses(turned, teacher, rows, sizes=[6], **TEMPERATURES)
-    torch.testing.assert_close(losses, floors)
-    others, same_floors = relational_losses(drawn(12, 6, seed=2), teacher, rows, sizes=[6], **TEMPERATURES)
-    assert bool((others > floors + 1e-3).all()) and torch.equal(floors, same_floors)
+    losses, references = relational_losses(rotated, teacher, rows, sizes=[6], **TEMPERATURES)
+    torch.testing.assert_close(losses, references)
+    others, same_references = relational_losses(drawn(12, 6, seed=2), teacher, rows, sizes=[6], **TEMPERATURES)
+    assert bool((others > references + 1e-3).all()) and torch.equal(references, same_references)
 
 
-def test_a_row_is_not_held_against_itself():
+def test_a_row_is_not_compared_with_itself():
     """With one other row there is nothing to tell apart, however unlike the two are."""
-    losses, floors = relational_losses(
+    losses, references = relational_losses(
         drawn(2, 4), normalize(drawn(2, 4, seed=1), dim=1), torch.arange(2), sizes=[4], **TEMPERATURES
     )
     torch.testing.assert_close(losses, torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(floors, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(references, torch.zeros(2, dtype=torch.float64))
 
 
 def test_parts_of_a_batch_have_the_losses_that_they_have_in_the_whole():

@@ -1,4 +1,4 @@
-"""What a real training step sends and holds, counted on a rank of a real process group or of a fake one."""
+"""Bytes that a real training step sends and holds, counted on a rank of a real or a fake process group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.config import RunConfig
 
 CPU = torch.device("cpu")
 NEVER = 10**9
-WARM_STEPS = 2  # ZeRO-3 finds out which weights are needed when, and broadcasts it; again where the chunks are other ones
+WARM_UP_STEPS = 2  # ZeRO-3 records the order of parameters and broadcasts it, again whenever the chunks are other ones
 OPERATIONS = {  # of torch's ProcessGroup; the names with a base were in use before torch 2.13
     "allreduce": "all_reduce",
     "allgather": "all_gather",
@@ -30,11 +30,17 @@ OPERATIONS = {  # of torch's ProcessGroup; the names with a base were in use bef
     "alltoall_base": "all_to_all",
     "broadcast": "broadcast",
 }
-SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}  # x (W-1)/W of its bytes
+RING_FACTORS = {
+    "all_reduce": 2,
+    "all_gather": 1,
+    "reduce_scatter": 1,
+    "all_to_all": 1,
+    "broadcast": 1,
+}  # x (W-1)/W
 
 
 class Collectives:
-    """While active, adds up the whole tensors of this process's collectives, in bytes by what they do."""
+    """While active, adds up the bytes of the whole tensors of this process's collectives by operation."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -65,63 +71,63 @@ class _Enough(Exception):
 
 
 def _bytes(tree: Any) -> int:
-    """Of the distinct storages of a tree's tensors: a view counts as what it keeps alive."""
+    """Bytes of the distinct storages of a tree's tensors: a view counts as the storage that it keeps alive."""
     found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter(tree) if isinstance(t, torch.Tensor)}
     return sum(found.values())
 
 
-def count_step(config: RunConfig, *, follows_all: bool = True) -> dict[str, Any]:
+def count_step(config: RunConfig, *, counts_activations: bool = True) -> dict[str, Any]:
     """Runs a few steps of the stage ckd on this rank and returns, of the last one, bytes by category.
 
-    sent: the whole tensors of its collectives, by kind; received: of these what this rank receives in a ring;
-    parameters, optimizer, queue: between steps; gradients, bucket: the most at a pass's end or a collective; keys: the batch's;
-    activations: what the largest micro-batch's forward pass leaves behind for its backward pass; tokens: its shapes; peak: the
-    most that lived at once in a step beyond what lives between steps. follows_all: without it, activations and peak are not
-    counted, which costs some microseconds an operation: ZeRO-3 cuts every gradient into a piece a rank.
+    sent: whole tensors of its collectives, by operation; received: of these, what this rank receives in a ring; parameters,
+    optimizer, queue: between steps; gradients, reduce_bucket: the most at the end of a pass or at a collective; keys: of the
+    batch; activations: what the largest micro-batch's forward pass leaves for its backward pass; tokens: its shapes; peak: the
+    most at one time in a step beyond what lives between steps. counts_activations: without it, activations and peak are not
+    counted, which takes some microseconds per operation: ZeRO-3 cuts every gradient into one part per rank.
     """
     from distill.training import stage
 
     build, engines, marks = stage.build_engine, [], []
-    held: dict[str, Any] = dict.fromkeys(("activations", "gradients", "bucket"), 0)
+    held: dict[str, Any] = dict.fromkeys(("activations", "gradients", "reduce_bucket"), 0)
     live, collectives = LiveBytes(), Collectives()
 
     def built(*arguments: Any, **options: Any) -> Any:
-        engines.append(_watched(build(*arguments, **options), live, held))
-        collectives.before = lambda: _note_gradients(engines[-1], held)
+        engines.append(_instrument(build(*arguments, **options), live, held))
+        collectives.before = lambda: _record_gradients(engines[-1], held)
         return engines[-1]
 
     def end_of_step(step: int) -> bool:
         marks.append(Counter(collectives.bytes))
         held["peak"] = live.peak - held.get("start", 0)
-        if step > WARM_STEPS and not (marks[-1] - marks[-2])["broadcast"]:
+        if step > WARM_UP_STEPS and not (marks[-1] - marks[-2])["broadcast"]:
             raise _Enough
-        held["activations"] = held["gradients"] = held["bucket"] = 0
+        held["activations"] = held["gradients"] = held["reduce_bucket"] = 0
         live.peak = held["start"] = live.live
         return False
 
     stage.build_engine = built
     try:
-        with collectives, live if follows_all else nullcontext(), suppress(_Enough):
+        with collectives, live if counts_activations else nullcontext(), suppress(_Enough):
             stage.run_stage(config, "ckd", CPU, end_of_step)
     finally:
         stage.build_engine = build
     sent = dict(marks[-1] - marks[-2])
     share = (dist.get_world_size() - 1) / dist.get_world_size()
-    received = {kind: SHARES[kind] * share * size for kind, size in sent.items()}
+    received = {kind: RING_FACTORS[kind] * share * size for kind, size in sent.items()}
     held |= {"sent": sent, "received": received, **_between_steps(engines[-1])}
     engines[-1].destroy()
     return held
 
 
-def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
-    """The engine, whose passes note what lives after them."""
+def _instrument(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
+    """Makes the engine's passes record the bytes that live after them."""
     forward, backward = engine.forward, engine.backward
     module = engine.module
 
     def whole() -> int:
         return _bytes([p.data for p in module.parameters()])
 
-    def watched_forward(part: Any, shared: Any) -> Any:
+    def counted_forward(part: Any, shared: Any) -> Any:
         before, weights = live.live, whole()
         result = forward(part, shared)
         left = live.live - before - (whole() - weights)  # ZeRO-3 gathers weights meanwhile
@@ -133,24 +139,24 @@ def _watched(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
             held["queue"] = shared.queue.num_bytes
         return result
 
-    def watched_backward(loss: Any) -> Any:
+    def counted_backward(loss: Any) -> Any:
         def begun(grad: torch.Tensor) -> torch.Tensor:
             ended = torch.autograd.Variable._execution_engine.queue_callback
-            ended(lambda: _note_gradients(engine, held))
+            ended(lambda: _record_gradients(engine, held))
             return grad
 
         loss.register_hook(begun)
         result = backward(loss)
-        _note_gradients(engine, held)
+        _record_gradients(engine, held)
         return result
 
-    engine.forward, engine.backward = watched_forward, watched_backward
+    engine.forward, engine.backward = counted_forward, counted_backward
     return engine
 
 
-def _note_gradients(engine: Any, held: dict[str, Any]) -> None:
+def _record_gradients(engine: Any, held: dict[str, Any]) -> None:
     gradients, bucket = _gradients(engine)
-    held["gradients"], held["bucket"] = max(held["gradients"], gradients), max(held["bucket"], bucket)
+    held["gradients"], held["reduce_bucket"] = max(held["gradients"], gradients), max(held["reduce_bucket"], bucket)
 
 
 def _gradients(engine: Any) -> tuple[int, int]:
@@ -174,7 +180,7 @@ def _between_steps(engine: Any) -> dict[str, int]:
 
 
 def start_fake(world_size: int) -> None:
-    """Makes this process rank 0 of so many: it hears its own voice from all others, and every collective goes well at once."""
+    """Makes this process rank 0 of `world_size` ranks that do not exist: every collective succeeds at once, on its own data."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}

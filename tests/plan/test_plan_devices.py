@@ -1,4 +1,4 @@
-"""Devices are found by whole words of what a driver calls them."""
+"""Devices are found by whole words of the names that drivers give them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from distill.plan.devices import load_devices
     ],
 )
 def test_a_device_is_found_under_the_name_that_its_driver_gives_it(called, known):
-    assert load_devices().named(called)[0] == known
+    assert load_devices().find(called)[0] == known
 
 
 @pytest.mark.parametrize("called", ["NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA GH200 480GB", "abacus"])
-def test_another_device_whose_name_begins_alike_is_not_taken_for_it(called):
+def test_a_device_with_a_similar_name_is_not_mistaken_for_it(called):
     with pytest.raises(ValueError, match=r"no device .*H100.*--devices"):
-        load_devices().named(called)
+        load_devices().find(called)

@@ -1,38 +1,35 @@
-"""Shapes on fake tensors against the real modules: parameters, operations, and how they grow with the length of a sentence."""
+"""Shapes from fake tensors against real modules: parameters, FLOPs, and their growth with the length of a text."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_config
 from encoders import FAMILIES, save_family
+from plan.plans import inputs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import load_config
-from distill.plan.corpus import Corpus
-from distill.plan.devices import load_devices
-from distill.plan.encoders import architecture_of
-from distill.plan.memory import keys_bytes, loss_bytes
-from distill.plan.plan import make_plan, models_of
+from distill.plan.architectures import architecture_of
+from distill.plan.planner import plan_stage
 from distill.plan.shapes import Growth, task_shape, teacher_shape
-from distill.plan.time import Cluster, loss_operations
-from distill.plan.wire import sent_in_a_step
+from distill.plan.step_cost import batch_bytes, collectives_per_step, loss_flops, loss_workspace
+from distill.plan.zero_partition import ZeroSettings
 from distill.student.encoder import load_encoder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_operations_of_every_family_are_those_of_a_real_forward_pass(family, tiny_encoder, tmp_path):
+def test_flops_of_every_family_are_those_of_a_real_forward_pass(family, tiny_encoder, tmp_path):
     folder = save_family(family, tiny_encoder, tmp_path / family)
     shape = teacher_shape(architecture_of(str(folder)), is_bf16=False)
     encoder = load_encoder(str(folder)).eval()
     encoder.set_attn_implementation("eager")
-    assert shape.numel == sum(p.numel() for p in encoder.parameters())
+    assert shape.num_parameters == sum(p.numel() for p in encoder.parameters())
     tokens = torch.ones((3, 28), dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    # a pooler works once a sentence, however long
-    assert shape.flops([(3, 28.0)]) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    # a pooler's FLOPs do not grow with the length
+    assert shape.forward_flops([(3, 28.0)]) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_known_encoders_have_the_published_number_of_parameters():
@@ -43,13 +40,13 @@ def test_known_encoders_have_the_published_number_of_parameters():
         "huawei-noah/TinyBERT_General_4L_312D": 14.4,
         "sentence-transformers/all-mpnet-base-v2": 109.5,
     }.items():
-        found = teacher_shape(architecture_of(name), is_bf16=True).numel / 1e6
+        found = teacher_shape(architecture_of(name), is_bf16=True).num_parameters / 1e6
         assert found == pytest.approx(millions, rel=0.005), name
 
 
-def test_growth_goes_through_what_it_was_made_from():
+def test_growth_has_the_values_that_it_was_fitted_to():
     growth = Growth(100.0, 7.0, 0.5)
-    again = Growth.through([growth([(8, 16)]), growth([(8, 32)]), growth([(16, 16)])])
+    again = Growth.fit([growth([(8, 16)]), growth([(8, 32)]), growth([(16, 16)])])
     assert again([(3, 11), (5, 40)]) == pytest.approx(growth([(3, 11), (5, 40)]))
 
 
@@ -59,12 +56,12 @@ def shape_of(tiny_encoder, folder, name: str, *overrides: str, teacher_dim: int 
     return config, task_shape(config, name, student, teacher_dim, is_bf16=False, on_cpu=True)
 
 
-def test_a_stage_that_goes_on_from_hpd_has_its_head(tiny_encoder, tmp_path):
+def test_a_stage_that_starts_from_hpd_has_its_head(tiny_encoder, tmp_path):
     _, hpd = shape_of(tiny_encoder, tmp_path, "hpd", "hpd.init=ckd")
     _, finetune = shape_of(tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd")
     _, plain = shape_of(tiny_encoder, tmp_path, "finetune")
-    assert (finetune.width, plain.width) == (16, 32)
-    assert finetune.numel() == hpd.numel() == plain.numel() + 32 * 16 + 16
+    assert (finetune.student_dim, plain.student_dim) == (16, 32)
+    assert finetune.num_parameters == hpd.num_parameters == plain.num_parameters + 32 * 16 + 16
 
 
 @pytest.mark.parametrize(
@@ -78,39 +75,35 @@ def test_a_stage_that_goes_on_from_hpd_has_its_head(tiny_encoder, tmp_path):
         (("finetune.init=simcse", "simcse.init=student", "simcse.teacher_weight=1"), False),
     ],
 )
-def test_a_student_is_held_to_its_teacher_by_the_projection_that_it_brings(tiny_encoder, tmp_path, overrides, is_there):
+def test_finetune_has_a_projection_only_if_the_student_that_it_starts_from_has(tiny_encoder, tmp_path, overrides, is_there):
     _, wide = shape_of(tiny_encoder, tmp_path, "finetune", *overrides, teacher_dim=48)
     _, same = shape_of(tiny_encoder, tmp_path, "finetune", *overrides)
-    assert wide.numel(trained=True) - same.numel(trained=True) == is_there * (32 * 48 + 48)
+    assert wide.num_trained - same.num_trained == is_there * (32 * 48 + 48)
 
 
-def test_replayed_sentences_are_encoded_and_held_against_no_others(tiny_encoder, tmp_path):
-    config, replays = shape_of(tiny_encoder, tmp_path, "finetune")
-    bare = ["finetune.teacher_weight=0"]
-    without, plain = shape_of(tiny_encoder, tmp_path, "finetune", *bare)
-    assert (replays.views, replays.encoded, plain.views, plain.encoded) == (3, 4, 3, 3)
-    assert keys_bytes(replays, config.finetune) == keys_bytes(plain, without.finetune) == 16 * 2 * 4 * 32
-    assert loss_operations(replays, config.finetune, 8) == loss_operations(plain, without.finetune, 8)
-    assert loss_bytes(replays, config.finetune, 4 * 8) == loss_bytes(plain, without.finetune, 3 * 8)
-    sent = [sent_in_a_step(shape, made.finetune, {}, 2, 1)[:2] for shape, made in ((replays, config), (plain, without))]
-    assert sent[0] == sent[1]
+def test_texts_of_the_teacher_term_are_encoded_but_not_contrasted_with_others(tiny_encoder, tmp_path):
+    _, replays = shape_of(tiny_encoder, tmp_path, "finetune")
+    _, plain = shape_of(tiny_encoder, tmp_path, "finetune", "finetune.teacher_weight=0")
+    assert (replays.num_views, replays.texts_per_row, plain.num_views, plain.texts_per_row) == (3, 4, 3, 3)
+    assert batch_bytes(replays) == batch_bytes(plain) == 16 * 2 * 4 * 32
+    assert loss_flops(replays, 8) == loss_flops(plain, 8)
+    assert loss_workspace(replays, 4 * 8) == loss_workspace(plain, 3 * 8)
+    views = [collectives_per_step(shape, ZeroSettings(), 2, 1)[:2] for shape in (replays, plain)]
+    assert views[0] == views[1]
 
 
-def test_a_frozen_encoder_reads_the_text_once_and_its_head_alone_takes_steps(tiny_encoder, tmp_path):
-    table = load_devices()
-    cluster = Cluster(1, 2, "cpu", table.devices["cpu"], table.assumed, is_bf16=False)
-    frozen, plans = {}, {}
+def test_a_frozen_encoder_encodes_all_texts_once_and_only_its_head_takes_steps(tiny_encoder, tmp_path):
+    shapes, plans = [], []
     for is_frozen in (True, False):
         overrides = (f"hpd.freeze_encoder={is_frozen}", "hpd.weights={relational: 1}", "hpd.global_batch=64")
         config, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides, "hpd.epochs=3", "hpd.max_steps=null")
-        corpus = Corpus(640, 0, 50.0, np.full(100, 12), {"sentences": "given", "tokens": "given", "text": "given"})
-        frozen[is_frozen] = shape
-        hpd_only = config.model_copy(update={"stages": ["hpd"]})
-        plans[is_frozen] = make_plan(hpd_only, cluster, corpus, models_of(config)).stages[0]
-    once, always = plans[True], plans[False]
-    assert frozen[True].once == frozen[False].flops and frozen[True].activations([(8, 16.0)]) == 0
-    assert once.steps == always.steps == 30 and once.step.compute == 0 and always.step.compute > 0
-    assert once.step.loss == always.step.loss > 0
-    assert once.once_bytes == 640 * 32 * 2 and always.once_bytes == always.once_seconds == 0
-    evaluated = once.seconds - once.once_seconds - once.steps * once.step.total
-    assert evaluated > 0 and always.seconds == pytest.approx(evaluated + always.steps * always.step.total)
+        shapes.append(shape)
+        plans.append(plan_stage(inputs_of(config, tokens_per_text=12, num_texts=640), "hpd"))
+    frozen, trained = plans
+    assert shapes[0].forward_flops == shapes[1].forward_flops and shapes[0].activations([(8, 16.0)]) == 0
+    step, full_step = frozen.chosen.seconds_per_step, trained.chosen.seconds_per_step
+    assert frozen.steps == trained.steps == 30 and step.compute == 0 and full_step.compute > 0
+    assert step.loss == full_step.loss > 0
+    assert frozen.frozen_encoder_bytes == 640 * 32 * 2 and trained.frozen_encoder_bytes == trained.frozen_encoder_seconds == 0
+    evaluated = frozen.seconds - frozen.frozen_encoder_seconds - frozen.steps * step.total
+    assert evaluated > 0 and trained.seconds == pytest.approx(evaluated + trained.steps * full_step.total)

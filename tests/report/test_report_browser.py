@@ -1,4 +1,4 @@
-"""The page in a real browser, from disk and without a network: on a telephone, in the dark, on paper."""
+"""The page in a real browser, from disk and without a network: on a narrow screen, in dark mode, printed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import subprocess
 import browser
 import pytest
 from browser import OPTIONS
-from pages import copy_of, spoil
 from reference_times import hang_limit
+from report_pages import copy_of, spoil
 
 from distill.report import write_report
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--headless", *OPTIONS, "--allow-file-access-from-files", "--enable-logging=stderr"]  # the frame looks, we hear
+FLAGS = [
+    "--headless",
+    *OPTIONS,
+    "--allow-file-access-from-files",
+    "--enable-logging=stderr",
+]  # the frame reads the page and logs
 FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><iframe src="file://{page}" width="{width}"></iframe>
 <script>
 addEventListener("load", () => {{
@@ -27,8 +32,9 @@ addEventListener("load", () => {{
     headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
     scripts: page.querySelectorAll("script, img, [onload], [onerror]").length,
     charts: [...page.querySelectorAll("figure > svg")].map(svg => svg.getBoundingClientRect().width),
-    ground: getComputedStyle(root).backgroundColor,
-    ink: getComputedStyle(page.querySelector("svg text")).fill,
+    background: getComputedStyle(root).backgroundColor,
+    chartBackground: getComputedStyle(page.querySelector("figure > svg path")).fill,
+    text: getComputedStyle(page.querySelector("svg text")).fill,
   }});
 }});
 </script>"""
@@ -41,7 +47,7 @@ def run(finished, tmp_path_factory):
 
 @pytest.fixture
 def chromium(tmp_path):
-    """Runs the browser on a page; returns what it printed and what its console heard."""
+    """Runs the browser on a page; returns its output and the lines of its console."""
     program = browser.chromium()
 
     def run(*arguments):
@@ -54,14 +60,14 @@ def chromium(tmp_path):
 
 @pytest.fixture
 def look(chromium, tmp_path):
-    def through_a_frame(page, width, *options):
+    def in_a_frame(page, width, *options):
         (tmp_path / "frame.html").write_text(FRAME.format(page=page, width=width))
         printed, console = chromium(*options, "--dump-dom", f"file://{tmp_path / 'frame.html'}")
         assert len(console) == 1 and "looked at" in console[0], console
         title = re.search(r"<title>(.*?)</title>", printed)[1]
         return json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
 
-    return through_a_frame
+    return in_a_frame
 
 
 @pytest.mark.parametrize("width, scheme, is_dark", [(320, 0, True), (400, 1, False)])
@@ -70,8 +76,9 @@ def test_it_opens_from_disk_on_a_narrow_screen_in_light_and_dark(look, run, widt
     assert found["headings"] == ["Results", "Training", "Nearest neighbours", "Data", "Cost", "Recipe", "Reproduce"]
     assert found["width"] <= width and found["overflow"] == 0
     assert all(0.8 * width < each < width for each in found["charts"]) and len(found["charts"]) >= 9
-    ground, ink = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("ground", "ink"))
-    assert (ground < 200 and ink > 600) if is_dark else (ground > 700 and ink < 150)
+    assert found["chartBackground"] == found["background"]
+    background, text = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("background", "text"))
+    assert (background < 200 and text > 450) if is_dark else (background > 700 and text < 330)
 
 
 def test_hostile_text_is_inert(look, finished, tmp_path):

@@ -12,7 +12,7 @@ TEACHER = {"model": "tiny", "max_length": 64}
 ROWS, BLOCK_ROWS, DIM = 50, 16, 24
 
 
-def sentences(num: int, seed: int = 0) -> list[str]:
+def make_texts(num: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [f"Satz {i}: {'ä∑ word ' * int(rng.integers(0, 9))}" for i in range(num)]
 
@@ -30,12 +30,12 @@ def write_one(directory: Path, index: int, rows: int = ROWS, *, teacher: dict | 
     write_shard(
         directory,
         index,
-        sentences(rows, index),
+        make_texts(rows, index),
         text_hashes(rows) + index,
         unit_vectors(rows, dim, index),
         block_rows=BLOCK_ROWS,
         teacher_fingerprint=fingerprint(teacher or TEACHER),
-        text_fingerprint=f"piece {index}",
+        text_fingerprint=f"chunk {index}",
     )
 
 
@@ -45,7 +45,7 @@ def finish_set(directory: Path, num_shards: int) -> Manifest:
         teacher=TEACHER,
         teacher_fingerprint=fingerprint(TEACHER),
         text_fingerprint="text",
-        text_fingerprints=[f"piece {index}" for index in range(num_shards)],
+        text_fingerprints=[f"chunk {index}" for index in range(num_shards)],
         rows=ROWS,
         block_rows=BLOCK_ROWS,
     )

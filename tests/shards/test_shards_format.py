@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import BLOCK_ROWS, DIM, finish_set, make_set, sentences, text_hashes, unit_vectors, write_one
+from shard_sets import BLOCK_ROWS, DIM, finish_set, make_set, make_texts, text_hashes, unit_vectors, write_one
 
-from distill.files import publish
+from distill.run.files import publish
 from distill.shards import Manifest, ShardError, missing, write_shard
 from distill.shards.blocks import NPY_HEADER
 from distill.shards.format import seal, unseal, write_sealed
@@ -37,7 +37,7 @@ def test_plain_webdataset_reads_it_in_five_lines(tmp_path: Path) -> None:
     for txt, embedding, _hash in wds.WebDataset(urls, shardshuffle=False).decode().to_tuple("txt", "embedding.npy", "hash.npy"):
         read += zip(txt.split("\n")[:-1], embedding, _hash, strict=True)
 
-    assert [text for text, _, _ in read] == sentences(50, 0) + sentences(50, 1) + sentences(21, 2)
+    assert [text for text, _, _ in read] == make_texts(50, 0) + make_texts(50, 1) + make_texts(21, 2)
     assert np.array_equal([vector for _, vector, _ in read[:50]], unit_vectors(50, DIM, 0))
     assert [number for _, _, number in read[50:100]] == (text_hashes(50) + 1).tolist()
 
@@ -66,13 +66,13 @@ def test_numpy_reads_every_array_without_pickle(tmp_path: Path) -> None:
         text = tar.extractfile("000000-000000.txt").read()  # type: ignore[union-attr]
         (tmp_path / "member.npy").write_bytes(tar.extractfile("000000-000000.offset.npy").read())  # type: ignore[union-attr]
         offset = np.load(tmp_path / "member.npy", allow_pickle=False)
-    assert [text[a : b - 1].decode() for a, b in pairwise(offset)] == sentences(50)[:BLOCK_ROWS]
+    assert [text[a : b - 1].decode() for a, b in pairwise(offset)] == make_texts(50)[:BLOCK_ROWS]
 
 
 @pytest.mark.parametrize("dim", [384, 768])
 def test_overhead_is_below_1_15_at_768_dimensions_and_at_384(tmp_path: Path, dim: int) -> None:
     num = 4096
-    texts, vectors = sentences(num), unit_vectors(num, dim)
+    texts, vectors = make_texts(num), unit_vectors(num, dim)
     arguments = {"block_rows": 1024, "teacher_fingerprint": "t" * 64, "text_fingerprint": "p" * 64}
     entry = write_shard(tmp_path, 0, texts, text_hashes(num), vectors, **arguments)
     raw = vectors.nbytes + sum(len(text.encode()) for text in texts)
@@ -92,11 +92,11 @@ def test_missing_is_a_pure_function_of_the_directory(tmp_path: Path) -> None:
     [
         ({"vectors": unit_vectors(3, 4).astype(np.float32)}, "float32"),
         ({"vectors": unit_vectors(2, 4)}, r"\(2, 4\)"),
-        ({"vectors": unit_vectors(3, 4) * np.float16(1.01)}, "sentence 0 has norm"),
+        ({"vectors": unit_vectors(3, 4) * np.float16(1.01)}, "text 0 has norm"),
         ({"vectors": np.full((3, 4), np.nan, np.float16)}, "norm nan"),
         ({"hashes": np.zeros(3, np.int32)}, "int32"),
-        ({"texts": ["a", "b\nc", "d"]}, "000000.tar: block 0, sentence 1 holds a line break"),
-        ({"texts": ["a", "b", "\ud800"]}, "000000.tar: block 1, sentence 0 is not valid Unicode"),
+        ({"texts": ["a", "b\nc", "d"]}, "000000.tar: block 0, text 1 holds a line break"),
+        ({"texts": ["a", "b", "\ud800"]}, "000000.tar: block 1, text 0 is not valid Unicode"),
         ({"block_rows": 0}, "blocks of 0"),
         ({"index": -1}, "shard -1"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import DIM, flip, make_set, sentences, text_hashes, unit_vectors
+from shard_sets import DIM, flip, make_set, make_texts, text_hashes, unit_vectors
 
 from distill.shards import ShardError, ShardReader
 
@@ -15,7 +15,7 @@ SHARD_ROWS = (50, 50, 21)
 def test_random_access_equals_a_plain_list(tmp_path: Path) -> None:
     make_set(tmp_path, SHARD_ROWS)
     reader = ShardReader(tmp_path)
-    texts = [text for index, rows in enumerate(SHARD_ROWS) for text in sentences(rows, index)]
+    texts = [text for index, rows in enumerate(SHARD_ROWS) for text in make_texts(rows, index)]
     vectors = np.concatenate([unit_vectors(rows, DIM, index) for index, rows in enumerate(SHARD_ROWS)])
     hashes = np.concatenate([text_hashes(rows) + index for index, rows in enumerate(SHARD_ROWS)])
     wanted = np.random.default_rng(0).integers(0, 121, 500)
@@ -74,7 +74,7 @@ def test_a_damaged_shard_is_refused_when_first_touched_and_not_before(tmp_path: 
     make_set(tmp_path)
     flip(tmp_path / "000001.tar", 700)
     reader = ShardReader(tmp_path)
-    assert reader[0][0] == sentences(1)[0]
+    assert reader[0][0] == make_texts(1)[0]
     with pytest.raises(ShardError, match=r"000001.tar: block 0, member embedding.npy: .*python -m distill.shards repair"):
         reader[50]
 

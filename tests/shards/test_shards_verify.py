@@ -52,10 +52,10 @@ def test_a_flipped_bit_is_found_and_its_member_named(whole: Path, kind: str, par
 def test_every_single_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
     make_set(tmp_path, (3,))
     path = tmp_path / "000000.tar"
-    sound = path.read_bytes()
+    intact = path.read_bytes()
     (tmp_path / "manifest.json").unlink()
-    for position in range(0, len(sound), 7):
-        path.write_bytes(sound[:position] + bytes([sound[position] ^ 0x10]) + sound[position + 1 :])
+    for position in range(0, len(intact), 7):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :])
         _, *problems = verify_all(tmp_path)
         assert len(problems) == 1, position
 
@@ -63,11 +63,11 @@ def test_every_single_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
 def test_every_flipped_byte_beside_the_tars_is_found(tmp_path: Path) -> None:
     make_set(tmp_path, (3,))
     for path in (p for p in tmp_path.iterdir() if p.suffix != ".tar"):
-        sound = path.read_bytes()
-        for position in range(0, len(sound), 13):
-            path.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
+        intact = path.read_bytes()
+        for position in range(0, len(intact), 13):
+            path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
             assert verify_all(tmp_path), (path, position)
-        path.write_bytes(sound)
+        path.write_bytes(intact)
     assert verify_all(tmp_path) == []
 
 

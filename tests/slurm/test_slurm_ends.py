@@ -42,7 +42,7 @@ Trainer._step = _fails
 def test_what_is_wrong_in_the_config_is_said_once_and_ends_the_job(cluster, embedded_copy):
     config, _ = embedded_copy
     job = Job(cluster, config, "ckd.learning_rate=1")
-    ended = cluster.wait(job.number, starts(8))
+    ended = cluster.wait(job.number, starts(3))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), ended
     assert job.printed.count("error:") == 1 and "ckd.learning_rate" in job.printed, job.printed
 

@@ -15,7 +15,7 @@ from conftest import write_config
 from jobs import LONG, STEPS, TIMEOUT, Job, assert_same_losses, digests, losses, make_folder, newest
 from reference_times import hang_limit, starts
 
-from distill.training.watch import SILENCE
+from distill.run.heartbeats import SILENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 

@@ -11,9 +11,9 @@ from encoders import FAMILIES, POSITIONS, make_family, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from distill.config import StudentConfig
 from distill.student import Student
 from distill.student.encoder import build_encoder, keep_layers, load_encoder, set_dropout
+from distill.student.student_config import StudentConfig
 
 STACK = {"bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer", "distilbert": "transformer.layer",
          "t5": "encoder.block"}  # fmt: skip

@@ -11,10 +11,10 @@ import torch
 from conftest import sentences
 from encoders import FAMILIES, save_family
 
-from distill.config import Pooling, StudentConfig
 from distill.student import Student
 from distill.student.encoder import build_encoder
 from distill.student.pooling import pool
+from distill.student.student_config import Pooling, StudentConfig
 
 POOLINGS = get_args(Pooling)
 

@@ -1,8 +1,9 @@
-"""A student is the same before and after it was on disk; its tokens keep to the length that was asked for."""
+"""A student gives the same vectors after it was saved and loaded; its tokens keep to the given length."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import torch
 from conftest import make_encoder, sentences
 from encoders import FAMILIES, save_family
 
-from distill.config import StudentConfig
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
-from distill.student.student import load_extra
+from distill.student.student import PooledVectors, load_extra
+from distill.student.student_config import StudentConfig
 
 
 def build(encoder, *, pooling="mean", max_length=32, layers=None):
@@ -76,7 +77,7 @@ def test_a_folder_without_a_student_is_named(tmp_path):
         Student.load(tmp_path)
 
 
-def test_vectors_come_back_in_the_order_of_the_sentences(tiny_encoder):
+def test_vectors_are_in_the_order_of_the_texts(tiny_encoder):
     student = build(tiny_encoder)
     texts = sentences(30)
     vectors = student.encode(texts, batch_size=4)
@@ -85,7 +86,7 @@ def test_vectors_come_back_in_the_order_of_the_sentences(tiny_encoder):
 
 
 @pytest.mark.parametrize("max_length", [3, 8, 13, 30, 64])
-def test_a_sentence_keeps_exactly_as_many_tokens_as_asked_for(tiny_encoder, max_length):
+def test_a_text_keeps_at_most_max_length_tokens(tiny_encoder, max_length):
     student = build(tiny_encoder, max_length=max_length)
     tokens = student.tokenize(["the model " * 100, "a query"])
     assert tokens["attention_mask"].sum(dim=1).tolist() == [max_length, min(4, max_length)]
@@ -108,3 +109,23 @@ def test_a_tokenizer_that_pads_on_the_left_is_made_to_pad_on_the_right(tiny_enco
     expected = student.encode(sentences(5))
     student.tokenizer.padding_side = "left"
     assert np.array_equal(student.encode(sentences(5)), expected)
+
+
+def test_the_tokenizer_is_called_from_several_threads_without_being_configured_again(tiny_encoder):
+    student = build(tiny_encoder, max_length=8)
+    batches = [sentences(200, seed=seed) for seed in range(8)]
+    expected = [student.token_ids(texts) for texts in batches]
+    before = student.tokenizer.backend_tokenizer.truncation, student.tokenizer.backend_tokenizer.padding
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(student.token_ids, batches * 4)) == expected * 4
+    assert before == (student.tokenizer.backend_tokenizer.truncation, student.tokenizer.backend_tokenizer.padding)
+    assert before[0]["max_length"] == 8 and before[1] is None
+
+
+def test_precomputed_vectors_go_to_the_head_as_those_of_the_encoder_do(tiny_encoder):
+    student = build(tiny_encoder)
+    chunks = [student.tokenize(texts) for texts in (sentences(5), sentences(3, seed=1))]
+    vectors = [PooledVectors(student(chunk)) for chunk in chunks]
+    assert torch.equal(student(*vectors), torch.cat([each.vectors for each in vectors]))
+    student.add_head(8, "tanh", seed=0)
+    assert torch.allclose(student(*vectors), student(*chunks), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Claims: one task a shard, whatever was killed where, and no waiting for the dead."""
+"""Claims: one task per shard, also after kills on any machine; nobody waits for a killed task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from distill.teacher import claims as module
-from distill.teacher.claims import Claims, dealt
+from distill.teacher.claims import Claims, claimed
 
 HANG = 300  # seconds
 
@@ -30,7 +30,7 @@ def elsewhere(beat: int) -> str:
 def test_only_one_of_two_tasks_takes_a_shard(claim):
     with Claims() as one, Claims() as other:
         assert one.take(claim) and not other.take(claim)
-        one.give_up(claim)
+        one.release(claim)
         assert other.take(claim)
     assert not claim.exists()
 
@@ -62,7 +62,7 @@ def clock(monkeypatch):
     return made
 
 
-def test_a_claim_from_elsewhere_is_live_while_it_beats_and_void_when_it_has_not_for_long(claim, clock):
+def test_another_machines_claim_is_live_while_it_changes_and_void_after_the_timeout(claim, clock):
     claim.write_text(elsewhere(1))
     with Claims() as claims:
         assert claims.state(claim) == "unknown" and not claims.take(claim)
@@ -72,7 +72,7 @@ def test_a_claim_from_elsewhere_is_live_while_it_beats_and_void_when_it_has_not_
         assert claims.state(claim) == "void" and claims.take(claim)
 
 
-def test_a_heart_beats(claim, monkeypatch):
+def test_a_claim_is_rewritten_by_its_owners_heartbeat(claim, monkeypatch):
     monkeypatch.setattr(module, "BEAT", 0.05)
     with Claims() as claims:
         assert claims.take(claim)
@@ -83,7 +83,7 @@ def test_a_heart_beats(claim, monkeypatch):
             time.sleep(0.02)
 
 
-def test_a_claim_cut_off_in_the_middle_is_waited_for_like_any_other(claim, clock):
+def test_an_incomplete_claim_is_void_only_after_the_timeout(claim, clock):
     claim.write_text('{"host": "fa')
     with Claims() as claims:
         assert not claims.take(claim)
@@ -91,21 +91,21 @@ def test_a_claim_cut_off_in_the_middle_is_waited_for_like_any_other(claim, clock
         assert claims.take(claim)
 
 
-def test_what_is_missing_is_dealt_once_and_a_shard_made_meanwhile_is_passed_over(tmp_path):
+def test_a_missing_shard_is_claimed_once_and_one_made_in_the_meantime_is_skipped(tmp_path):
     left = [(tmp_path, index) for index in range(4)]
     with Claims() as claims:
-        dealing = dealt(claims, lambda: list(left))
-        _, first, claim = next(dealing)
+        yielded = claimed(claims, lambda: list(left))
+        _, first, claim = next(yielded)
         assert first == 0 and claim.exists()
         left.remove((tmp_path, 0))
         left.remove((tmp_path, 1))
-        assert [index for _, index, _ in dealing] == [2, 3]
+        assert [index for _, index, _ in yielded] == [2, 3]
 
 
-def test_a_task_leaves_when_all_the_rest_is_in_the_hands_of_live_ones_and_takes_over_from_dead_ones(tmp_path, monkeypatch):
+def test_a_task_ends_when_live_tasks_have_claimed_the_rest_and_takes_over_from_killed_ones(tmp_path, monkeypatch):
     left = [(tmp_path, 0), (tmp_path, 1)]
     with Claims() as other, Claims() as claims:
         assert other.take(tmp_path / ".000000.claim")
         (tmp_path / ".000001.claim").write_text(elsewhere(1))
         monkeypatch.setattr(module, "TIMEOUT", 0.3)
-        assert [index for _, index, _ in dealt(claims, lambda: list(left), poll=0.05)] == [1]
+        assert [index for _, index, _ in claimed(claims, lambda: list(left), poll=0.05)] == [1]

@@ -1,4 +1,4 @@
-"""The teacher's vectors are those that sentence-transformers itself gives, in the order of the sentences."""
+"""The teacher's vectors are those that sentence-transformers itself gives, in the order of the texts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
-from distill.config import TeacherConfig
 from distill.teacher.encoder import Teacher
+from distill.teacher.teacher_config import TeacherConfig
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_a_sentence_transformers_folder_encodes_as_sentence_transformers_does(mi
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
-def test_a_plain_encoder_pools_as_it_is_told(tiny_encoder, pooling):
+def test_a_plain_encoder_pools_as_configured(tiny_encoder, pooling):
     texts = sentences(20)
     tokens = AutoTokenizer.from_pretrained(tiny_encoder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_vectors_come_back_in_order_whatever_a_batch_holds(tiny_encoder, tokens_
     assert worst_cosine(found[:1], found[1:2]) < 0.999, "the sentences are too alike for their order to show"
 
 
-def test_a_prompt_is_put_before_every_sentence(tiny_encoder):
+def test_a_prompt_is_put_before_every_text(tiny_encoder):
     config = {"model": str(tiny_encoder), "pooling": "mean"}
     prompted = vectors_of(["the model learns."], **config, prompt="query vector ")
     assert np.array_equal(prompted, vectors_of(["query vector the model learns."], **config))
@@ -96,7 +96,7 @@ def test_a_length_that_the_encoder_has_no_positions_for_is_refused(tiny_encoder)
         vectors_of(["a"], model=str(tiny_encoder), pooling="mean", max_length=65)
 
 
-def test_a_pooler_without_weights_is_refused_and_never_drawn_anew(tiny_encoder, tmp_path):
+def test_a_pooler_without_weights_is_refused_and_never_initialised_at_random(tiny_encoder, tmp_path):
     shutil.copytree(tiny_encoder, tmp_path / "headless")
     file = tmp_path / "headless/model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("pooler.")}, file, metadata={"format": "pt"})
@@ -105,7 +105,7 @@ def test_a_pooler_without_weights_is_refused_and_never_drawn_anew(tiny_encoder, 
         vectors_of(["a"], model=str(tmp_path / "headless"), pooling="pooler")
 
 
-def test_the_same_sentences_give_the_same_bytes(tmp_path):
+def test_the_same_texts_give_the_same_bytes(tmp_path):
     encoder = make_encoder(tmp_path / "e", seed=5)
     config = TeacherConfig(model=str(encoder), pooling="pooler", tokens_per_batch=100)
     teachers = Teacher(config, CPU, None), Teacher(config, CPU, None)

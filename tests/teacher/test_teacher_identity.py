@@ -1,23 +1,32 @@
-"""What makes vectors a teacher's changes its identity, and nothing else does."""
+"""The identity changes with everything that changes the vectors, and with nothing else."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import make_encoder, write_config
 
-from distill.config import TeacherConfig, load_config
+from distill.config import load_config
+from distill.run.files import DigestCache
 from distill.teacher.identity import check_teacher, teacher_identity
+from distill.teacher.teacher_config import TeacherConfig
 
 
 def identity(encoder, precision="fp32", **config):
-    return teacher_identity(TeacherConfig(model=str(encoder), pooling="mean", **config), precision)[0]
+    return identity_of(TeacherConfig(model=str(encoder), pooling="mean", **config), precision)
 
 
-def test_how_the_work_is_cut_is_no_part_of_the_identity(tiny_encoder):
+def identity_of(config, precision="fp32"):
+    with tempfile.TemporaryDirectory() as folder:
+        return teacher_identity(config, precision, DigestCache(Path(folder) / "digests.json"))
+
+
+def test_batch_size_and_tasks_do_not_change_the_identity(tiny_encoder):
     assert identity(tiny_encoder) == identity(tiny_encoder, tokens_per_batch=17, tasks=5)
 
 
@@ -39,16 +48,16 @@ def test_other_weights_or_another_vocabulary_in_the_same_place_are_another_teach
 def test_given_vectors_are_known_by_their_bytes(tmp_path):
     np.save(tmp_path / "v.npy", np.ones((3, 4)))
     config = TeacherConfig(vectors=str(tmp_path / "v.npy"))
-    before = teacher_identity(config, "fp32")[0]
-    assert before == teacher_identity(config, "bf16")[0]
+    before = identity_of(config)
+    assert before == identity_of(config, "bf16")
     np.save(tmp_path / "v.npy", np.zeros((3, 4)))
-    assert teacher_identity(config, "fp32")[0] != before
+    assert identity_of(config) != before
 
 
 def test_shards_of_another_teacher_are_refused_with_every_difference_named(tmp_path, tiny_encoder):
     config = load_config(write_config(tmp_path, tiny_encoder))
-    made_by = teacher_identity(config.teacher, "fp32")[0]
-    check_teacher(config, SimpleNamespace(teacher=made_by))
+    made_by = identity_of(config.teacher)
+    check_teacher(config.teacher, config.shards_dir, SimpleNamespace(teacher=made_by))
     other = SimpleNamespace(teacher=made_by | {"prompt": "query: ", "max_length": 64})
     with pytest.raises(ValueError, match=r"max_length: 64 in the shards, 32 in the config; teacher\.prompt: 'query: ' in the"):
-        check_teacher(config, other)
+        check_teacher(config.teacher, config.shards_dir, other)

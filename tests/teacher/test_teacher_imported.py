@@ -1,4 +1,4 @@
-"""Vectors that a user has already: read as they are, normalised, and refused by name where they are none."""
+"""Precomputed vectors are read, normalised, and refused by name if they are invalid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distill.config import TeacherConfig
 from distill.teacher.imported import ImportedVectors
+from distill.teacher.teacher_config import TeacherConfig
 
 VECTORS = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 UNIT = (VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)).astype(np.float16)
@@ -101,7 +101,7 @@ def test_a_cut_off_npy_is_refused(tmp_path):
 
 def test_other_shapes_types_and_places_are_refused(tmp_path):
     np.save(tmp_path / "flat.npy", np.ones(4))
-    with pytest.raises(ValueError, match=r"has shape \(4,\); it must be \[sentences, dimensions\]"):
+    with pytest.raises(ValueError, match=r"has shape \(4,\); it must be \[texts, dimensions\]"):
         imported(tmp_path / "flat.npy")
     with pytest.raises(ValueError, match="no file at"):
         imported(tmp_path / "none.npy")

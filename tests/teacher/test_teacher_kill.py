@@ -1,4 +1,4 @@
-"""Law 3 for precompute: any number of tasks, killed at any moment, leave the set that one task makes without a kill."""
+"""Invariant 3 for precompute: any number of tasks, killed at any moment, leave the set that one task makes without a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def set_of(config):
 
 
 def begin(path, count):
-    """So many tasks of one thread each, in process groups of their own."""
+    """Starts `count` tasks of one thread each, each in its own process group."""
     return [
         subprocess.Popen(
             command("precompute.py", "--config", path),

@@ -1,4 +1,4 @@
-"""Two million sentences take no more memory than one million: nothing holds the text, its hashes or its vectors whole."""
+"""Two million texts take no more memory than one million: the text, its hashes and its vectors are never in memory at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from distill.config import load_config
-from distill.teacher.precompute import encode_missing, finish_set, prepare
-from distill.teacher.timing import Timing
+from distill.config import load_config, stage_of
+from distill.run.files import fingerprint
+from distill.teacher.encode_missing import encode_missing
 
 
 class Fake:
-    "Vectors that cost nothing: of the sentence's length."
+    "Cheap vectors: functions of the text's length."
 
-    def read(self, sentences, numbers):
-        return np.array([len(sentence) for sentence in sentences])
+    def read(self, texts, numbers):
+        return np.array([len(text) for text in texts])
 
     def encode(self, read, tick):
         angles = read[:, None] * np.arange(1, 33)
@@ -32,18 +32,19 @@ class Fake:
         return vectors.astype(np.float16)
 
 
-config = load_config(sys.argv[1])
-text = prepare(config)
+stage = stage_of(load_config(sys.argv[1]), "precompute")
+text = stage.prepare()
 identity = {"model": "fake", "precision": "fp32"}
-timing = encode_missing(config, text, Fake(), identity)
-assert finish_set(config, text, identity, timing)
+sets, chunks = stage.shard_sets(text), stage.directory / "text"
+timing = encode_missing(sets, chunks, Fake(), teacher_fingerprint=fingerprint(identity), block_rows=1024)
+assert stage.finish_set(text, identity, timing)
 lines = Path("/proc/self/status").read_text().splitlines()
 print(text["counts"]["kept"], next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024)
 """
 
 
 def peak_megabytes(folder, lines, count):
-    """Of a precompute of `count` distinct sentences, those of `lines` with suffixes."""
+    """Peak memory of a precompute of `count` distinct texts: `lines` with suffixes."""
     folder.mkdir()
     with (folder / "text.txt").open("w") as file:
         for number in range(count):
@@ -71,6 +72,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path, request):
     except pytest.skip.Exception:
         lines = sentences(100_000)
     one, two = (peak_megabytes(tmp_path / str(count), lines, count) for count in (1_000_000, 2_000_000))
-    print(f"peak resident memory: {one} MB for one million sentences, {two} MB for two")
+    print(f"peak resident memory: {one} MB for one million texts, {two} MB for two")
     assert two < 500
     assert two < one * 1.05 + 10

@@ -1,4 +1,4 @@
-"""Shards are a function of text and teacher: not of tasks, nor of how often the work was interrupted."""
+"""Shards are a function of text and teacher: not of the number of tasks, nor of interruptions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ import torch
 from conftest import make_encoder, sentences, write_config
 from reference_times import hang_limit
 
-from distill.config import load_config
+from distill.config import load_config, stage_of
 from distill.corpus import HELD_OUT_MODULUS, text_hash
 from distill.shards import ShardReader, verify_all
 from distill.shards.__main__ import main as shards_command
-from distill.stages import stage_of
 from distill.teacher import claims
-from distill.teacher.precompute import prepare, run_precompute
 
 CPU = torch.device("cpu")
 
@@ -29,6 +27,10 @@ CPU = torch.device("cpu")
 def config_of(folder, encoder, *overrides):
     folder.mkdir(exist_ok=True)
     return load_config(write_config(folder, encoder), list(overrides))
+
+
+def precompute(config):
+    return stage_of(config, "precompute").run(CPU)
 
 
 def digests(config):
@@ -39,13 +41,13 @@ def digests(config):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_encoder):
     config = config_of(tmp_path_factory.mktemp("whole"), tiny_encoder)
-    assert run_precompute(config, CPU, None)
+    assert precompute(config)
     return config
 
 
 def _task(path, overrides):
     torch.set_num_threads(1)
-    run_precompute(load_config(path, overrides), CPU, None)
+    precompute(load_config(path, overrides))
 
 
 def run_tasks(path, count, *overrides):
@@ -66,7 +68,7 @@ def test_shards_do_not_depend_on_the_number_of_tasks(whole, tmp_path, tiny_encod
     assert digests(config) == digests(whole)
     assert stage_of(config, "precompute").reason_to_run() is None
     tasks = [json.loads(line) for line in (config.run_dir / "precompute/tasks.jsonl").read_text().splitlines()]
-    assert sum(task["sentences"] for task in tasks) == 600  # nothing was made twice
+    assert sum(task["texts"] for task in tasks) == 600  # nothing was made twice
 
 
 def test_what_a_killed_task_left_missing_is_made_by_a_later_one(whole, tmp_path, tiny_encoder, monkeypatch):
@@ -77,12 +79,12 @@ def test_what_a_killed_task_left_missing_is_made_by_a_later_one(whole, tmp_path,
     shutil.rmtree(config.run_dir / "precompute")
     (config.run_dir / "shards/.000001.claim").write_text("{}")  # its claim; from where, nobody can tell
     monkeypatch.setattr(claims, "TIMEOUT", 1.0)
-    assert run_precompute(config, CPU, None)
+    assert precompute(config)
     assert digests(config) == digests(whole)
 
 
 def _prepare(path, results):
-    results.put(prepare(load_config(path))["fingerprint"])
+    results.put(stage_of(load_config(path), "precompute").prepare()["fingerprint"])
 
 
 def test_tasks_that_start_together_cut_the_text_once(tmp_path, tiny_encoder):
@@ -101,7 +103,7 @@ def test_tasks_that_start_together_cut_the_text_once(tmp_path, tiny_encoder):
     assert not list(text.parent.glob("*.part"))
 
 
-def test_the_training_set_holds_no_sentence_of_the_held_out_residue_and_the_held_out_set_no_other(whole):
+def test_held_out_texts_are_those_whose_hash_is_0_modulo_50_and_no_training_text_is(whole):
     training, held_out = ShardReader(whole.run_dir / "shards"), ShardReader(whole.run_dir / "shards/held_out")
     for reader, expected in ((training, False), (held_out, True)):
         rows = np.arange(len(reader))
@@ -115,7 +117,7 @@ def test_every_byte_is_as_it_was_written(whole):
     assert verify_all(whole.run_dir / "shards") == [] == verify_all(whole.run_dir / "shards/held_out")
 
 
-def test_given_vectors_stay_with_their_sentences_although_rows_were_dropped(tmp_path, tiny_encoder):
+def test_precomputed_vectors_stay_with_their_texts_although_rows_were_dropped(tmp_path, tiny_encoder):
     kept = sentences(300)
     raw = [line for text in kept for line in (text, "short", text.upper().lower(), "x" * 2000)]
     rng = np.random.default_rng(0)
@@ -124,7 +126,7 @@ def test_given_vectors_stay_with_their_sentences_although_rows_were_dropped(tmp_
     (tmp_path / "text.txt").write_text("\n".join(raw) + "\n")
     teacher = f"teacher={{vectors: {tmp_path / 'v.npy'}}}"
     config = config_of(tmp_path, tiny_encoder, teacher, f"student.init={tiny_encoder}", "shards.rows=100")
-    assert run_precompute(config, CPU, None)
+    assert precompute(config)
     row_of = {text: row for row, text in reversed(list(enumerate(raw)))}
     found = 0
     for reader in (ShardReader(config.run_dir / "shards"), ShardReader(config.run_dir / "shards/held_out")):
@@ -136,33 +138,35 @@ def test_given_vectors_stay_with_their_sentences_although_rows_were_dropped(tmp_
     assert found == len(kept)
 
 
-def test_a_piece_of_text_that_was_changed_is_found_and_named(tmp_path, tiny_encoder):
+def test_a_changed_text_chunk_is_found_and_named(tmp_path, tiny_encoder):
     config = config_of(tmp_path, tiny_encoder)
-    prepare(config)
-    piece = config.run_dir / "precompute/text/000001.txt"
-    piece.write_bytes(piece.read_bytes().replace(b"model", b"nodel", 1))
+    stage_of(config, "precompute").prepare()
+    chunk = config.run_dir / "precompute/text/000001.txt"
+    chunk.write_bytes(chunk.read_bytes().replace(b"model", b"nodel", 1))
     with pytest.raises(ValueError, match=r"000001\.txt is not as it was written"):
-        run_precompute(config, CPU, None)
+        precompute(config)
 
 
 def test_shards_of_two_teachers_are_never_mixed(tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     config = config_of(tmp_path, encoder)
-    run_precompute(config, CPU, None)
+    precompute(config)
     (config.run_dir / "shards/000001.tar").unlink()
     (config.run_dir / "shards/manifest.json").unlink()
     shutil.copy(make_encoder(tmp_path / "other", seed=1) / "model.safetensors", encoder)
+    with pytest.raises(ValueError, match=r"begun with another text or teacher \(input .*/encoder: "):
+        precompute(config)
     with pytest.raises(ValueError, match="the teacher's files have changed"):
-        run_precompute(config, CPU, None)
-    (config.run_dir / "precompute/teacher.json").unlink()
+        stage_of(config, "precompute").identify(None)
+    (config.run_dir / "precompute/BEGUN.json").unlink()
     with pytest.raises(ValueError, match=r"0000\d\d\.tar: made by another teacher"):
-        run_precompute(config, CPU, None)
+        precompute(config)
     assert not (config.run_dir / "shards/manifest.json").exists()
 
 
 def test_the_same_run_again_embeds_nothing(whole, tmp_path, tiny_encoder):
     before = {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")}
-    assert run_precompute(whole, CPU, None)
+    assert precompute(whole)
     assert {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")} == before
 
 
@@ -195,12 +199,10 @@ def disagree(shards):
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, rename, swap, lose, disagree])
-def test_what_is_wrong_is_named_by_verify_and_mended_by_repair_and_the_same_command(
-    whole, tmp_path, tiny_encoder, capsys, harm
-):
+def test_damage_is_named_by_verify_and_fixed_by_repair_and_the_same_command(whole, tmp_path, tiny_encoder, capsys, harm):
     config = config_of(tmp_path, tiny_encoder)
     shutil.copytree(whole.run_dir / "shards", config.run_dir / "shards")
-    assert run_precompute(config, CPU, None)
+    assert precompute(config)
     shards = config.run_dir / "shards"
     made = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
     harm(shards)
@@ -209,7 +211,7 @@ def test_what_is_wrong_is_named_by_verify_and_mended_by_repair_and_the_same_comm
     shards_command(["repair", str(shards)])
     reason = stage_of(config, "precompute").reason_to_run()
     assert reason is None if harm is disagree else "manifest.json is missing" in reason
-    assert run_precompute(config, CPU, None)
+    assert precompute(config)
     assert shards_command(["verify", str(shards)]) == 0
     assert {name: value for name, value in digests(config).items() if not name.endswith(".unlisted")} == digests(whole)
     remade = {path.name for path in shards.glob("*.tar") if path.stat().st_mtime_ns != made.get(path.name)}

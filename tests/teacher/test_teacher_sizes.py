@@ -22,11 +22,12 @@ from torch.nn import Linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from distill.config import TeacherConfig, load_config
-from distill.precision import autocast_dtype
+from distill.config import load_config
+from distill.run.precision import autocast_dtype
 from distill.shards import ShardReader
 from distill.teacher.encoder import PACKED_FLOPS, Teacher
 from distill.teacher.load import PackedLinear, pack_linears
+from distill.teacher.teacher_config import TeacherConfig
 
 CPU = torch.device("cpu")
 AMP = autocast_dtype("auto", CPU)  # bf16, or None where this processor lacks it: these tests then hold fp32 to fp32's limits
@@ -142,9 +143,9 @@ import json, os, sys, threading, time
 from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
-from distill.config import TeacherConfig
-from distill.precision import autocast_dtype
+from distill.run.precision import autocast_dtype
 from distill.teacher.encoder import Teacher
+from distill.teacher.teacher_config import TeacherConfig
 
 def held():
     "Bytes of this process that cannot be read from a file again."
@@ -232,7 +233,7 @@ def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_
     assert two.texts(rows) == one.texts(rows)
     assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
     task = json.loads((load_config(configs[1]).run_dir / "precompute/tasks.jsonl").read_text())
-    assert task["sentences"] == 600
+    assert task["texts"] == 600
 
 
 def _weights_held(model, texts):

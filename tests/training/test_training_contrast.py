@@ -21,21 +21,24 @@ from engines import SHIPPED, start_deepspeed
 from live_bytes import LiveBytes
 from torch.nn.functional import cross_entropy, normalize
 
-from distill.config import FinetuneConfig, SimcseConfig, StudentConfig, TemperatureConfig
-from distill.sampling import GlobalOrder, dealt_order
+from distill.run.collectives import reduce_sums, world_size
+from distill.run.sampling import GlobalOrder, length_order
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
-from distill.training.contrast import ContrastRecipe, ContrastTask
-from distill.training.distributed import reduce_sums, world_size
-from distill.training.rows import Sentences, Triplets
+from distill.student.student_config import StudentConfig
+from distill.training.contrast import ContrastModule, ContrastTask, TeacherMap
+from distill.training.contrast_rows import TextPairs, Triplets
+from distill.training.tasks.finetune import FinetuneConfig
+from distill.training.tasks.simcse import SimcseConfig
+from distill.training.train_config import TemperatureConfig
 
 GLOBAL_BATCH, STEPS, LR, DIM = 33, 3, 0.05, 24
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "world_size": (1, 2, 4),
     "zero": ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),
     "micro_batch": (33, 8, 3),
-    "kind": ("triplets", "sentences"),
+    "kind": ("triplets", "texts"),
     "replay": (False, True),
     "checkpointing": (False, True),
 }
@@ -67,9 +70,9 @@ def triplets(count: int = 120) -> Triplets:
     return Triplets([tuple(texts[row] for row in draw.choice(40, size=3, replace=False)) for _ in range(count)])
 
 
-def new_recipe(
+def new_task(
     shards: Path, encoder_folder: Path, kind: str, replay: bool, *, micro_batch: int, dropout: float = 0.0, **changes: Any
-) -> ContrastRecipe:
+) -> ContrastTask:
     reader = ShardReader(shards)
     encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
@@ -79,44 +82,46 @@ def new_recipe(
     config = section(temperature=TemperatureConfig(scale=5.0), **options)
     torch.manual_seed(0)
     projection = torch.nn.Linear(student.width, reader.dim) if replay else None
-    rows = triplets(max(120, config.global_batch)) if kind == "triplets" else Sentences(reader)
-    task = ContrastTask(student, config, None, num_views=rows.num_views, projection=projection)
-    return ContrastRecipe(task, rows, reader if replay else None, seed=0)
+    rows = triplets(max(120, config.global_batch)) if kind == "triplets" else TextPairs(reader)
+    module = ContrastModule(student, config, None, num_views=rows.num_views, to_teacher=TeacherMap(projection=projection))
+    return ContrastTask(module, rows, reader if replay else None, seed=0)
 
 
-def parameters_of(task: ContrastTask) -> dict[str, np.ndarray]:
-    return {name: p.detach().double().numpy().reshape(-1).copy() for name, p in task.named_parameters() if "pooler" not in name}
+def parameters_of(module: ContrastModule) -> dict[str, np.ndarray]:
+    return {
+        name: p.detach().double().numpy().reshape(-1).copy() for name, p in module.named_parameters() if "pooler" not in name
+    }
 
 
 def reference(shards: Path, encoder_folder: Path, kind: str, replay: bool) -> tuple[list[float], list[dict[str, np.ndarray]]]:
     """Losses and parameters after each step: one process, float64, all at once."""
-    recipe = new_recipe(shards, encoder_folder, kind, replay, micro_batch=GLOBAL_BATCH)
-    task, reader = recipe.task.double(), ShardReader(shards)
-    student = task.student
-    optimizer = torch.optim.SGD(task.parameters(), lr=LR)
+    task = new_task(shards, encoder_folder, kind, replay, micro_batch=GLOBAL_BATCH)
+    module, reader = task.module.double(), ShardReader(shards)
+    student = module.student
+    optimizer = torch.optim.SGD(module.parameters(), lr=LR)
     losses, states = [], []
     for step in range(STEPS):
-        numbers = GlobalOrder(recipe.rows.shard_rows, global_batch=GLOBAL_BATCH, seed=0).batch(step)
-        rows = list(zip(*recipe.rows.views(numbers), strict=True))
+        numbers = GlobalOrder(task.rows.shard_rows, global_batch=GLOBAL_BATCH, seed=0).batch(step)
+        rows = list(zip(*task.rows.views(numbers), strict=True))
         vectors = [normalize(student(student.tokenize(list(view))).double(), dim=1) for view in zip(*rows, strict=True)]
         candidates = torch.cat(vectors[1:])
         names = [row[view] for view in range(1, len(vectors)) for row in rows]
         excluded = torch.tensor(
             [[name in row[:2] and j % GLOBAL_BATCH != i for j, name in enumerate(names)] for i, row in enumerate(rows)]
         )
-        logits = task.temperature.logit_scale.exp() * vectors[0] @ candidates.T
+        logits = module.temperature.logit_scale.exp() * vectors[0] @ candidates.T
         loss = cross_entropy(logits.masked_fill(excluded, -torch.inf), torch.arange(GLOBAL_BATCH))
         assert excluded.any()
         if replay:
             replayed = GlobalOrder(reader.shard_rows, global_batch=GLOBAL_BATCH, seed=0).batch(step)
-            projected = task.projection(student(student.tokenize(reader.texts(replayed))).double())
+            projected = module.projection(student(student.tokenize(reader.texts(replayed))).double())
             teacher = torch.from_numpy(reader.vectors(replayed)).double()
             loss = loss + 0.5 * (1 - (normalize(projected, dim=1) * teacher).sum(dim=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        states.append(parameters_of(task))
+        states.append(parameters_of(module))
     return losses, states
 
 
@@ -128,33 +133,33 @@ def run_cells(cells: list[Cell], shards: Path, encoder_folder: Path) -> list[Any
 def run_cell(cell: Cell, shards: Path, encoder_folder: Path) -> tuple[list[float], list[dict[str, np.ndarray]]]:
     import deepspeed
 
-    recipe = new_recipe(shards, encoder_folder, cell.kind, cell.replay, micro_batch=cell.micro_batch)
-    task = recipe.task
+    task = new_task(shards, encoder_folder, cell.kind, cell.replay, micro_batch=cell.micro_batch)
+    module = task.module
     if cell.checkpointing:
-        task.student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        module.student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     settings = json.loads((SHIPPED / f"{cell.zero}.json").read_text())
-    settings |= {"train_micro_batch_size_per_gpu": cell.micro_batch, "gradient_accumulation_steps": recipe.num_micro}
+    settings |= {"train_micro_batch_size_per_gpu": cell.micro_batch, "gradient_accumulation_steps": task.num_micro}
     settings |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
     if "zero3" in cell.zero:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10
-    optimizer = torch.optim.SGD(task.parameters(), lr=LR)
-    engine = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    optimizer = torch.optim.SGD(module.parameters(), lr=LR)
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
     losses, states = [], []
     for step in range(STEPS):
-        micro = recipe.load(step)
-        shared = recipe.share(step, micro)
-        assert (shared is None) == (len(micro) == 1)
+        micro = task.load(step)
+        context = task.prepare_step(step, micro, is_logged=False)
+        assert bool(context.first_pass) == (len(micro) > 1)
         total = torch.zeros((), dtype=torch.float64)
         for part in micro:
-            loss, measured = engine(part, shared)
+            loss, logged = engine(part, context)
             engine.backward(loss * (world_size() * len(micro) / GLOBAL_BATCH))
             total += loss.detach().double()
-            assert len(measured) >= 3
+            assert len(logged) >= 3
             engine.step()
-        recipe.taken()
+        task.after_step(context)
         losses.append(reduce_sums({"loss": total})["loss"] / GLOBAL_BATCH)
-        with deepspeed.zero.GatheredParameters(list(task.parameters()), enabled="zero3" in cell.zero):
-            states.append(parameters_of(task))
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled="zero3" in cell.zero):
+            states.append(parameters_of(module))
     engine.destroy()
     return losses, states
 
@@ -170,73 +175,74 @@ def test_every_cell_is_the_float64_reference_to_rounding(choose, world_size, sha
     cells = [cell for cell in choose(CELLS) if cell.world_size == world_size]
     errors = []
     for cell, trained in results_of(cells, world_size, run_cells, shards, tiny_encoder):
-        start = parameters_of(new_recipe(shards, tiny_encoder, cell.kind, cell.replay, micro_batch=8).task)
+        start = parameters_of(new_task(shards, tiny_encoder, cell.kind, cell.replay, micro_batch=8).module)
         errors.append(errors_within_rounding(cell, trained, references[cell.kind, cell.replay], start))
     worst_loss, worst_update = np.max(errors, axis=0)
     print(f"W={world_size}: {len(cells)} cells, loss within {worst_loss:.1e}, updates within {worst_update:.1e}")
 
 
-def gradient_of_step(recipe: ContrastRecipe) -> tuple[float, torch.Tensor]:
-    task = recipe.task.train()
-    task.zero_grad()
-    micro = recipe.load(0)
-    shared = recipe.share(0, micro)
+def gradient_of_step(task: ContrastTask) -> tuple[float, torch.Tensor]:
+    module = task.module.train()
+    module.zero_grad()
+    micro = task.load(0)
+    context = task.prepare_step(0, micro, is_logged=False)
     total = 0.0
     for part in micro:
-        loss, _ = task(part, shared)
+        loss, _ = module(part, context)
         loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+    return total, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 def test_both_passes_of_cached_gradients_see_the_same_dropout(shards, tiny_encoder):
-    """If they did not, the gradient would be that of no loss: here it is held against the loss's own differences."""
-    recipe = new_recipe(shards, tiny_encoder, "sentences", False, micro_batch=8, dropout=0.3)
-    recipe.task.double()
-    _, gradient = gradient_of_step(recipe)
-    parameters = [p for p in recipe.task.parameters() if p.grad is not None]
+    """If they did not, the gradient would be that of no loss: it is compared with finite differences of the loss."""
+    task = new_task(shards, tiny_encoder, "texts", False, micro_batch=8, dropout=0.3)
+    task.module.double()
+    _, gradient = gradient_of_step(task)
+    parameters = [p for p in task.module.parameters() if p.grad is not None]
     parts = (gradient / gradient.norm()).split([p.numel() for p in parameters])
     step, values = 3e-4, []
     for change in (step, -2 * step):
         with torch.no_grad():
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.add_(change * part.view_as(parameter))
-        values.append(gradient_of_step(recipe)[0])
+        values.append(gradient_of_step(task)[0])
     slope = (values[0] - values[1]) / (2 * step)
     assert slope == pytest.approx(float(gradient.norm()), rel=2e-3)
 
 
-def test_dropout_makes_the_views_of_a_sentence_differ(shards, tiny_encoder):
-    with_dropout = new_recipe(shards, tiny_encoder, "sentences", False, micro_batch=33, dropout=0.3)
-    without = new_recipe(shards, tiny_encoder, "sentences", False, micro_batch=33)
+def test_dropout_makes_the_views_of_a_text_differ(shards, tiny_encoder):
+    with_dropout = new_task(shards, tiny_encoder, "texts", False, micro_batch=33, dropout=0.3)
+    without = new_task(shards, tiny_encoder, "texts", False, micro_batch=33)
     alike = []
-    for recipe in (with_dropout, without):
-        recipe.task.train()
-        micro = recipe.load(0)
-        alike.append(float(recipe.task(micro[0], recipe.share(0, micro))[1]["similarity/positive"]) / GLOBAL_BATCH)
+    for task in (with_dropout, without):
+        task.module.train()
+        micro = task.load(0)
+        logged = task.module(micro[0], task.prepare_step(0, micro, is_logged=False))[1]
+        alike.append(float(logged["similarity/positive"]) / GLOBAL_BATCH)
     assert alike[0] < 0.99 < 0.99999 < alike[1]
 
 
-def test_rows_are_dealt_by_length_and_all_of_them(shards, tiny_encoder):
-    recipe = new_recipe(shards, tiny_encoder, "triplets", False, micro_batch=8)
-    numbers = recipe.order.batch(1)
-    numbers = numbers[dealt_order(recipe.rows.lengths(numbers))]
-    micro = recipe.load(1)
+def test_all_rows_of_a_batch_are_assigned_in_order_of_length(shards, tiny_encoder):
+    task = new_task(shards, tiny_encoder, "triplets", False, micro_batch=8)
+    numbers = task.order.batch(1)
+    numbers = numbers[length_order(task.rows.lengths(numbers))]
+    micro = task.load(1)
     assert [len(part.positions) for part in micro] == [7, 7, 7, 6, 6]
     assert np.concatenate([part.positions for part in micro]).tolist() == list(range(GLOBAL_BATCH))
     tokens = [ids for part in micro for ids in part.tokens]
-    anchors = recipe.student.token_ids(recipe.rows.views(numbers)[0][:7])
+    anchors = task.module.student.token_ids(task.rows.views(numbers)[0][:7])
     assert tokens[0]["input_ids"][0].tolist()[: len(anchors[0])] == anchors[0]
 
 
-def peak_of_step(recipe: ContrastRecipe) -> tuple[int, int]:
-    """The most bytes of tensors that lived at once in a step; and how many micro-batches it had."""
-    recipe.task.train()
-    micro = recipe.load(0)
+def peak_of_step(task: ContrastTask) -> tuple[int, int]:
+    """The peak number of bytes of live tensors in a step; and how many micro-batches it had."""
+    task.module.train()
+    micro = task.load(0)
     with LiveBytes() as bytes_:
-        shared = recipe.share(0, micro)
+        context = task.prepare_step(0, micro, is_logged=False)
         for part in micro:
-            recipe.task(part, shared)[0].backward()
+            task.module(part, context)[0].backward()
     return bytes_.peak, len(micro)
 
 
@@ -244,8 +250,7 @@ def test_a_batch_of_4096_takes_the_memory_of_256(tmp_path, shards):
     encoder = make_encoder(tmp_path / "wider", layers=3, width=128)
 
     def peak(global_batch: int) -> tuple[int, int]:
-        recipe = new_recipe(shards, encoder, "triplets", False, micro_batch=256, global_batch=global_batch)
-        return peak_of_step(recipe)
+        return peak_of_step(new_task(shards, encoder, "triplets", False, micro_batch=256, global_batch=global_batch))
 
     (small, one), (large, many) = peak(256), peak(4096)
     assert (one, many) == (1, 16)

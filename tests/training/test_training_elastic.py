@@ -1,4 +1,4 @@
-"""A checkpoint is the same whoever wrote it: any number of ranks and any ZeRO stage goes on from it."""
+"""A checkpoint is the same whoever wrote it: any number of ranks and any ZeRO stage continues from it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import pytest
 import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
-from engines import CELLS, CPU, Tiny, new_engine, start_deepspeed, train_steps, whole
+from engines import CELLS, CPU, Tiny, embed_text, new_engine, train_stage, train_steps, whole
 from safetensors.numpy import load_file
 
-from distill.config import EngineConfig, TrainConfig, load_config
-from distill.teacher.precompute import run_precompute
+from distill.run.collectives import gather_rows, world_size
 from distill.training.checkpoint import Checkpoints
-from distill.training.distributed import gather_dealt_rows, world_size
 from distill.training.engine import build_engine
 from distill.training.fragments import copy_owned, steps_taken
 from distill.training.loop import Trainer
-from distill.training.stage import run_stage
-from distill.training.stopping import Stopped
+from distill.training.train_config import EngineConfig, TrainConfig
 
 BEFORE, AFTER = range(3), range(3, 6)
 ROUND = [(4, "zero1"), (1, "zero0"), (2, "zero3_offload"), (4, "zero3"), (1, "zero2_offload"), (2, "zero2")]
@@ -90,7 +87,7 @@ def test_files_hold_every_element_once_and_no_padding(saved):
 @pytest.mark.parametrize(
     "size, one_in", [(1, 1), (2, 1), pytest.param(4, 3, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.soak)]
 )
-def test_any_number_of_ranks_and_any_stage_goes_on_from_any_other(saved, size, one_in):
+def test_any_number_of_ranks_and_any_stage_continues_from_any_other(saved, size, one_in):
     """Parameters, as masters and as the forward pass uses them, and Adam's state to the bit; further steps to rounding."""
     folder, states = saved
     every = [(saved, loaded) for saved in CELLS for loaded in CELLS]
@@ -103,14 +100,14 @@ def test_any_number_of_ranks_and_any_stage_goes_on_from_any_other(saved, size, o
             assert difference <= (0 if size == 2 and saved == loaded else 2e-6), f"{saved} to {loaded} on {size} ranks"
 
 
-def train_with_and_without_a_look(folder):
-    """Whether steps are the same after a copy that was taken before the first of them."""
+def train_with_and_without_a_copy(folder):
+    """Whether steps are the same after a copy of the state before the first of them."""
     found = {}
     for cell in CELLS:
         states = []
-        for look in (False, True):
+        for copies in (False, True):
             engine = new_engine(cell, folder)
-            if look:
+            if copies:
                 assert copy_owned(engine) and steps_taken(engine) == 0
             train_steps(engine, BEFORE)
             states.append(whole(engine))
@@ -121,7 +118,7 @@ def train_with_and_without_a_look(folder):
 
 
 def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path):
-    for found in on_ranks(2, train_with_and_without_a_look, tmp_path):
+    for found in on_ranks(2, train_with_and_without_a_copy, tmp_path):
         assert found == dict.fromkeys(CELLS, True)
 
 
@@ -151,7 +148,7 @@ def pass_on(folder, number, cell):
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_on_a_way_over_1_2_and_4_ranks_and_all_stages(saved):
+def test_nothing_is_lost_over_1_2_and_4_ranks_and_all_stages(saved):
     folder, states = saved
     for number, (size, cell) in enumerate(ROUND, start=4):
         for state, found_size, found in on_ranks(size, pass_on, folder, number, cell):
@@ -166,33 +163,26 @@ def digest(tensor):
 
 
 def recorded(path, overrides, stop_at):
-    """A CKD run as the loop does it, up to a wished stop: {step: (batch, queue after it, loss)} and whether it stopped."""
-    start_deepspeed()
+    """A CKD run as the loop does it, up to a requested stop: {step: (batch, queue after it, loss)} and whether it stopped."""
     seen = {}
     take_step = Trainer._step
 
-    def step(trainer, number, micro):
-        measured = take_step(trainer, number, micro)
-        dealt = torch.cat([part.positions for part in micro]).argsort()
-        rows = gather_dealt_rows(torch.cat([part.hashes for part in micro])[dealt], trainer.train.global_batch)
-        queue = trainer.recipe.queue
-        seen[number] = digest(rows), digest(queue.keys) + digest(queue.ids), measured["loss"]
-        return measured
+    def step(trainer, number, micro, is_logged):
+        context, means = take_step(trainer, number, micro, is_logged)
+        order = torch.cat([part.positions for part in micro]).argsort()
+        rows = gather_rows(torch.cat([part.hashes for part in micro])[order], trainer.train.global_batch)
+        queue = trainer.task.queue
+        seen[number] = digest(rows), digest(queue.keys) + digest(queue.ids), means["loss"]
+        return context, means
 
     Trainer._step = step
-    try:
-        run_stage(load_config(path, overrides), "ckd", CPU, asked_to_stop=lambda number: number == stop_at)
-    except Stopped:
-        return seen, True
-    return seen, False
+    stopped = isinstance(train_stage(path, "ckd", overrides, lambda number: number == stop_at), str)
+    return seen, stopped
 
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory, tiny_encoder):
-    folder = tmp_path_factory.mktemp("run")
-    path = write_config(folder, tiny_encoder)
-    assert run_precompute(load_config(path), CPU, None)
-    return path
+    return embed_text(write_config(tmp_path_factory.mktemp("run"), tiny_encoder))
 
 
 def test_a_run_that_moves_from_2_ranks_to_1_to_4_reads_the_same_batches_and_learns_the_same(embedded):

@@ -1,24 +1,22 @@
-"""Mined triplets are what their definition says, by brute force, and always the same ones."""
+"""Mined triplets against their definition by brute force; the same seed mines the same."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_config
+from engines import embed_text
 
-from distill.config import FinetuneConfig, load_config
-from distill.sampling import permutation
+from distill.run.sampling import permutation
 from distill.shards import ShardReader
-from distill.teacher.precompute import run_precompute
 from distill.training.mining import mine_triplets
+from distill.training.tasks.finetune import FinetuneConfig
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory, tiny_encoder):
-    config = load_config(write_config(tmp_path_factory.mktemp("run"), tiny_encoder))
-    assert run_precompute(config, torch.device("cpu"), None)
-    return ShardReader(config.run_dir / "shards")
+    config = embed_text(write_config(tmp_path_factory.mktemp("run"), tiny_encoder))
+    return ShardReader(config.parent / "runs/tiny/shards")
 
 
 def finetune(**options):
@@ -57,7 +55,7 @@ def test_the_same_seed_mines_the_same_bytes_and_another_one_others(reader, tmp_p
     assert a == b != c
 
 
-def test_no_more_than_asked_for_and_the_first_of_them(reader, tmp_path):
+def test_at_most_num_mined_and_the_first_of_them(reader, tmp_path):
     everything = mine(reader, tmp_path / "all.npy")
     assert np.array_equal(mine(reader, tmp_path / "some.npy", num_mined=50), everything[:50])
 
@@ -68,9 +66,9 @@ def test_positives_stay_in_their_range(reader, tmp_path):
     assert cosines.min() >= 0.9 - 1e-6 and cosines.max() <= 0.99 + 1e-6
 
 
-def test_too_few_triplets_or_sentences_are_refused_and_nothing_is_written(reader, tmp_path):
+def test_too_few_triplets_or_texts_are_refused_and_nothing_is_written(reader, tmp_path):
     with pytest.raises(ValueError, match=r"mining found \d+ triplets .* less than one global batch of 8: widen"):
         mine(reader, tmp_path / "t.npy", positive_range=(0.1, 0.11))
-    with pytest.raises(ValueError, match=r"finetune\.negative_rank 20 needs more than 21 sentences"):
+    with pytest.raises(ValueError, match=r"finetune\.negative_rank 20 needs more than 21 texts"):
         mine(reader, tmp_path / "t.npy", mining_pool=21)
     assert not list(tmp_path.iterdir())

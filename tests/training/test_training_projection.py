@@ -1,4 +1,4 @@
-"""The projection to the teacher's width: what it begins as, what stays fixed; questions that find the teacher's vectors."""
+"""The projection to the teacher's width: its initial value, what stays fixed; students' vectors in the teacher's space."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import pytest
 import torch
 from conftest import make_encoder, write_config
 from distributed_ranks import on_ranks
+from engines import CPU, embed_text, train_stage
 
-from distill.config import load_config
+from distill.config import load_config, stage_of
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder
 from distill.student.student import TeacherSpace, load_extra
-from distill.teacher.precompute import run_precompute
 from distill.training.projection import build_projection, fit_projection, ridge_regression
-from distill.training.stage import build_recipe, build_student, compact_way
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +22,15 @@ def run(tmp_path_factory, tiny_encoder):
     """Teacher vectors of 32 dimensions, and the config of a student that is only 16 wide."""
     folder = tmp_path_factory.mktemp("run")
     narrow = make_encoder(folder / "narrow", layers=2, width=16, seed=3)
-    path = write_config(folder, tiny_encoder, student=f"{{init: {narrow}, max_length: 32}}")
-    config = load_config(path)
-    assert run_precompute(config, CPU, None)
-    return path, config
+    path = embed_text(write_config(folder, tiny_encoder, student=f"{{init: {narrow}, max_length: 32}}"))
+    return path, load_config(path)
 
 
 def fitted(config, how: str):
     reader = ShardReader(config.run_dir / "shards")
     student = Student(*build_encoder(config.student, None, 0), pooling="mean", max_length=32)
-    ckd = config.ckd.model_copy(update={"projection": how})
-    projection = build_projection(student.width, reader.dim, ckd)
-    fit_projection(projection, student, reader, ckd, seed=0)
+    projection = build_projection(student.width, reader.dim, how)
+    fit_projection(projection, student, reader, how, seed=0)
     rows = np.arange(300)
     return projection, student.encode(reader.texts(rows), normalize=False), reader, rows
 
@@ -80,23 +74,13 @@ def test_ridge_regression_finds_a_linear_map():
     assert np.allclose(found_weight, weight, atol=0.01) and np.allclose(found_bias, bias, atol=0.01)
 
 
-def train(path, *overrides):
-
-    import deepspeed
-
-    from distill.training.stage import run_stage
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    return run_stage(load_config(path, list(overrides)), "ckd", CPU)
-
-
 @pytest.mark.parametrize("how", ["linear", "procrustes"])
-def test_questions_of_a_trained_student_find_the_vectors_that_the_teacher_stored(run, how):
+def test_queries_of_a_trained_student_find_the_vectors_that_the_teacher_stored(run, how):
     path, config = run
     base = config.run_dir.parent
     own = [f"name={how}", f"shards_from={config.name}"]
-    on_ranks(1, train, path, *own, f"ckd.projection={how}", "ckd.max_steps=30", "ckd.epochs=5", "ckd.save_every=100")
+    steps = [f"ckd.projection={how}", "ckd.max_steps=30", "ckd.epochs=5", "ckd.save_every=100"]
+    on_ranks(1, train_stage, path, "ckd", [*own, *steps])
     folder = base / how / "ckd/student"
     reader = ShardReader(config.run_dir / "shards")
     rows = np.arange(200)
@@ -109,23 +93,26 @@ def test_questions_of_a_trained_student_find_the_vectors_that_the_teacher_stored
         assert np.allclose(vectors @ kept.numpy().T, vectors @ projection.weight.numpy().T, atol=1e-4)
 
 
-def test_a_compact_head_begins_with_the_way_that_ckd_learned(run, tiny_encoder):
+def test_a_compact_head_begins_with_the_map_that_ckd_learned(run, tiny_encoder):
     path, config = run
-    own = ["name=way", f"shards_from={config.name}", "ckd.projection=linear", "hpd.init=ckd", "hpd.dim=8", "hpd.nested=[4]"]
-    on_ranks(1, train, path, *own, "ckd.max_steps=5", "ckd.save_every=100")
+    own = ["name=map", f"shards_from={config.name}", "ckd.projection=linear", "hpd.init=ckd", "hpd.dim=8", "hpd.nested=[4]"]
+    on_ranks(1, train_stage, path, "ckd", [*own, "ckd.max_steps=5", "ckd.save_every=100"])
     trained = load_config(path, [*own, "hpd.head=linear"])
     reader = ShardReader(config.run_dir / "shards")
     components = reader.moments.pca(8)[0]
-    student = build_recipe(trained, "hpd", trained.run_dir / "hpd", CPU, None).task.student
+    stage = stage_of(trained, "hpd")
+    student = stage.build(stage.setup(CPU, None)).module.student
     texts = reader.texts(np.arange(200))
     found, wanted = student.encode(texts), TeacherSpace(trained.run_dir / "ckd/student").encode(texts) @ components.T
     assert np.allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-4)
 
-    bare = load_config(path, [*own, "hpd.init=student"])
-    assert compact_way(bare, build_student(bare, "hpd"), reader, components) is None
+    bare = stage_of(load_config(path, [*own, "hpd.init=student"]), "hpd")
+    assert bare._learned_map(bare.setup(CPU, None).student, components) is None
     layers = f"student={{init: {tiny_encoder}, layers: [0, 2]}}"
-    as_wide = load_config(path, [*own, layers, "name=wide", "ckd.projection=none", "finetune.init=ckd", "hpd.init=finetune"])
-    student = build_student(as_wide.model_copy(update={"hpd": bare.hpd}), "hpd")
-    student.save(as_wide.run_dir / "finetune/student", student.state_dict())
-    weight, bias = compact_way(as_wide, student, reader, components)
+    as_wide = [*own, layers, "name=wide", "ckd.projection=none", "finetune.init=ckd"]
+    student = stage_of(load_config(path, [*as_wide, "hpd.init=student"]), "hpd").setup(CPU, None).student
+    after = stage_of(load_config(path, [*as_wide, "hpd.init=finetune"]), "hpd")
+    student.is_aligned = True  # as ckd leaves it
+    student.save(after.context.run_dir / "finetune/student", student.state_dict())
+    weight, bias = after._learned_map(after.setup(CPU, None).student, components)
     assert (weight == components).all() and not bias.any()

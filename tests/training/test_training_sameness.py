@@ -1,4 +1,4 @@
-"""Law 2: loss and gradient do not depend on world size, micro-batch or tile."""
+"""Equivalence: loss and gradient do not depend on world size, micro-batch or tile."""
 
 from __future__ import annotations
 
@@ -8,58 +8,55 @@ import torch
 import torch.distributed as dist
 from conftest import write_config
 from distributed_ranks import on_ranks
+from engines import embed_text
 
 from distill.config import load_config
-from distill.sampling import GlobalOrder
+from distill.run.collectives import gather_rows, gather_with_gradient, rank, reduce_sums, world_size
+from distill.run.sampling import GlobalOrder
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
-from distill.teacher.precompute import run_precompute
-from distill.training import floors
+from distill.training import teacher_keys
 from distill.training.batches import ShardBatches
-from distill.training.ckd import CkdRecipe, CkdTask
-from distill.training.distributed import gather_dealt_rows, gather_with_gradient, rank, reduce_sums, world_size
 from distill.training.projection import build_projection
+from distill.training.teacher_keys import TeacherKeysModule, TeacherKeysTask
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_encoder):
-    config = load_config(write_config(tmp_path_factory.mktemp("run"), tiny_encoder))
-    assert run_precompute(config, torch.device("cpu"), None)
-    return config
+    return load_config(embed_text(write_config(tmp_path_factory.mktemp("run"), tiny_encoder)))
 
 
 def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, changes: dict):
-    """The losses of three steps and the gradient of the third, as the engine would average it; what is measured of the rows."""
+    """The losses of three steps; and of the third, the gradient as the engine averages it and what is observed of its rows."""
     reader = ShardReader(config.run_dir / "shards")
     encoder, tokenizer = build_encoder(config.student, config.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, 0.0)
     ckd = config.ckd.model_copy(update={"global_batch": global_batch, "tile": tile, **changes})
     torch.manual_seed(0)
-    task = CkdTask(student, build_projection(student.width, reader.dim, ckd), ckd, None)
+    module = TeacherKeysModule(student, build_projection(student.width, reader.dim, ckd.projection), ckd, None)
     order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
     batches = ShardBatches(reader, order, student, micro_batch=micro_batch, rank=rank(), world_size=world_size())
-    recipe = CkdRecipe(task, batches, torch.device("cpu"))
-    task.measuring = True
+    task = TeacherKeysTask(module, batches, torch.device("cpu"))
     losses = []
     for step in range(3):
-        task.zero_grad()
-        micro = recipe.load(step)
-        shared = recipe.share(step, micro)
+        module.zero_grad()
+        micro = task.load(step)
+        context = task.prepare_step(step, micro, is_logged=True)
         total = torch.zeros(())
         for part in micro:
-            loss, _ = task(part, shared)
+            loss, _ = module(part, context)
             (loss * world_size() / global_batch).backward()
             total = total + loss.detach()
         losses.append(reduce_sums({"loss": total.double()})["loss"] / global_batch)
-        recipe.taken()
-    gradient = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+        task.after_step(context)
+    gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     if dist.is_initialized():
         dist.all_reduce(gradient)
         gradient /= world_size()
-    measured = {name: rows.double().sum() for name, rows in task.take_observed().items()}
-    return losses, gradient.numpy(), reduce_sums(measured)
+    observed = {name: rows.double().sum() for name, rows in context.observations().items()}
+    return losses, gradient.numpy(), reduce_sums(observed)
 
 
 @pytest.mark.parametrize("global_batch, micro_batch, tile", [(32, 32, 4096), (32, 5, 7), (33, 8, 64), (5, 1, 4096)])
@@ -75,20 +72,20 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     ids=["replicated", "sharded", "sharded, soft labels", "shuffled"],
 )
 def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, monkeypatch, size, global_batch, micro_batch, tile, changes):
-    """And so are their floors, of the same sample of rows."""
-    monkeypatch.setattr(floors, "SAMPLE", 10)
-    losses, gradient, measured = losses_and_gradient(run, global_batch, global_batch, 4096, changes)
+    """And so are their reference losses, of the same sample of rows."""
+    monkeypatch.setattr(teacher_keys, "REFERENCE_ROWS", 10)
+    losses, gradient, observed = losses_and_gradient(run, global_batch, global_batch, 4096, changes)
     terms = changes.get("weights", {"ckd": 1, "cosine": 10}).keys()
-    assert {f"floor/{name}" for name in terms & {"ckd", "congen"}} < measured.keys()  # the others' is 0
-    of_the_ranks_own_keys = () if changes.get("queue_placement") != "sharded" else ("similarity/hardest", "negatives/")
+    assert {f"reference_loss/{name}" for name in terms & {"ckd", "congen"}} < observed.keys()  # the others' is 0
+    of_this_ranks_keys = () if changes.get("queue_placement") != "sharded" else ("similarity/hardest", "negatives/")
     for found_losses, found_gradient, found in on_ranks(
         size, losses_and_gradient, run, global_batch, micro_batch, tile, changes
     ):
         assert np.allclose(found_losses, losses, atol=1e-5, rtol=0)
         assert np.abs(found_gradient - gradient).max() <= 1e-5
-        assert found.keys() == measured.keys()
-        for name, value in measured.items():
-            if not name.startswith(of_the_ranks_own_keys):
+        assert found.keys() == observed.keys()
+        for name, value in observed.items():
+            if not name.startswith(of_this_ranks_keys):
                 assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
@@ -97,12 +94,12 @@ def gathered(total: int):
     everything = gather_with_gradient(rows, total)
     # each rank's loss weighs row i of the gathered rows by i: the gradient must add up over ranks
     (everything[:, 0] * torch.arange(total)).sum().backward()
-    return gather_dealt_rows(rows.detach(), total)[:, 0].tolist(), rows.grad[:, 0].tolist()
+    return gather_rows(rows.detach(), total)[:, 0].tolist(), rows.grad[:, 0].tolist()
 
 
 @pytest.mark.parametrize("total", [4, 7])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_gathering_restores_dealt_order_and_its_gradient_sums_over_ranks(size, total):
+def test_gathering_restores_the_order_of_rows_and_its_gradient_sums_over_ranks(size, total):
     for number, (rows, gradient) in enumerate(on_ranks(size, gathered, total)):
         assert rows == list(range(total))
         assert gradient == [size * i for i in range(total)][number::size]
@@ -116,18 +113,17 @@ def queues_agree(run, placement: str, prefill: bool):
     encoder, tokenizer = build_encoder(run.student, run.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
 
-    def recipe() -> CkdRecipe:
+    def new_task() -> TeacherKeysTask:
         batches = ShardBatches(reader, order, student, micro_batch=8, rank=rank(), world_size=world_size())
-        return CkdRecipe(CkdTask(student, None, ckd, None), batches, torch.device("cpu"))
+        return TeacherKeysTask(TeacherKeysModule(student, None, ckd, None), batches, torch.device("cpu"))
 
-    straight, resumed, hashes = recipe(), recipe(), []
+    straight, resumed, hashes = new_task(), new_task(), []
     for step in range(order.steps_per_epoch + 3):
         resumed.restore(step)
         assert torch.equal(resumed.queue.ids, straight.queue.ids)
         assert torch.equal(resumed.queue.keys, straight.queue.keys)
         hashes.append(straight.queue.ids.tolist())
-        straight.share(step, straight.load(step))
-        straight.taken()
+        straight.after_step(straight.prepare_step(step, straight.load(step), is_logged=False))
     return hashes, straight.queue.num_bytes
 
 
@@ -139,6 +135,6 @@ def test_the_queue_is_restored_as_it_was_and_sharding_only_divides_it(run, prefi
         parts = on_ranks(size, queues_agree, run, "sharded", prefill)
         for step, hashes in enumerate(whole):
             assert sorted(h for part, _ in parts for h in part[step]) == sorted(hashes)
-        assert max(taken for _, taken in parts) <= -(-130 // size) * num_bytes // 130
-    for (hashes, taken), _ in zip(on_ranks(2, queues_agree, run, "replicated", prefill), range(2), strict=True):
-        assert hashes == whole and taken == num_bytes
+        assert max(held for _, held in parts) <= -(-130 // size) * num_bytes // 130
+    for hashes, held in on_ranks(2, queues_agree, run, "replicated", prefill):
+        assert hashes == whole and held == num_bytes

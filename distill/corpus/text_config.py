@@ -1,0 +1,68 @@
+"""The config section `text`: where the training texts come from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from distill.run.config import Section, result
+
+
+class SourceConfig(Section):
+    """Where texts come from: local files or a Hugging Face dataset."""
+
+    type: Literal["file", "huggingface"] = result(description="the kind of source")
+    path: str | None = result(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
+    name: str | None = result(None, description="huggingface: the dataset's name")
+    subset: str | None = result(None, description="huggingface: the dataset's configuration")
+    split: str = result("train", description="huggingface: the split")
+    revision: str | None = result(None, description="huggingface: the commit to read")
+    field: str | None = result(None, description="the column or field that holds the text, or a list of texts (not for .txt)")
+    limit: int | None = result(None, gt=0, description="number of raw texts after which reading this source stops")
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_no_former_type(cls, value: Any) -> Any:
+        if value == "python-docs":
+            raise ValueError(
+                "python-docs is no longer a type of source; run `python launcher/quickstart_text.py` and name the file that it"
+                " writes: {type: file, path: runs/quickstart-text/docstrings.txt}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_keys(self) -> SourceConfig:
+        if self.type == "file" and not self.path:
+            raise ValueError("a source of type file needs `path`")
+        if self.type == "huggingface" and not (self.name and self.field):
+            raise ValueError("a source of type huggingface needs `name` and `field`")
+        return self
+
+
+class TextConfig(Section):
+    """The texts that the teacher embeds: deduplicated, filtered by length; those with text hash mod 50 = 0 are held out."""
+
+    sources: list[SourceConfig] = result(
+        min_length=1, description="read one after the other; a plain path or glob stands for {type: file, path: ...}"
+    )
+    min_chars: int = result(12, ge=1, description="shorter texts are dropped, and counted")
+    max_chars: int = result(1000, ge=1, description="longer texts are dropped, and counted")
+    max_sentences: int | None = result(
+        None, gt=0, description="largest number of training texts; a uniform sample by text hash; null: all"
+    )
+    held_out: int = result(10_000, ge=0, description="number of held-out texts (text hash mod 50 = 0) to embed, for fidelity")
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _paths_are_files(cls, sources: Any) -> Any:
+        given = [sources] if isinstance(sources, str) else sources
+        if not isinstance(given, list):
+            return given
+        return [{"type": "file", "path": source} if isinstance(source, str) else source for source in given]
+
+    @model_validator(mode="after")
+    def _limits_leave_room(self) -> TextConfig:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}: no text can pass")
+        return self

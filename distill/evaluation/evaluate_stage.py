@@ -1,0 +1,133 @@
+"""The evaluate stage: teacher and exported students side by side, from the folders that others will load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
+from distill.evaluation.measure import Measurement, Model
+from distill.evaluation.model_encoder import StudentEncoder, encoder_of
+from distill.evaluation.neighbours import neighbours
+from distill.evaluation.passage_index import build_index
+from distill.evaluation.score_tables import format_results
+from distill.evaluation.tasks import read_tasks
+from distill.metrics.results import TEACHER, ModelResults, read_results, write_results
+from distill.run.files import fingerprint, publish, read_json, sha256_of, write_json
+from distill.run.session_log import session
+from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.student.student_config import StudentConfig
+from distill.teacher.encoder import Teacher
+from distill.teacher.teacher_config import TeacherConfig
+
+logger = logging.getLogger(__name__)
+UNTRAINED = "untrained"
+
+
+class EvaluateStage(Stage):
+    """Measures the teacher and every exported student; writes results.json, table.txt, neighbours.json and the search index.
+
+    What was measured of a model is kept in <run>/measured by content: a model that this run or another one beside it has
+    measured on the same sets is not measured again.
+    """
+
+    name = "evaluate"
+    reads = ("search",)
+    covered_by_inputs = ("teacher", "student")
+
+    def inputs(self) -> dict[str, str]:
+        manifest = self.context.shards_dir / "manifest.json"
+        export = stage_fingerprint(self.context.run_dir / "export")
+        return {"export": export, "shards": sha256_of(manifest) if manifest.is_file() else ""}
+
+    @property
+    def section(self) -> EvaluateConfig:
+        return self.context.section(EvaluateConfig)
+
+    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+        section, students = self.section, self.context.training_stages
+        if not self.inputs()["export"]:
+            export = self.context.run_dir / "export"
+            raise ValueError(f"evaluate needs {export}, which is not finished: run the export stage first")
+        sets = (section.sts, section.retrieval or (), section.transfer or ())
+        tasks = read_tasks(*sets, precisions=section.precision or (), rescore=section.rescore)
+        measurement = Measurement(tasks, self.context.shards_dir, section.num_held_out)
+        models = list(self.models(measurement, device))
+        if not models:
+            raise ValueError(
+                "evaluate has nothing to measure: the teacher is no model that runs here, and no stage trains a student"
+            )
+        self.begin()
+        results: dict[str, ModelResults] = {}
+        with session(self.directory, "evaluate", device):
+            for model in tqdm(models, desc="evaluate", unit="model", disable=None):
+                results |= self._measured(model, measurement, device)
+            if students:
+                self._write_search(students[-1], measurement)
+        write_results(self.directory / "results.json", results)
+        with publish(self.directory / "table.txt") as file:
+            file.write(format_results(results).encode() + b"\n")
+        made = fingerprint({name: each.to_json() for name, each in results.items()})
+        self.finish({"models": list(results), "index": students[-1] if students else TEACHER}, made)
+        return True
+
+    def models(self, measurement: Measurement, device: torch.device) -> Iterator[Model]:
+        """The teacher, where one process can hold it, and the exported students in the order of their stages."""
+        config, stages = self.context.section(TeacherConfig), self.context.training_stages
+        pca = self._pca_sizes() if self.section.baselines else {}
+        teacher = fingerprint({"teacher": measurement.reader.manifest.teacher})
+        if config.model is not None and config.placement != "zero3":
+            load = partial(Teacher, config, device, None, offload=self.context.precompute_dir / "offload")
+            yield Model(TEACHER, teacher, load, pca=pca.get(TEACHER, ()))
+        if self.section.baselines and stages:
+            student = self.context.section(StudentConfig)
+            settings = student.model_dump(mode="json", exclude={"freeze_embeddings"})
+            identity = fingerprint({"student": settings, "seed": self.context.seed, "teacher": teacher})
+            yield Model(UNTRAINED, identity, partial(StudentEncoder, student, config.model, self.context.seed, device))
+        nested = (read_json(self.context.run_dir / "export" / "DONE.json") or {}).get("results", {}).get("nested_sizes", {})
+        for stage in stages:
+            folder = self.context.run_dir / "export" / stage
+            load_student = partial(encoder_of, folder, batch_size=self.section.batch_size)
+            sizes = {"nested": tuple(nested.get(stage, ())), "pca": pca.get(stage, ())}
+            yield Model(stage, _content(folder), load_student, **sizes)
+
+    def _measured(self, model: Model, measurement: Measurement, device: torch.device) -> dict[str, ModelResults]:
+        name = f"{measurement.key(model, str(device))}.json"
+        for path in sorted(self.context.run_dir.parent.glob(f"*/measured/{name}")):
+            logger.info("%s: measured before, %s", model.name, path)
+            return read_results(path)
+        results = measurement.measure(model)
+        (self.context.run_dir / "measured").mkdir(exist_ok=True)
+        write_results(self.context.run_dir / "measured" / name, results)
+        return results
+
+    def _pca_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of every compressed student, by the name of the student it began with and of the teacher."""
+        sizes: dict[str, set[int]] = {}
+        for stage in self.context.training_stages:
+            done = read_json(self.context.run_dir / stage / "DONE.json") or {}
+            settings = done.get("settings", {}).get(stage, {})
+            if "dim" in settings:
+                for name in (TEACHER, settings["init"]):
+                    sizes.setdefault(name, set()).update([settings["dim"], *settings["nested"]])
+        return {name: tuple(sorted(found, reverse=True)) for name, found in sizes.items()}
+
+    def _write_search(self, student: str, measurement: Measurement) -> None:
+        """The search index of a student, and neighbours.json where texts were held out."""
+        encoder = encoder_of(self.context.run_dir / "export" / student, batch_size=self.section.batch_size)
+        build_index(measurement.reader, encoder, self.directory, self.context.section(SearchConfig).max_sentences)
+        if measurement.held_out:
+            texts, vectors = measurement.held_out
+            found = neighbours(texts, encoder(texts), vectors)
+            write_json(self.directory / "neighbours.json", {"model": student, **found})
+
+
+def _content(folder: Path) -> str:
+    """A fingerprint of an exported folder without its model card."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    return fingerprint({str(path.relative_to(folder)): sha256_of(path) for path in files})

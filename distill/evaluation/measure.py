@@ -1,0 +1,96 @@
+"""What is measured of one model: its tasks, fidelity and speed, at each of its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill.evaluation.model_encoder import TextEncoder, throughput
+from distill.evaluation.tasks import EncodedTexts, Tasks
+from distill.metrics.fidelity import fidelity
+from distill.metrics.held_out import test_rows
+from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
+from distill.run.files import fingerprint, sha256_of
+from distill.shards import ShardReader
+from distill.shards.moments import Moments
+
+SPEED_TEXTS, CALIBRATION_TEXTS, PCA_TEXTS = 512, 1000, 20_000  # of the training text
+Project = Callable[[np.ndarray], np.ndarray]
+
+
+class Model(NamedTuple):
+    """A model to measure. identity: changes when its vectors do. nested, pca: smaller sizes, by truncation and by PCA."""
+
+    name: str
+    identity: str
+    load: Callable[[], TextEncoder]
+    nested: tuple[int, ...] = ()
+    pca: tuple[int, ...] = ()
+
+
+class Measurement:
+    """Measures models on `tasks` and on the texts of a shard set: the held-out ones for fidelity, the others for speed, for the
+    ranges of int8 and for the PCA."""
+
+    def __init__(self, tasks: Tasks, shards_dir: Path, num_held_out: int) -> None:
+        self.tasks = tasks
+        self.reader = ShardReader(shards_dir)
+        self.num_held_out = num_held_out
+
+    @cached_property
+    def held_out(self) -> tuple[list[str], np.ndarray] | None:
+        """Held-out texts and the teacher's vectors of them; None if there are fewer than 3."""
+        path = self.reader.directory / "held_out"
+        if not (path / "manifest.json").exists():
+            return None
+        reader = ShardReader(path)
+        rows = test_rows(len(reader), self.num_held_out)
+        return (reader.texts(rows), reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        shards = sha256_of(self.reader.directory / "manifest.json")
+        return fingerprint({"tasks": self.tasks.fingerprint, "shards": shards, "held_out": self.num_held_out})
+
+    def key(self, model: Model, device: str) -> str:
+        """Equal for measurements of the same vectors on the same sets and texts."""
+        what = [VERSION, model.identity, model.nested, model.pca, self._fingerprint, device]
+        return f"{model.name}-{fingerprint({'measured': what})[:24]}"
+
+    def measure(self, model: Model) -> dict[str, ModelResults]:
+        """The results by name: NAME at the model's full size, NAME-64 for a nested size, NAME-pca-64 for a PCA."""
+        encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
+        speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
+        vectors = encoder(texts) if texts else None
+        held_out_vectors = encoder(held_out[0]) if held_out else None
+        has_int8 = bool(self.tasks.sts) and "int8" in self.tasks.precisions
+        calibration = encoder(self._training_texts(CALIBRATION_TEXTS)) if has_int8 else None
+        results: dict[str, ModelResults] = {}
+        for name, size, project in self._sizes(model, encoder):
+            scores: dict[str, Any] = {"texts_per_second": speed}
+            if held_out and held_out_vectors is not None:
+                scores["fidelity"] = Fidelity(**fidelity(project(held_out_vectors), held_out[1]), texts=len(held_out[0]))
+            if vectors is not None:
+                ranges_from = None if calibration is None else project(calibration)
+                scores |= self.tasks.measure(EncodedTexts(texts, project(vectors)), calibration=ranges_from)
+            results[name] = ModelResults(dim=size, params=encoder.params, bytes_per_vector=4 * size, **scores)
+        return results
+
+    def _sizes(self, model: Model, encoder: TextEncoder) -> Iterator[tuple[str, int, Project]]:
+        """Name, dimensions and projection of each size of a model."""
+        yield model.name, encoder.dim, lambda vectors: vectors
+        for size in model.nested:
+            yield f"{model.name}-{size}", size, lambda vectors, size=size: vectors[:, :size]  # type: ignore[misc]
+        if model.pca:
+            known = model.name == TEACHER
+            moments = self.reader.moments if known else Moments.of(encoder(self._training_texts(PCA_TEXTS)))
+            components = moments.pca(max(model.pca))[0].astype(np.float32)
+            for size in model.pca:
+                yield f"{model.name}-pca-{size}", size, lambda vectors, size=size: vectors @ components[:size].T  # type: ignore[misc]
+
+    def _training_texts(self, count: int) -> list[str]:
+        return self.reader.texts(np.arange(min(count, len(self.reader))))

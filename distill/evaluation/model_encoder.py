@@ -1,0 +1,183 @@
+"""Any sentence-transformers model as a function from texts to vectors, on one rank or all, and its speed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+
+from distill.metrics.vectors import Encode
+from distill.run.collectives import from_rank_0, gather_rows, rank, world_size
+from distill.run.model_folders import resolve_model
+from distill.student import Student
+from distill.student.encoder import build_encoder
+from distill.student.student_config import StudentConfig
+
+TEXTS_PER_BLOCK = 16_384  # gathered at once
+
+
+class TextEncoder(Protocol):
+    """Texts to float32 [n, dim] vectors; params: number of parameters."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def params(self) -> int: ...
+
+    def __call__(self, texts: Sequence[str], /) -> np.ndarray: ...
+
+
+class ModelEncoder:
+    """A loaded model as a TextEncoder; dim is that after its `truncate_dim`."""
+
+    def __init__(self, model: SentenceTransformer, *, batch_size: int = 64, progress: bool = False) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.progress = progress
+        self.params = sum(parameter.numel() for parameter in model.parameters())
+        self.dim = int(self._encode(["width"]).shape[1])
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors float32 [n, dim] in the order given; a text that occurs twice is encoded once.
+
+        Raises ValueError if the model gives a number that is not finite.
+        """
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        if not row_of:
+            return np.empty((0, self.dim), np.float32)
+        vectors = self._encode(list(row_of), self.progress)
+        if not np.isfinite(vectors).all():
+            bad = list(row_of)[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
+            raise ValueError(f"the model gives a vector that is not finite, first for {bad!r}")
+        return vectors[[row_of[text] for text in texts]]
+
+    def _encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
+        # sentence-transformers itself batches by length, longest first, and restores the order
+        vectors = self.model.encode(texts, batch_size=self.batch_size, show_progress_bar=progress, convert_to_numpy=True)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+class StudentEncoder:
+    """A student as it is before training, as a TextEncoder."""
+
+    def __init__(self, config: StudentConfig, teacher: str | None, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        encoder, tokenizer = build_encoder(config, teacher, seed)
+        student = Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
+        self.student = student.to(device).eval()
+        self.dim = student.dim
+        self.params = sum(parameter.numel() for parameter in student.parameters())
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self.student.encode(texts)
+
+
+def encoder_of(
+    path_or_name: str | Path,
+    *,
+    batch_size: int = 64,
+    device: str | None = None,
+    truncate_dim: int | None = None,
+    progress: bool = False,
+) -> ModelEncoder:
+    """Loads a folder, `package:NAME/FOLDER` or, where there is no such folder, a hub name; safetensors only, no remote code.
+
+    device None takes the GPU where there is one. truncate_dim keeps the first dimensions of every vector.
+    Raises ValueError that says what is missing, before anything is loaded where that can be known.
+    """
+    name = resolve_model(str(path_or_name))
+    if truncate_dim is not None and truncate_dim < 1:
+        raise ValueError(f"truncate_dim {truncate_dim} is not a number of dimensions; it must be 1 or more")
+    _check_device(device)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
+    model = _load_folder(name, options) if Path(name).is_dir() else _load_from_hub(name, options)
+    width = model.get_embedding_dimension()
+    if truncate_dim is not None and width is not None and truncate_dim > width:
+        raise ValueError(f"truncate_dim {truncate_dim} is more than the {width} dimensions of {path_or_name}")
+    model.truncate_dim = truncate_dim
+    return ModelEncoder(model, batch_size=batch_size, progress=progress)
+
+
+def encode_over_ranks(encode: Encode, texts: Sequence[str], device: torch.device) -> np.ndarray | None:
+    """Rank 0's vectors float32 [n, d] of its `texts`, in their order; None on the others, whose `texts` are not read.
+
+    Rank r of W encodes every W-th text from r on. Vectors are gathered block by block on `device`, which is the process
+    group's, so that the others never hold more than a block. All ranks call it, with the same model.
+    """
+    num_texts = from_rank_0(len(texts) if rank() == 0 else None, device)
+    gathered = []
+    for start in range(0, num_texts, TEXTS_PER_BLOCK):
+        block = from_rank_0(list(texts[start : start + TEXTS_PER_BLOCK]) if rank() == 0 else None, device)
+        own = torch.from_numpy(encode(block[rank() :: world_size()])).to(device)
+        vectors = gather_rows(own, len(block))
+        if rank() == 0:
+            gathered.append(vectors.cpu().numpy())
+    return np.concatenate(gathered) if rank() == 0 else None
+
+
+def throughput(encode: Encode, texts: Sequence[str], seconds: float = 3.0) -> float:
+    """Texts per second, over distinct texts in slices of 256, for at least `seconds` after one warm-up slice."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        raise ValueError("throughput needs at least one text")
+    slices = [distinct[start : start + 256] for start in range(0, len(distinct), 256)]
+    encode(slices[0])
+    num_encoded, start = 0, time.perf_counter()
+    for part in itertools.cycle(slices):
+        encode(part)
+        num_encoded += len(part)
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            break
+    return num_encoded / elapsed
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        kind = torch.device(device).type if device else "cpu"
+    except RuntimeError:
+        raise ValueError(f"{device!r} is not a device; name cpu, cuda, cuda:1, ... or none for the default") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} is requested, but there is no GPU that this torch can use")
+
+
+def _load_folder(folder: str, options: dict[str, Any]) -> SentenceTransformer:
+    try:
+        return SentenceTransformer(folder, local_files_only=True, **options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model at {folder} does not load: {error}") from None
+
+
+def _load_from_hub(name: str, options: dict[str, Any]) -> SentenceTransformer:
+    reachable = _is_hub_reachable()
+    try:
+        return SentenceTransformer(name, local_files_only=not reachable, **options)
+    except OSError as error:
+        why = (
+            "the hub has no such model that loads"
+            if reachable
+            else "the hub cannot be reached, and its cache here has no such model"
+        )
+        detail = f": {str(error).splitlines()[0]}" if reachable and str(error) else ""
+        raise ValueError(f"no model {name}: there is no such folder, and {why}{detail}") from None
+
+
+def _is_hub_reachable() -> bool:
+    """One short try; the library's own retries take more than a minute without a network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the hub's client may be requests, httpx or httpx2, and has no common error
+        return False
+    return True

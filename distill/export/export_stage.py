@@ -1,0 +1,87 @@
+"""The export stage: every trained student of a run as a folder under runs/NAME/export."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.corpus.text_config import TextConfig
+from distill.export.card import Provenance, model_card
+from distill.export.export_config import ExportConfig
+from distill.export.folder import export_student
+from distill.export.formats import require_packages
+from distill.export.sentence_transformers import check_pooling
+from distill.run.files import fingerprint, read_json, sha256_of
+from distill.run.session_log import session
+from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.shards import ShardReader
+from distill.student.student_config import StudentConfig
+from distill.teacher.teacher_config import TeacherConfig
+from distill.training.tasks import training_tasks
+
+logger = logging.getLogger(__name__)
+NUM_CHECKED = 1000
+
+
+class ExportStage(Stage):
+    """Exports the students of all training stages of the run."""
+
+    name = "export"
+    covered_by_inputs = ("text", "teacher", "student")
+
+    def inputs(self) -> dict[str, str]:
+        return {stage: stage_fingerprint(self.context.run_dir / stage) for stage in self.context.training_stages}
+
+    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+        """Raises ValueError before any work if a stage is missing, if a package that export.formats needs is, or if a pooling
+        cannot be exported; and if a written format does not agree with its student."""
+        formats = self.context.section(ExportConfig).formats
+        require_packages(formats)
+        for name, found in self.inputs().items():
+            if not found:
+                raise ValueError(f"export needs {self.context.run_dir / name}, which is not finished: run that stage first")
+            check_pooling((read_json(self._student(name) / "student.json") or {}).get("pooling", ""))
+        reader = ShardReader(self.context.shards_dir)
+        check_on = reader.texts(list(range(min(NUM_CHECKED, len(reader)))))
+        self.begin()
+        folders: dict[str, str] = {}
+        nested: dict[str, list[int]] = {}
+        cosines: dict[str, dict[str, dict[str, float]]] = {}
+        with session(self.directory, "export", torch.device("cpu")):
+            for name in self.context.training_stages:
+                out, provenance = self.directory / name, self.provenance(name)
+                card = partial(model_card, provenance=provenance)
+                agreements = export_student(self._student(name), out, card=card, check_on=check_on, formats=formats)
+                folders[name], nested[name] = str(out), provenance.nested
+                cosines[name] = {each: {"worst": found.worst, "mean": found.mean} for each, found in agreements.items()}
+                logger.info("%s: %s", name, out)
+        files = sorted(path for path in self.directory.rglob("*") if path.suffix in (".safetensors", ".onnx"))
+        weights = {str(path.relative_to(self.directory)): sha256_of(path) for path in files}
+        results = {"folders": folders, "nested_sizes": nested, "cosines": cosines}
+        self.finish(results, fingerprint(weights))
+        return True
+
+    def provenance(self, stage: str) -> Provenance:
+        """What the student of a finished training stage was made from."""
+        teacher, student = self.context.section(TeacherConfig), self.context.section(StudentConfig)
+        sources = self.context.section(TextConfig).sources
+        done: dict[str, Any] = read_json(self.context.run_dir / stage / "DONE.json") or {}
+        base = teacher.model if student.init == "teacher" else student.init
+        return Provenance(
+            run=self.context.name,
+            stage=stage,
+            method=training_tasks()[stage].title,
+            base_model=base or "",
+            teachers=[model.model or teacher.vectors or "" for model in teacher.models],
+            sources=[source.name or source.path or source.type for source in sources],
+            recipe=done.get("settings", {}).get(stage, {}),
+            nested=done.get("results", {}).get("nested_sizes", []),
+            text=read_json(self.context.precompute_dir / "text" / "manifest.json"),
+        )
+
+    def _student(self, stage: str) -> Path:
+        return self.context.run_dir / stage / "student"

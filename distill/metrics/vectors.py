@@ -1,0 +1,23 @@
+"""Vectors of texts, which every metric starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Encode = Callable[[list[str]], np.ndarray]
+"""Texts [n] to their vectors, float32 [n, d], in the same order; not necessarily normalised."""
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows [n, d] of any float type, L2-normalised in float64; a row of zeros stays one."""
+    rows = vectors.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)
+
+
+def unit_float32(vectors: np.ndarray) -> np.ndarray:
+    """The same in float32, without a copy in float64: for the vectors of a large corpus."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    return np.ascontiguousarray(vectors / np.where(norms > 0, norms, 1)[:, None].astype(np.float32), dtype=np.float32)

@@ -1,0 +1,76 @@
+"""Architectures of encoders, without their weights: from a folder's config.json, the table of known encoders, or the hub cache.
+The hub is never contacted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from distill.plan.devices import TABLES
+from distill.run.model_folders import first_module, resolve_model
+from distill.student.encoder import encoder_class
+
+ENCODERS = TABLES / "encoders.yaml"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An encoder's config, width of its vectors, precision of its stored weights, and folder if its files are local."""
+
+    config: PretrainedConfig
+    dim: int
+    is_16_bit: bool
+    folder: Path | None = None
+
+    def build(self) -> PreTrainedModel:
+        """The encoder with new weights; under FakeTensorMode it takes no memory."""
+        config = copy.deepcopy(self.config)  # keep_layers changes it
+        cls: Any = encoder_class(config)
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def architecture_of(name: str, revision: str | None = None) -> Architecture:
+    """The architecture of a folder, package:NAME/FOLDER or hub name. Raises ValueError with the fix where it is not known."""
+    known = yaml.safe_load(ENCODERS.read_text(encoding="utf-8")).get(name)
+    if known is not None:
+        options = {key: value for key, value in known.items() if key not in ("dim", "stored")}
+        config = AutoConfig.for_model(**options)
+        return Architecture(config, known.get("dim", config.hidden_size), known.get("stored", "float32") != "float32")
+    path = resolve_model(name)
+    folder = Path(path) if Path(path).is_dir() else None
+    files = folder or _cached_folder(path, revision)
+    try:
+        if files is None:
+            raise FileNotFoundError("it is not downloaded")
+        config = AutoConfig.from_pretrained(first_module(files)[0], local_files_only=True, trust_remote_code=False)
+        dim = _dense_dim(files) or config.hidden_size
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the shape of {name} is not known here: {ENCODERS.name} has no line for it. Add one to {ENCODERS}, or download it"
+            f" (hf download {name}), or name a local folder ({str(error).splitlines()[0]})"
+        ) from None
+    return Architecture(config, dim, getattr(config, "dtype", None) in (torch.float16, torch.bfloat16), folder)
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder in the hub's cache that has a model's files, or some of them."""
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in ("modules.json", "config.json"))
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def _dense_dim(folder: Path) -> int | None:
+    """The output width of the last Dense module of a sentence-transformers folder; None if it has none."""
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    dense = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith(".Dense")]
+    widths = [json.loads(path.read_text(encoding="utf-8"))["out_features"] for path in dense]
+    return widths[-1] if widths else None

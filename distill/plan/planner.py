@@ -1,0 +1,279 @@
+"""The plan of a run: text, shards, teacher, and of each stage its steps, time and cost under each ZeRO stage; with advice."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config import TRAINING_STAGES, RunConfig
+from distill.corpus import read_rows
+from distill.plan.architectures import Architecture, architecture_of
+from distill.plan.devices import Cluster
+from distill.plan.shapes import Chunks, Growth, TaskShape, task_shape, teacher_shape
+from distill.plan.step_cost import HALF, RankMemory, StepTime, communication_per_step, rank_memory, step_time
+from distill.plan.text_estimate import TextEstimate, estimate_text
+from distill.plan.zero_partition import ZeroSettings
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, length_order
+from distill.student.student import PAD_TO
+from distill.teacher.imported import ImportedVectors
+from distill.training.tasks.finetune import FinetuneConfig
+from distill.training.train_config import TrainConfig
+
+VARIANTS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+MAX_MICRO_BATCH = 1 << 14
+WORTH_CHANGING = 0.9  # of a step's time: a smaller difference is within the error of the estimate
+FEW_ROWS = 32  # in a micro-batch: matrices are then too small to keep a device busy
+TAR_BYTES = 4 * 1024  # of a WebDataset sample: headers and padding
+ROW_BYTES = 8 + 4 + 1  # of a text in a shard: hash, offset, line break
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan is made from. teachers: none if vectors are given; teacher_dim: of all their vectors together."""
+
+    config: RunConfig
+    cluster: Cluster
+    text: TextEstimate
+    teachers: list[Architecture]
+    student: Architecture
+    teacher_dim: int
+
+
+def collect_inputs(
+    config: RunConfig, cluster: Cluster, *, tokens_per_text: float | None = None, num_texts: int | None = None
+) -> Inputs:
+    """tokens_per_text, num_texts: instead of estimates. Raises ValueError where text or an architecture is not known."""
+    section, init = config.teacher, config.student.init
+    teachers = [architecture_of(each.model or "", each.revision) for each in section.models] if section.model else []
+    teacher_dim = sum(each.dim for each in teachers) if teachers else ImportedVectors(section).dim
+    student = teachers[0] if init == "teacher" else architecture_of(init, config.student.revision)
+    text = estimate_text(config, cluster.assumed, student.folder, tokens_per_text=tokens_per_text, num_texts=num_texts)
+    return Inputs(config, cluster, text, teachers, student, teacher_dim)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A stage under one DeepSpeed configuration. largest_micro_batch: in rows; 0 if not even one row fits."""
+
+    memory_bytes: RankMemory
+    bytes_received_per_step: dict[str, float]
+    largest_micro_batch: int
+    seconds_per_step: StepTime
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A training stage. frozen_encoder_*: of encoding all texts once, included in `seconds`; deepspeed: the key in variants of
+    the config's own DeepSpeed configuration."""
+
+    parameters: int
+    trained_parameters: int
+    steps: int
+    seconds: float
+    dollars: float
+    frozen_encoder_seconds: float
+    frozen_encoder_bytes: float
+    deepspeed: str
+    variants: dict[str, Variant]
+
+    @property
+    def chosen(self) -> Variant:
+        return self.variants[self.deepspeed]
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """The precompute stage: FLOPs and seconds of embedding all texts."""
+
+    parameters: int
+    weight_bytes: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All values of a plan, in bytes, seconds, dollars and FLOPs; dataclasses.asdict makes it JSON."""
+
+    num_texts: int
+    tokens_per_text: float
+    bytes_per_text: float
+    estimated_from: dict[str, str]
+    shards: dict[str, float]
+    teacher: TeacherPlan | None
+    cluster: Cluster
+    stages: dict[str, StagePlan]
+    seconds: float
+    dollars: float
+    advice: list[str]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def make_plan(inputs: Inputs, measured: dict[str, Any] | None = None) -> Plan:
+    """measured: what calibration found. Raises ValueError for a run that cannot be started."""
+    config, cluster, text = inputs.config, inputs.cluster, inputs.text
+    teacher = _teacher(inputs) if inputs.teachers else None
+    stages = {str(name): plan_stage(inputs, name) for name in config.stages if name in TRAINING_STAGES}
+    seconds = (teacher.seconds if teacher else 0.0) + sum(stage.seconds for stage in stages.values())
+    advice = _teacher_advice(inputs, teacher) if teacher else []
+    for name, stage in stages.items():
+        advice += _stage_advice(inputs, name, stage)
+    return Plan(
+        num_texts=text.num_texts,
+        tokens_per_text=text.tokens_per_text,
+        bytes_per_text=text.bytes_per_text,
+        estimated_from=text.estimated_from,
+        shards=_shards(inputs),
+        teacher=teacher,
+        cluster=cluster,
+        stages=stages,
+        seconds=seconds,
+        dollars=cluster.dollars(seconds),
+        advice=advice,
+        measured=measured or {},
+    )
+
+
+def _shards(inputs: Inputs) -> dict[str, float]:
+    rows, section = inputs.text.num_texts, inputs.config.shards
+    text, vectors = rows * inputs.text.bytes_per_text, float(rows * HALF * inputs.teacher_dim)
+    total = text + vectors + rows * ROW_BYTES + -(-rows // section.block_rows) * TAR_BYTES
+    return {"count": -(-rows // section.rows), "text_bytes": text, "vector_bytes": vectors, "bytes": total}
+
+
+def _teacher(inputs: Inputs) -> TeacherPlan:
+    cluster, text, flops = inputs.cluster, inputs.text, 0.0
+    shapes = [teacher_shape(each, is_bf16=cluster.is_bf16) for each in inputs.teachers]
+    for section, shape in zip(inputs.config.teacher.models, shapes, strict=True):
+        lengths = np.minimum(text.lengths, section.max_length or 512).tolist()
+        flops_per_text = shape.forward_flops([(1, length) for length in lengths]) / len(lengths)
+        flops += flops_per_text * (text.num_texts + text.num_held_out)
+    seconds = flops / (cluster.peak_flops * cluster.device.teacher * cluster.ranks * cluster.assumed.padding)
+    return TeacherPlan(sum(s.num_parameters for s in shapes), sum(s.weight_bytes for s in shapes), flops, seconds)
+
+
+def plan_stage(inputs: Inputs, name: str) -> StagePlan:
+    """The plan of stage `name`. Raises ValueError if its batch is smaller than the ranks or larger than the data."""
+    config, cluster, text = inputs.config, inputs.cluster, inputs.text
+    train: TrainConfig = getattr(config, name)
+    if train.global_batch < cluster.ranks:
+        raise ValueError(
+            f"{name}.global_batch {train.global_batch} is smaller than {cluster.ranks} ranks: raise it, or plan fewer devices"
+        )
+    on_cpu = cluster.device_name == "cpu"
+    shape = task_shape(config, name, inputs.student, inputs.teacher_dim, is_bf16=cluster.is_bf16, on_cpu=on_cpu)
+    micro_batches = typical_batch(text, train, cluster.ranks, CHUNK_ROWS if on_cpu else CHUNK_ROWS_ON_GPU)
+    chosen = config.engine.deepspeed
+    paths = {each: Path(f"configs/deepspeed/{each}.json") for each in VARIANTS} | {chosen.stem: chosen}
+    zeros = {stem: ZeroSettings.load(path) for stem, path in sorted(paths.items())}
+    variants = {stem: _variant(inputs, shape, zero, micro_batches) for stem, zero in zeros.items()}
+    steps = _num_steps(train, text.num_texts)
+    dev_texts = (steps // train.dev_every + 1) * config.evaluate.dev_sentences
+    frozen_texts = text.num_texts if shape.is_frozen else 0
+    frozen_seconds = _forward_seconds(shape.forward_flops, frozen_texts, inputs)
+    seconds = steps * variants[chosen.stem].seconds_per_step.total + frozen_seconds
+    seconds += _forward_seconds(shape.forward_flops, dev_texts, inputs)
+    return StagePlan(
+        parameters=shape.num_parameters,
+        trained_parameters=shape.num_trained,
+        steps=steps,
+        seconds=seconds,
+        dollars=cluster.dollars(seconds),
+        frozen_encoder_seconds=frozen_seconds,
+        frozen_encoder_bytes=float(HALF * shape.encoder_dim * frozen_texts),
+        deepspeed=chosen.stem,
+        variants=variants,
+    )
+
+
+def typical_batch(text: TextEstimate, train: TrainConfig, ranks: int, chunk_rows: int = CHUNK_ROWS) -> list[Chunks]:
+    """The chunks (rows, padded tokens) of each of rank 0's micro-batches of a typical global batch."""
+    places = (np.arange(train.global_batch) + 0.5) * len(text.lengths) / train.global_batch
+    lengths = text.lengths[places.astype(np.int64)]
+    lengths = lengths[length_order(lengths)]
+    micro_batches = assign_rows(lengths, rank=0, world_size=ranks, micro_batch=train.micro_batch, chunk_rows=chunk_rows)
+    return [[(len(c), float(-(-lengths[c].max() // PAD_TO) * PAD_TO)) for c in chunks if len(c)] for chunks in micro_batches]
+
+
+def _variant(inputs: Inputs, shape: TaskShape, zero: ZeroSettings, micro_batches: list[Chunks]) -> Variant:
+    cluster = inputs.cluster
+
+    def memory(rows: int) -> RankMemory:  # of texts that are all as long as possible
+        longest = (rows * shape.texts_per_row, float(inputs.config.student.max_length))
+        return rank_memory(shape, zero, cluster.ranks, [longest])
+
+    candidates = range(1, min(_rows_per_rank(shape.train, cluster), MAX_MICRO_BATCH) + 1)
+    largest = bisect_right(candidates, cluster.usable_memory, key=lambda rows: memory(rows).device)
+    sent = communication_per_step(shape, zero, cluster, len(micro_batches))
+    seconds = step_time(shape, zero, cluster, sent, micro_batches)
+    return Variant(memory(sum(b for b, _ in micro_batches[0])), sent.bytes_received, largest, seconds)
+
+
+def _rows_per_rank(train: TrainConfig, cluster: Cluster) -> int:
+    return -(-train.global_batch // cluster.ranks)
+
+
+def _num_steps(train: TrainConfig, num_texts: int) -> int:
+    """Steps of the training loop. Raises ValueError if the rows do not fill one global batch, or their number is not known."""
+    rows = num_texts
+    if isinstance(train, FinetuneConfig):
+        if train.triplets:
+            rows = sum(1 for _ in islice(read_rows(train.triplets, train.fields), train.limit))
+        elif train.dataset is None:
+            rows = min(train.num_mined, num_texts)
+        elif train.limit is None:
+            raise ValueError(f"how many triplets {train.dataset} has is not known here: give finetune.limit=N")
+        else:
+            rows = train.limit
+    if rows < train.global_batch:
+        raise ValueError(f"{rows:,} rows do not fill one global batch of {train.global_batch:,}: add text, or lower it")
+    steps = math.ceil(train.epochs * (rows // train.global_batch))
+    return min(steps, train.max_steps or steps)
+
+
+def _forward_seconds(flops: Growth, num_texts: int, inputs: Inputs) -> float:
+    rate = inputs.cluster.peak_flops * inputs.cluster.device.student * inputs.cluster.ranks
+    return flops([(num_texts, inputs.text.tokens_per_text)]) / rate
+
+
+def _teacher_advice(inputs: Inputs, teacher: TeacherPlan) -> list[str]:
+    section, room = inputs.config.teacher, inputs.cluster.usable_memory
+    if section.placement != "device" or teacher.weight_bytes <= room:
+        return []
+    placement = "auto" if section.concat else "zero3"  # which takes one encoder
+    weights = f"{teacher.weight_bytes / 1e9:.1f} GB"
+    return [f"teacher.placement={placement}: its weights take {weights}, and a device has {room / 1e9:.1f}"]
+
+
+def _stage_advice(inputs: Inputs, name: str, stage: StagePlan) -> list[str]:
+    """Settings to change, each with its reason: to the fastest variant that fits, or to the one that fits most rows."""
+    train, variants, chosen = getattr(inputs.config, name), stage.variants, stage.deepspeed
+    checkpointing = "" if inputs.config.engine.activation_checkpointing else "engine.activation_checkpointing=true"
+    share = _rows_per_rank(train, inputs.cluster)
+    fitting = [key for key, each in variants.items() if each.largest_micro_batch >= min(train.micro_batch, share)]
+    if fitting:
+        best = min(fitting, key=lambda key: variants[key].seconds_per_step.total)
+        ratio = variants[best].seconds_per_step.total / stage.chosen.seconds_per_step.total
+        reason = f"{ratio:.0%} of a step's time" if chosen in fitting else f"{chosen} does not fit"
+        best = chosen if chosen in fitting and ratio > WORTH_CHANGING else best
+    else:
+        best = max(variants, key=lambda key: (variants[key].largest_micro_batch, key == chosen))
+        reason = "it fits more rows"
+    rows = min(variants[best].largest_micro_batch, share)
+    if not rows:
+        remedies = [remedy for remedy in (checkpointing, "larger devices") if remedy]
+        return [f"{name}: not even one row fits under any ZeRO stage: {', or '.join(remedies)}"]
+    advice = [f"engine.deepspeed=configs/deepspeed/{best}.json for {name}: {reason}"] if best != chosen else []
+    if rows > train.micro_batch:
+        advice.append(f"{name}.micro_batch={rows}: it fits; micro-batches per step: {-(-share // rows)}")
+    elif not fitting:
+        advice.append(f"{name}.micro_batch={rows}: more does not fit")
+        if rows < FEW_ROWS and checkpointing:
+            advice.append(f"{checkpointing}: activations are computed again layer by layer, and many more rows fit")
+    return advice

@@ -1,0 +1,85 @@
+"""How DeepSpeed's ZeRO stages partition parameters, gradients and optimizer state over ranks, in numbers of elements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from distill.plan.shapes import Parameter
+from distill.training.deepspeed_config import find_deepspeed_config
+
+
+class ZeroSettings(BaseModel):
+    """The section zero_optimization of a DeepSpeed configuration, with DeepSpeed's defaults. Sizes are in elements."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: int = 0
+    reduce_bucket_size: float = 5e8
+    stage3_prefetch_bucket_size: float = 5e7
+    stage3_param_persistence_threshold: float = 1e5
+    stage3_max_live_parameters: float = 1e9
+    stage3_max_reuse_distance: float = 1e9
+    offload_optimizer: dict[str, Any] | None = None
+    offload_param: dict[str, Any] | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> ZeroSettings:
+        """Raises ValueError if there is no file at `path`, relative to this directory or to the project's root."""
+        config = json.loads(find_deepspeed_config(path).read_text(encoding="utf-8"))
+        return cls.model_validate(config.get("zero_optimization", {}))
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return (self.offload_optimizer or {}).get("device") == "cpu"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return (self.offload_param or {}).get("device") == "cpu"
+
+    def is_persistent(self, parameter: Parameter) -> bool:
+        """Whether ZeRO 3 keeps this parameter whole on every rank."""
+        return parameter.numel <= self.stage3_param_persistence_threshold
+
+
+def padded(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
+
+
+def partition_size(parameters: Sequence[Parameter], stage: int, ranks: int) -> int:
+    """Trained elements that a rank updates, with padding: of each tensor to a multiple of W (ZeRO 3), of each group of the
+    optimizer to a multiple of 2 W (ZeRO 1, 2)."""
+    if stage == 0:
+        return sum(p.numel for p in parameters if p.is_trained)
+    if stage == 3:
+        return sum(padded(p.numel, ranks) // ranks for p in parameters if p.is_trained)
+    return sum(padded(sum(sizes), 2 * ranks) // ranks for sizes in _trained_groups(parameters))
+
+
+def gradient_partition_size(parameters: Sequence[Parameter], ranks: int, rank: int | None) -> int:
+    """Elements of the gradients that a rank holds under ZeRO 2: of whole tensors of which any element lies in its partition.
+
+    rank: None for the one that holds most.
+    """
+    groups: list[tuple[int, list[tuple[int, int]]]] = []  # partition size; first and last element + 1 of each tensor
+    for sizes in _trained_groups(parameters):
+        ends = accumulate(sizes)
+        part = padded(sum(sizes), 2 * ranks) // ranks
+        groups.append((part, [(end - numel, end) for numel, end in zip(sizes, ends, strict=True)]))
+    # a rank in whose partition no tensor begins holds none that the rank before it does not hold
+    candidates = {start // part for part, spans in groups for start, _ in spans} if rank is None else {rank}
+    return max(
+        sum(end - start for part, spans in groups for start, end in spans if start < (r + 1) * part and end > r * part)
+        for r in candidates
+    )
+
+
+def _trained_groups(parameters: Sequence[Parameter]) -> list[list[int]]:
+    """The sizes of the trained tensors in each group of the optimizer."""
+    trained = [p for p in parameters if p.is_trained]
+    return [[p.numel for p in trained if p.group == group] for group in sorted({p.group for p in trained})]

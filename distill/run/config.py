@@ -1,0 +1,195 @@
+"""Config sections, and the loader that validates a YAML file with its base and overrides. Knows no particular section.
+
+    base: other.yaml            at most one, relative to this file; its keys are the defaults of this one's
+    key.subkey=value            on the command line, parsed as YAML, over both
+
+A section is a frozen pydantic model. Each field declares the effect of a change on the stages that read it:
+
+    result       decides what is computed: a finished stage is run again, an unfinished one with another value is refused
+    selection    decides what is measured or chosen: a finished stage is kept, an unfinished one continues with the new value
+    speed        neither: ignored
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+Effect = Literal["result", "selection", "speed"]
+Model = TypeVar("Model", bound="Section")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key, what is allowed and the fix."""
+
+
+class Section(BaseModel):
+    """One section of a config; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+def result(default: Any = ..., **options: Any) -> Any:
+    """A pydantic field that decides what a stage computes. `options` are those of pydantic.Field."""
+    return Field(default, json_schema_extra={"effect": "result"}, **options)
+
+
+def selection(default: Any = ..., **options: Any) -> Any:
+    """A pydantic field that decides what a stage measures during training, and which student it keeps."""
+    return Field(default, json_schema_extra={"effect": "selection"}, **options)
+
+
+def speed(default: Any = ..., **options: Any) -> Any:
+    """A pydantic field that changes time, memory or what is logged, and no result beyond rounding."""
+    return Field(default, json_schema_extra={"effect": "speed"}, **options)
+
+
+def effect_of(field: FieldInfo) -> Effect | None:
+    """The declared effect of a field; None if it declares none."""
+    extra = field.json_schema_extra
+    return extra.get("effect") if isinstance(extra, dict) else None  # type: ignore[return-value]
+
+
+def effects_of(section: type[Section], prefix: str = "") -> dict[str, Effect | None]:
+    """The effect of each field by its dotted path; a section inside a section declares its fields itself."""
+    found: dict[str, Effect | None] = {}
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None and isinstance(field.annotation, type):
+            found |= effects_of(inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = effect_of(field)
+    return found
+
+
+def settings(
+    section: Section, effect: Effect, prefix: str = "", overrides: Mapping[str, Effect] | None = None
+) -> dict[str, Any]:
+    """The fields of a section that have this effect, as a JSON tree. overrides: dotted path -> another effect."""
+    tree: dict[str, Any] = {}
+    dumped = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value, path = getattr(section, name), prefix + name
+        if isinstance(value, Section):
+            if inner := settings(value, effect, f"{path}.", overrides):
+                tree[name] = inner
+        elif (overrides or {}).get(path, effect_of(field)) == effect:
+            tree[name] = dumped[name]
+    return tree
+
+
+def load_tree(path: str | Path, overrides: list[str] | None = None, over: Path | None = None) -> dict[str, Any]:
+    """The keys of `path` over those of its base; over them those of the YAML `over`, and `overrides`. Raises ConfigError."""
+    tree = _read_yaml(Path(path))
+    if over is not None:
+        tree = _merge(tree, _read_yaml(over))
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not key=value, e.g. ckd.lr=1e-4")
+        _set(tree, key.split("."), _parse_value(value, override))
+    return tree
+
+
+def validate(model: type[Model], tree: dict[str, Any], source: str | Path) -> Model:
+    """The tree as `model`. Raises ConfigError with `source`, the key, what is allowed and, for an unknown key, the nearest."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(problem, model) for problem in error.errors())) from None
+
+
+def dump_config(config: Section) -> str:
+    """The resolved config as YAML; loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, alone or in a list; None for a field that holds none."""
+    candidates = (annotation, *get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` leads back to this file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else f"; {path.parent} has no such file"
+        raise ConfigError(f"no config at {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys; a run needs at least name, text and teacher")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both and key != "weights" else value
+    return merged
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value
+
+
+def _explain(problem: Any, model: type[Section]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "config"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], model)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}")
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(location: list[str], model: type[Section]) -> list[str]:
+    section = model
+    for part in location:
+        if part.isdigit():
+            continue
+        inner = section_of(section.model_fields[part].annotation)
+        assert inner is not None, location
+        section = inner
+    return list(section.model_fields)

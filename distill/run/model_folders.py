@@ -1,0 +1,87 @@
+"""Where a model named in a config lies, and whether it is one. Nothing is loaded here, and no code of a model is ever run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from distill.run.files import DigestCache, fingerprint
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+MODEL_FILES = frozenset({".safetensors", ".json", ".txt", ".model"})  # weights, configs and vocabularies
+
+
+def resolve_model(name: str) -> str:
+    """A folder, `package:NAME/FOLDER` inside an installed Python package, or a hub name, as a path or hub name.
+
+    Raises ValueError if the package is not installed or the folder holds no model; a package is found, not imported.
+    """
+    if name.startswith("package:"):
+        package, _, folder = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"{name}: the Python package {package} is not installed; pip install it, or name a model folder")
+        path = Path(spec.submodule_search_locations[0]) / folder
+    elif (name and Path(name).exists()) or name.startswith((".", "/", "~")):
+        path = Path(name).expanduser()
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return name
+    else:
+        raise ValueError(f"{name!r} is neither a folder, nor package:NAME/FOLDER, nor a name on the hub (owner/model)")
+    check_model_folder(path)
+    return str(path)
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises ValueError naming what a folder lacks to be an encoder that loads without running code."""
+    if not path.is_dir():
+        raise ValueError(f"no model at {path}: no such folder")
+    inner, needs_config = first_module(path)
+    if needs_config and not (inner / "config.json").is_file():
+        raise ValueError(f"no model at {path}: it has no config.json")
+    if not any((inner / weights).is_file() for weights in WEIGHTS):
+        pickled = " (it has pytorch_model.bin, a pickle; convert it to safetensors)" if any(inner.glob("*.bin")) else ""
+        raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")
+
+
+def num_layers(name: str) -> int | None:
+    """The layers of an encoder; None for a hub name, or where its config does not say. Raises as `resolve_model`."""
+    path = Path(resolve_model(name))
+    folder = first_module(path)[0] if path.is_dir() else path
+    if not (folder / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", None)  # whatever the family calls it
+
+
+def first_module(path: Path) -> tuple[Path, bool]:
+    """Where a folder's weights lie (in the first module of modules.json, else in itself); whether they are a transformer's."""
+    if not (path / "modules.json").is_file():
+        return path, True
+    try:
+        first = json.loads((path / "modules.json").read_text(encoding="utf-8"))[0]
+        return path / first["path"], first["type"].endswith(".Transformer")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"no model at {path}: its modules.json is no list of modules ({error!r})") from None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What decides a model folder's vectors: weights, configs and vocabularies, in sorted order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES and path.is_file())
+
+
+def model_fingerprint(name: str | None, revision: str | None, digests: DigestCache) -> str:
+    """The content of a model folder, or the commit of a hub model in this machine's cache; '' where neither is there."""
+    try:
+        path = Path(resolve_model(name or ""))
+    except ValueError:
+        return ""
+    if path.is_dir():
+        return fingerprint({str(file.relative_to(path)): digests.sha256(file) for file in model_files(path)})
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(str(path), "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else revision or ""

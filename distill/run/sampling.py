@@ -1,0 +1,131 @@
+"""The order of samples: global batches as a pure function of (seed, epoch, step).
+
+    shards, permuted by (seed, epoch) -> windows of whole shards -> rows of a window, permuted -> epoch order, cut every G rows
+
+A window holds about a million rows: a small set is one window and is shuffled completely; a large one is read window by window,
+so that reads are close together on disk. Memory: one number per shard, and the rows of the windows in use. The order does not
+depend on world size, micro-batch or loader; `assign_rows` splits a global batch over ranks and micro-batches afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+WINDOW_ROWS = 1 << 20
+CHUNK_ROWS = 8
+CHUNK_ROWS_ON_GPU = 512  # below this, launching kernels takes longer than running them
+LENGTH_RATIO = 0.9
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that mixes well (Steele, Lea, Flood 2014); it never changes, unlike a library's generator."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def mix(*keys: int) -> np.uint64:
+    """One number from several integers, any of which changes it."""
+    state = np.uint64(0)
+    for key in keys:
+        state = splitmix64(np.array([key % 2**64], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
+    return state
+
+
+def seed_of(*keys: int) -> int:
+    """A seed for a random generator, 0 <= seed < 2^63, that depends on the integers `keys` alone, on any version of Python."""
+    return int(mix(*keys)) >> 1
+
+
+def permutation(size: int, *keys: int) -> np.ndarray:
+    """A permutation of range(size), int64, that depends on the integers `keys` alone."""
+    ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ mix(*keys))
+    return np.argsort(ranks, kind="stable")
+
+
+class GlobalOrder:
+    """The sequence of global batches over a shard set.
+
+    shard_rows: rows of each shard. Steps are numbered across epochs; the last rows of an epoch that do not fill a global batch
+    are dropped (`dropped_rows`). Raises ValueError if the set is smaller than one global batch.
+    """
+
+    def __init__(self, shard_rows: np.ndarray, *, global_batch: int, seed: int, window_rows: int = WINDOW_ROWS) -> None:
+        self.shard_rows = np.asarray(shard_rows, dtype=np.int64)
+        self.num_rows = int(self.shard_rows.sum())
+        self.global_batch = global_batch
+        self.seed = seed
+        self.steps_per_epoch = self.num_rows // global_batch
+        self.dropped_rows = self.num_rows - self.steps_per_epoch * global_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{self.num_rows:,} training texts do not fill one global batch of {global_batch:,}: add text or lower it"
+            )
+        self._shard_starts = np.concatenate([[0], np.cumsum(self.shard_rows)[:-1]])
+        self._shards_per_window = max(1, window_rows // int(self.shard_rows.max()))
+        self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
+        self._window = lru_cache(maxsize=3)(self._shuffle_window)
+
+    def batch(self, step: int) -> np.ndarray:
+        """The rows of global batch `step`, int64 [G], indices into the shard set. Steps below 0 are of epochs -1, -2, ..."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._rows(epoch, within * self.global_batch, (within + 1) * self.global_batch)
+
+    def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        _, window_starts = self._epoch(epoch)
+        first = int(np.searchsorted(window_starts, start, side="right")) - 1
+        last = int(np.searchsorted(window_starts, stop - 1, side="right")) - 1
+        rows = np.concatenate([self._window(epoch, window) for window in range(first, last + 1)])
+        return rows[start - window_starts[first] : stop - window_starts[first]]
+
+    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = permutation(len(self.shard_rows), self.seed, epoch)
+        ends = np.cumsum(self.shard_rows[shards])
+        return shards, np.concatenate([[0], ends])[:: self._shards_per_window]
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        shards, _ = self._epoch(epoch)
+        members = shards[window * self._shards_per_window : (window + 1) * self._shards_per_window]
+        rows = np.concatenate([np.arange(self.shard_rows[s]) + self._shard_starts[s] for s in members])
+        return rows[permutation(len(rows), self.seed, epoch, window + 1)]
+
+
+def length_order(lengths: np.ndarray) -> np.ndarray:
+    """The permutation that sorts a global batch by length: longest first, ties by position."""
+    return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+
+
+def assign_rows(
+    lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int, chunk_rows: int = CHUNK_ROWS
+) -> list[list[np.ndarray]]:
+    """One rank's rows of a global batch: their positions in length-sorted order, for each chunk of each micro-batch.
+
+    lengths [G]: in length-sorted order, descending. Rank r takes every W-th row, so that the ranks' work is similar; numbers of
+    rows differ by at most one. A micro-batch (at most `micro_batch` rows, one backward pass) consists of neighbours, cut into
+    chunks (one forward pass each) where the length has decreased enough to save padding. The cuts are the same on all ranks,
+    and so are the numbers of micro-batches and chunks. A chunk can be empty only on a rank with one row fewer, and is then the
+    only one of its micro-batch.
+    """
+    global_batch = len(lengths)
+    most_rows = -(-global_batch // world_size)
+    num_micro = -(-most_rows // micro_batch)
+    assigned: list[list[np.ndarray]] = []
+    for rows in np.array_split(np.arange(most_rows), num_micro):
+        cuts = _cut_by_length(lengths[rows * world_size], chunk_rows)
+        positions = [chunk * world_size + rank for chunk in np.split(rows, cuts)]
+        assigned.append([chunk[chunk < global_batch] for chunk in positions])
+    return assigned
+
+
+def _cut_by_length(lengths: np.ndarray, chunk_rows: int) -> list[int]:
+    """Where to cut rows of descending length: each chunk but the last has a multiple of `chunk_rows` rows, none fewer."""
+    cuts, start = [], 0
+    for row in range(chunk_rows, len(lengths) - chunk_rows + 1, chunk_rows):
+        if lengths[row] < LENGTH_RATIO * lengths[start]:
+            cuts.append(row)
+            start = row
+    return cuts

@@ -1,0 +1,199 @@
+"""A stage of a run: its dependencies, whether it is finished, and why it must run again.
+
+A stage is a function of (the config fields it declares, its inputs, identified by their content). It writes one directory:
+
+    BEGUN.json    written first: settings and inputs, so that a killed run continues only as what it was
+    DONE.json     written last: the same, with the results and a fingerprint of what was made
+
+A stage is a subclass of Stage; distill/config.py lists them and gives each instance its RunContext.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from distill.run.config import Effect, Section, dump_config, settings
+from distill.run.files import DigestCache, publish, read_json, write_json
+
+S = TypeVar("S", bound=Section)
+StopAsked = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The part of a run that a stage sees: directories, the seed, and the config sections that it declares in `reads`.
+
+    shards_dir is another run's where `shards_from` names one. training_stages: those of this run, in their order.
+    """
+
+    name: str
+    run_dir: Path
+    shards_dir: Path
+    seed: int
+    training_stages: tuple[str, ...]
+    sections: Mapping[str, Section]
+
+    @property
+    def precompute_dir(self) -> Path:
+        return self.shards_dir.with_name("precompute")
+
+    def value(self, path: str) -> Any:
+        """The value of a field by "section.field"."""
+        name, _, field = path.partition(".")
+        return getattr(self.sections[name], field)
+
+    def section(self, kind: type[S]) -> S:
+        """The section of this class. Raises LookupError if the stage does not declare it."""
+        found = next((section for section in self.sections.values() if type(section) is kind), None)
+        if found is None:
+            raise LookupError(f"{kind.__name__} is not among the sections that the stage reads: {sorted(self.sections)}")
+        return found
+
+
+class Stage(ABC):
+    """One stage of one run.
+
+    name: its directory under the run's, and its own config section where it has one.
+    reads: further sections, or single fields of them as "section.field", that the stage depends on. A field that is not
+    listed changes nothing for the stage.
+    covered_by_inputs: sections that the stage uses but does not depend on, because the content of an input says the same.
+    effects: dotted path -> effect, where it differs in this stage from what the field declares.
+    uses_seed: whether the run's seed decides what is computed.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    covered_by_inputs: ClassVar[tuple[str, ...]] = ()
+    effects: ClassVar[Mapping[str, Effect]] = {}
+    uses_seed: ClassVar[bool] = False
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    @property
+    def directory(self) -> Path:
+        """The only directory that the stage writes before its DONE.json."""
+        return self.context.run_dir / self.name
+
+    @abstractmethod
+    def inputs(self) -> dict[str, str]:
+        """Name -> fingerprint of the content of each input; '' for one that is not there yet."""
+
+    @abstractmethod
+    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+        """Runs the stage, continuing an earlier call, and writes DONE.json; returns whether the stage is finished.
+
+        stop_asked: called with the number of each training step; where it is true, `Stopped` is raised after a checkpoint.
+        Raises ValueError for errors that a user can fix.
+        """
+
+    def is_product_missing(self) -> str | None:
+        """Which product of the finished stage outside of `directory` is missing, in words; None if none is."""
+        return None
+
+    def settings(self, effect: Effect) -> dict[str, Any]:
+        """The fields of this effect that the stage depends on, as a JSON tree by section."""
+        tree: dict[str, Any] = {"seed": self.context.seed} if self.uses_seed and effect == "result" else {}
+        for path in [self.name, *self.reads]:
+            name, _, field = path.partition(".")
+            if name not in self.context.sections:
+                continue
+            found = settings(self.context.sections[name], effect, f"{name}.", self.effects)
+            if field:
+                found = {key: value for key, value in found.items() if key == field}
+            if found:
+                tree[name] = tree.get(name, {}) | found
+        return tree
+
+    def reason_to_run(self) -> str | None:
+        """Why the stage must run, in words; None if it is finished and nothing it depends on has changed."""
+        done = read_json(self.directory / "DONE.json")
+        if done is None:
+            return "unfinished" if (self.directory / "BEGUN.json").exists() else "not run yet"
+        changes = self.changes_since(done)
+        return "; ".join(changes) if changes else self.is_product_missing()
+
+    def changes_since(self, record: Mapping[str, Any]) -> list[str]:
+        """Differences in result settings and inputs between a BEGUN.json or DONE.json and the stage as it would run now."""
+        if "settings" not in record:
+            return [f"{self.directory} was written by an earlier version of this program"]
+        changed = differences(record["settings"], self.settings("result"))
+        for name, fingerprint in sorted(self.inputs().items()):
+            if record["inputs"].get(name) != fingerprint:
+                changed.append(f"input {name}: {_short(record['inputs'].get(name))} -> {_short(fingerprint)}")
+        return changed
+
+    def begin(self) -> None:
+        """Prepares the directory: kept if this stage is unfinished in it, cleared if a finished one is to run again.
+
+        Raises ValueError naming the changes if it holds an unfinished stage of another config.
+        """
+        cleared = self.directory.with_name(f".{self.directory.name}.cleared")
+        shutil.rmtree(cleared, ignore_errors=True)
+        begun = read_json(self.directory / "BEGUN.json")
+        if (self.directory / "DONE.json").exists() or (begun is None and self.directory.exists()):
+            self.directory.rename(cleared)  # atomic: a half-deleted stage would look like an unfinished one
+            shutil.rmtree(cleared)
+        elif begun is not None and (changes := self.changes_since(begun)):
+            raise ValueError(
+                f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
+                " put the config back to continue it, use another name=, or delete the directory"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / "BEGUN.json", self._record())
+
+    def finish(self, results: dict[str, Any], fingerprint: str) -> None:
+        """Writes DONE.json. fingerprint: of the content that later stages read."""
+        write_json(self.directory / "DONE.json", self._record() | {"results": results, "fingerprint": fingerprint})
+
+    @property
+    def digests(self) -> DigestCache:
+        """The sha256 of users' files, cached in the run directory."""
+        return DigestCache(self.directory.with_name("input_digests.json"))
+
+    def digest(self, path: Path) -> str:
+        """The sha256 of a user's file; '' if there is none."""
+        return self.digests.sha256(path) if path.is_file() else ""
+
+    def _record(self) -> dict[str, Any]:
+        record = {"stage": self.name, "settings": self.settings("result"), "selection": self.settings("selection")}
+        return record | {"inputs": self.inputs()}
+
+
+def stage_fingerprint(directory: Path) -> str:
+    """The fingerprint of a finished stage's product; '' if it is not finished."""
+    done = read_json(directory / "DONE.json")
+    return "" if done is None else done["fingerprint"]
+
+
+def write_run_config(run_dir: Path, config: Section) -> None:
+    """Creates the run directory and writes the resolved config into it. Raises OSError if nothing can be written there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with publish(run_dir / "config.yaml") as file:
+        file.write(dump_config(config).encode())
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of a training stage that it could continue from, ascending."""
+    complete = directory.glob("checkpoints/step-????????/COMPLETE.json")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in complete)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two JSON trees differ, as 'ckd.lr: 0.0002 -> 0.0001'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _short(fingerprint: str | None) -> str:
+    return (fingerprint or "nothing")[:12]

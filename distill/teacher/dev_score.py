@@ -1,0 +1,51 @@
+"""The teacher's score on STS-B's dev set, which the student's is compared with during training."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from distill.corpus.evaluation_sets import read_sts_dev
+from distill.metrics.sts import Pairs, dev_score
+from distill.metrics.vectors import Encode
+from distill.run.collectives import from_rank_0, rank
+from distill.run.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+TEACHER_DEV = "teacher_dev.json"  # in precompute/: {"sts": evaluate.sts, "STSB-dev": ..}
+
+
+def keep_dev_score(directory: Path, sts: str | None, encode: Encode, device: torch.device) -> None:
+    """Writes <directory>/teacher_dev.json if `sts` has a dev set and the file is not there yet.
+
+    One of several tasks does it; the ranks of a sharded teacher do it together.
+    """
+    path = directory / TEACHER_DEV
+    with (directory / ".teacher_dev.lock").open("w") as lock:
+        pairs = from_rank_0(_pairs(sts, path, lock) if rank() == 0 else None, device)
+        if pairs is None:
+            return
+        first, second, gold = pairs
+        value = dev_score(encode, Pairs(first, second, np.array(gold)))
+        if rank() == 0:
+            write_json(path, {"sts": sts, "STSB-dev": value})
+
+
+def _pairs(sts: str | None, path: Path, lock: IO[str]) -> tuple[list[str], list[str], list[float]] | None:
+    """The dev set, JSON-able, if its score is missing and no other task computes it. Warns if it cannot be read."""
+    if sts is None or (read_json(path) or {}).get("sts") == sts:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pairs = read_sts_dev(sts)
+    except BlockingIOError:
+        return None
+    except (ValueError, OSError) as error:
+        logger.warning("precompute: no teacher score on STS-B's dev set: %s", error)
+        return None
+    return None if pairs is None else (pairs.first, pairs.second, pairs.gold.tolist())

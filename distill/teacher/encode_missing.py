@@ -1,0 +1,163 @@
+"""Text chunks to shards: those that are missing and that no other task has claimed.
+
+Reading and tokenizing the next chunk, encoding this one and writing the one before overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distill.corpus import read_chunk, text_hash
+from distill.run.collectives import from_rank_0, is_distributed, rank
+from distill.run.files import sha256_of
+from distill.run.throughput import Timing
+from distill.shards import missing, write_shard
+from distill.teacher.claims import Claims, claimed
+
+Tick = Callable[[int], object]
+
+
+class Source(Protocol):
+    """Makes vectors of a chunk's texts and their raw row numbers: `read` on one thread, `encode` on another."""
+
+    def read(self, texts: list[str], numbers: np.ndarray | None) -> Any: ...
+
+    def encode(self, read: Any, tick: Tick) -> np.ndarray: ...
+
+
+class Chunk(NamedTuple):
+    """A text chunk whose shard is missing, read and tokenized."""
+
+    folder: Path
+    number: int
+    claim: Path
+    texts: list[str]
+    fingerprint: str
+    read: Any
+
+
+class ShardSet(NamedTuple):
+    """The training set or the held-out one: where its shards go, and the text chunks they are made from."""
+
+    folder: Path
+    names: list[str]
+    entries: list[dict[str, Any]]
+
+
+def encode_missing(
+    sets: list[ShardSet],
+    texts: Path,
+    source: Source,
+    *,
+    teacher_fingerprint: str,
+    block_rows: int,
+    peak: float | None = None,
+) -> Timing:
+    """Makes missing shards until none is left or live tasks have claimed the rest. Returns the work and its durations.
+
+    texts: the folder of the text chunks. Raises ValueError for a chunk whose content has changed.
+    """
+    for folder, _, _ in sets:
+        folder.mkdir(parents=True, exist_ok=True)
+    timing = Timing(peak=peak)
+    total = sum(entry["rows"] for shards in sets for entry in shards.entries)
+
+    def write(chunk: Chunk, vectors: np.ndarray) -> None:
+        with timing.of("write"):
+            write_shard(
+                chunk.folder,
+                chunk.number,
+                chunk.texts,
+                np.array([text_hash(text) for text in chunk.texts], dtype=np.int64),
+                vectors,
+                block_rows=block_rows,
+                teacher_fingerprint=teacher_fingerprint,
+                text_fingerprint=chunk.fingerprint,
+            )
+            claims.release(chunk.claim)
+
+    with (
+        Claims() as claims,
+        ThreadPoolExecutor(1, "reader") as reader,
+        ThreadPoolExecutor(1, "writer") as writer,
+        tqdm(total=total, desc="precompute", unit=" texts", unit_scale=True, disable=True if rank() else None) as bar,
+    ):
+        chunks = _read_chunks(sets, texts, source, claims, timing)
+        upcoming: Future[Chunk | None] = reader.submit(next, chunks, None)
+        writing: Future[None] | None = None
+        try:
+            while True:
+                with timing.of("wait"):
+                    chunk = upcoming.result()
+                if chunk is None:
+                    break
+                upcoming = reader.submit(next, chunks, None)
+                bar.n = sum(_rows_present(shards) for shards in sets)
+                bar.refresh()
+                with timing.of("encode"):
+                    vectors = source.encode(chunk.read, bar.update)
+                timing.texts += len(chunk.texts)
+                with timing.of("wait"):
+                    if writing is not None:
+                        writing.result()
+                if rank() == 0:
+                    writing = writer.submit(write, chunk, vectors)
+            if writing is not None:
+                writing.result()
+        finally:
+            claims.stop()
+    work = getattr(source, "work", None)
+    if work is not None:
+        timing.tokens, timing.padded, timing.flops, timing.shapes = work.tokens, work.padded, work.flops, len(work.shapes)
+    return timing
+
+
+def _read_chunks(sets: list[ShardSet], texts: Path, source: Source, claims: Claims, timing: Timing) -> Iterator[Chunk]:
+    """Claims missing shards and yields their chunks, read and tokenized."""
+    of_folder = {shards.folder: shards for shards in sets}
+    for folder, index, claim in _as_rank_0(claimed(claims, lambda: all_missing(sets))):
+        name, entry = of_folder[folder].names[index], of_folder[folder].entries[index]
+        with timing.of("read"):
+            path = texts / f"{name}.txt"
+            if sha256_of(path) != entry["sha256"]:
+                raise ValueError(f"{path} is not as it was written (sha256): delete {texts} to cut the text again")
+            content = read_chunk(path)
+            numbers_path = texts / f"{name}.rows.npy"
+            numbers = np.load(numbers_path, allow_pickle=False) if numbers_path.exists() else None
+        with timing.of("tokenize"):
+            read = source.read(content, numbers)
+        yield Chunk(folder, index, claim, content, entry["sha256"], read)
+
+
+def _as_rank_0(items: Iterator[tuple[Path, int, Path]]) -> Iterator[tuple[Path, int, Path]]:
+    """Rank 0's items on every rank: all ranks of a sharded teacher encode a chunk together."""
+    if not is_distributed():
+        yield from items
+        return
+    # another process group, since these calls come from the reader's thread; rank 0 may wait long for the next chunk
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    cpu = torch.device("cpu")
+    while True:
+        item = next(items, None) if rank() == 0 else None
+        item = from_rank_0(None if item is None else [str(item[0]), item[1], str(item[2])], cpu, group)
+        if item is None:
+            return
+        yield Path(item[0]), item[1], Path(item[2])
+
+
+def all_missing(sets: Sequence[ShardSet]) -> list[tuple[Path, int]]:
+    """(folder, number) of each missing shard."""
+    return [(shards.folder, index) for shards in sets for index in missing(shards.folder, len(shards.names))]
+
+
+def _rows_present(shards: ShardSet) -> int:
+    absent = set(missing(shards.folder, len(shards.names)))
+    return sum(entry["rows"] for index, entry in enumerate(shards.entries) if index not in absent)

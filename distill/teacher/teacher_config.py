@@ -1,0 +1,78 @@
+"""The config sections `teacher` and `shards`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from distill.run.config import Section, result, speed
+from distill.run.precision import Precision
+
+
+class ModelConfig(Section):
+    """One encoder of the teacher."""
+
+    model: str | None = result(
+        None, description="a folder, a hub name, or package:NAME/FOLDER for a model inside a Python package"
+    )
+    revision: str | None = result(None, description="a hub model's commit, tag or branch")
+    pooling: Literal["cls", "pooler", "mean"] | None = result(
+        None, description="for a plain encoder; a sentence-transformers folder names its own pooling"
+    )
+    max_length: int | None = result(None, gt=2, description="tokens; longer texts are truncated; null: the model's limit")
+    prompt: str | None = result(None, description="put before every text; null: the model's default prompt, if it has one")
+    prompt_name: str | None = result(None, description="instead of `prompt`: the name of one of the model's prompts")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> ModelConfig:
+        if self.prompt is not None and self.prompt_name is not None:
+            raise ValueError("give `prompt` or `prompt_name`, not both")
+        return self
+
+
+class TeacherConfig(ModelConfig):
+    """What embeds the text: an encoder, several whose vectors are concatenated (`concat`), or precomputed vectors."""
+
+    concat: list[ModelConfig] = result(
+        [], description="further encoders (model to prompt_name); their vectors are appended to the first one's"
+    )
+    vectors: str | None = result(
+        None, description="instead of a model: .npy or .parquet with a vector for each raw text, in order"
+    )
+    vectors_field: str = result("embedding", description="the column of a .parquet file of vectors")
+    precision: Precision = result("auto", description="auto: bf16 where the processor has it")
+    tokens_per_batch: int = speed(8192, gt=0, description="largest number of tokens in a forward pass, with padding")
+    tasks: int = speed(1, ge=1, description="number of precompute processes that pipeline.py starts")
+    placement: Literal["device", "auto", "zero3"] = speed(
+        "device",
+        description="auto: over all GPUs, memory and disk (accelerate); zero3: sharded over the ranks of precompute.py",
+    )
+    max_memory: dict[str, str] | None = speed(
+        None,
+        description='placement auto: limits, e.g. {"0": 70GiB, cpu: 100GiB}; the rest stays on disk',
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TeacherConfig:
+        if (self.model is None) == (self.vectors is None):
+            raise ValueError("teacher needs either `model` or `vectors`, not both and not neither")
+        if self.concat and (self.vectors is not None or any(other.model is None for other in self.concat)):
+            raise ValueError("teacher.concat needs a `model` in teacher and in each of its entries")
+        if self.placement == "zero3" and self.concat:
+            raise ValueError("teacher.placement zero3 is for one encoder; teacher.concat has several")
+        if self.max_memory is not None and self.placement != "auto":
+            raise ValueError("teacher.max_memory is for placement auto")
+        return self
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """All encoders, in the order of their dimensions."""
+        return [self, *self.concat]
+
+
+class ShardsConfig(Section):
+    """The sizes of the WebDataset shards."""
+
+    rows: int = result(65_536, gt=0, description="texts per shard")
+    block_rows: int = result(1024, gt=0, description="texts per WebDataset sample")

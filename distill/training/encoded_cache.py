@@ -1,0 +1,91 @@
+"""A frozen encoder reads each sentence once: its vectors of the whole text, before any head, on disk.
+
+    <directory>/<fingerprint>/000000.npy ...    float16 [rows, d_s], in the shards' order
+
+Ranks take blocks in turn. What is there is not computed again, whatever the number of ranks; the fingerprint is of the weights
+and of the text, so that nothing else's vectors are taken for these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.run.collectives import barrier, from_rank_0, rank, world_size
+from distill.run.files import publish
+from distill.shards import ShardReader, fingerprint
+from distill.student import Student
+from distill.student.student import PooledVectors
+
+BLOCK = 4096
+
+
+class Encoded:
+    """The vectors of blocks of rows, mapped into memory; what the loader reads instead of tokens."""
+
+    def __init__(self, blocks: list[np.ndarray]) -> None:
+        self._blocks = blocks
+
+    @property
+    def width(self) -> int:
+        return int(self._blocks[0].shape[1])
+
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """float16 [d_s] of each of rows [n]."""
+        vectors = np.empty((len(rows), self.width), dtype=np.float16)
+        numbers, within = np.divmod(rows, BLOCK)
+        for number in np.unique(numbers):
+            here = numbers == number
+            vectors[here] = self._blocks[number][within[here]]
+        return list(vectors)
+
+    def pad(self, read: list[np.ndarray]) -> PooledVectors:
+        """[n, d_s] float32, the encoder's vectors of the rows."""
+        vectors = np.stack(read) if read else np.ones((1, self.width), dtype=np.float16)
+        return PooledVectors(torch.from_numpy(vectors.astype(np.float32)))
+
+
+def encode_all(student: Student, reader: ShardReader, directory: Path, amp: torch.dtype | None) -> Encoded:
+    """All vectors of a student without a head; a collective. Raises ValueError if one is beyond float16."""
+    assert student.head is None
+    of = {
+        "weights": _digest(student),
+        "pooling": student.pooling,
+        "max_length": student.max_length,
+        "text": [reader.manifest.text_fingerprint, len(reader)],
+        "amp": str(amp),
+    }
+    folder = directory / fingerprint(of)[:16]
+    paths = [folder / f"{number:06d}.npy" for number in range(-(-len(reader) // BLOCK))]
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(student.parameters()).device
+    missing = from_rank_0([number for number, path in enumerate(paths) if not path.exists()], device)
+    quiet = None if rank() == 0 else True
+    for first in tqdm(range(0, len(missing), world_size()), "encode once", unit=f"x {BLOCK * world_size()}", disable=quiet):
+        for number in missing[first : first + world_size()][rank() : rank() + 1]:
+            rows = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(reader)))
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                vectors = student.encode(reader.texts(rows), normalize=False).astype(np.float16)
+            if not np.isfinite(vectors).all():
+                raise ValueError("the frozen encoder's vectors are beyond float16: use hpd.freeze_encoder=false")
+            with publish(paths[number]) as file:
+                np.lib.format.write_array(file, vectors, allow_pickle=False)
+        barrier()  # so that no rank waits longer than for a block
+    return Encoded([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
+
+
+def _digest(student: Student) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,96 @@
+"""What differs between training tasks; `loop.py` is the same for all.
+
+A task is one file of training/tasks/ (or of an installed package): its config section, its module, the data of a step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.student import Student
+from distill.training.batches import MicroBatch
+from distill.training.keys import Keys
+
+
+@dataclass
+class StepContext:
+    """What all micro-batches of one step share, from `Task.prepare_step` to `Task.after_step`.
+
+    is_logged: whether the step is logged; what is expensive to measure is measured then, and lies in `observed`, a value a row.
+    keys: teacher keys, where the loss needs any. first_pass: what a first forward pass left for each micro-batch, by its index.
+    """
+
+    step: int
+    is_logged: bool = False
+    keys: Keys | None = None
+    first_pass: Sequence[Any] = ()
+    observed: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def observe(self, rows: dict[str, Tensor]) -> None:
+        """Keeps values of this rank's rows, [b] each by name; ranks observe the same names."""
+        for name, values_b in rows.items():
+            self.observed.setdefault(name, []).append(values_b.detach().flatten())
+
+    def observations(self) -> dict[str, Tensor]:
+        """All observed rows of this rank, by name."""
+        return {name: torch.cat(parts) for name, parts in self.observed.items()}
+
+
+class TrainingModule(nn.Module):
+    """A task's parameters, all of them, in one module whose forward is the loss, so that ZeRO-3 gathers them.
+
+    module(micro, context) returns the sum over the micro-batch's rows of their losses, and sums over rows of what is logged.
+    """
+
+    student: Student
+    amp: torch.dtype | None = None
+
+    def embed(self, micro: MicroBatch) -> Tensor:
+        """The student's vectors of a micro-batch, [b, dim] float32, chunk by chunk under one autocast."""
+        device = micro.positions.device.type
+        with torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
+            return self.student(*micro.tokens).float()
+
+    @abstractmethod
+    def forward(self, micro: MicroBatch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Task(ABC):
+    """A task's module and data on this rank, as the training loop uses them.
+
+    num_micro: micro-batches of a step, the same on every rank; steps_per_epoch: global batches of an epoch.
+    """
+
+    module: TrainingModule
+    num_micro: int
+    steps_per_epoch: int
+
+    @abstractmethod
+    def load(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; called in a background thread."""
+
+    def restore(self, step: int) -> None:
+        """Restores what lives between steps to what it was before `step`; nothing, by default."""
+        return
+
+    def prepare_step(self, step: int, micro: list[MicroBatch], *, is_logged: bool) -> StepContext:
+        """What all micro-batches of a step share; may be a collective."""
+        return StepContext(step, is_logged)
+
+    def after_step(self, context: StepContext) -> None:
+        """Called once the optimizer has stepped; does nothing, by default."""
+        return
+
+    def reference_losses(self, means: dict[str, float]) -> dict[str, float]:
+        """What the loss is compared with, from the means of a logged step: "reference_loss", and one for each term."""
+        return {}
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Metrics of what lives between steps, as step `step` saw it."""
+        return {}

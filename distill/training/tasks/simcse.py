@@ -1,0 +1,37 @@
+"""simcse: unsupervised contrastive learning on the texts of the shards, each under two dropout masks."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from distill.run.config import result
+from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
+from distill.training.contrast_rows import TextPairs
+from distill.training.training_stage import Setup, TrainingStage
+
+
+class SimcseConfig(ContrastConfig):
+    """Unsupervised SimCSE on the text of the shards: a text under two dropout masks is a positive pair."""
+
+    lr: float = result(1e-5, gt=0, description="as in the section ckd")
+    global_batch: int = result(128, gt=1, description="texts per step, over all ranks, each under two masks")
+    init: str = result(
+        "student",
+        description="the task whose student is trained on; student: the encoder that the section student describes",
+    )
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> SimcseConfig:
+        if self.dropout == 0:
+            raise ValueError("simcse.dropout is 0: the two views of a sentence would be the same")
+        return self
+
+
+class SimcseStage(TrainingStage):
+    name = "simcse"
+    config_class = SimcseConfig
+    title = "unsupervised contrastive learning"
+    selects_by_sts = True
+
+    def build(self, setup: Setup) -> ContrastTask:
+        return build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)

@@ -1,0 +1,237 @@
+"""A training stage: assembles a task from the config, and runs it on all ranks to its end or from its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from distill.corpus import held_out_sources
+from distill.corpus.evaluation_sets import read_sts_dev
+from distill.metrics.held_out import dev_rows
+from distill.run.collectives import barrier, rank, world_size
+from distill.run.config import Effect, Section
+from distill.run.files import read_json, sha256_of
+from distill.run.precision import autocast_dtype, describe_precision
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
+from distill.run.session_log import session
+from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.shards import ShardReader
+from distill.student import Student
+from distill.student.encoder import build_encoder, set_dropout
+from distill.student.student_config import StudentConfig
+from distill.teacher.dev_score import TEACHER_DEV
+from distill.teacher.identity import check_teacher
+from distill.teacher.teacher_config import TeacherConfig
+from distill.training.batches import Inputs, ShardBatches
+from distill.training.checkpoint import Checkpoints
+from distill.training.dev_evaluation import DevEvaluation
+from distill.training.engine import build_engine
+from distill.training.loop import Trainer
+from distill.training.projector import write_projector
+from distill.training.run_description import describe_run
+from distill.training.step_metrics import StepMetrics
+from distill.training.task import Task
+from distill.training.train_config import EngineConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a task is built from, on this rank."""
+
+    reader: ShardReader
+    student: Student
+    device: torch.device
+    amp: torch.dtype | None
+    seed: int
+
+    @property
+    def chunk_rows(self) -> int:
+        return CHUNK_ROWS if self.device.type == "cpu" else CHUNK_ROWS_ON_GPU
+
+    def shard_batches(self, train: TrainConfig, encoded: Inputs | None = None) -> ShardBatches:
+        """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens."""
+        order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed)
+        part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
+        return ShardBatches(self.reader, order, self.student, **part, chunk_rows=self.chunk_rows, encoded=encoded)
+
+
+class TrainingStage(Stage):
+    """A training stage. A subclass names its config section and title and builds its task.
+
+    title: what the method is called in model cards and reports. selects_by_sts: whether the best student is chosen by STS-B's
+    dev set, where it is there, instead of by fidelity to the teacher.
+    """
+
+    config_class: ClassVar[type[TrainConfig]]
+    title: ClassVar[str]
+    selects_by_sts: ClassVar[bool] = False
+    uses_seed = True
+    reads = (
+        "student",
+        "engine.precision",
+        "evaluate.dev_sentences",
+        "evaluate.num_held_out",
+        "evaluate.sts",
+    )
+    effects: ClassVar[dict[str, Effect]] = {
+        "evaluate.dev_sentences": "selection",
+        "evaluate.num_held_out": "selection",
+        "evaluate.sts": "selection",
+    }
+    covered_by_inputs = ("teacher", "engine", "evaluate.batch_size")  # the shards are the teacher's
+
+    @property
+    def train(self) -> TrainConfig:
+        """The stage's own section."""
+        return self.section(self.config_class)
+
+    def section(self, kind: type[S]) -> S:
+        return self.context.section(kind)
+
+    @property
+    def init(self) -> str:
+        """The stage whose student this one begins with; "student": the encoder that the section student describes."""
+        return str(self.train.init)  # type: ignore[attr-defined]
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where a task may keep what it computes once; deleted when the stage is finished."""
+        return self.directory / "cache"
+
+    @abstractmethod
+    def build(self, setup: Setup) -> Task:
+        """The module and data of the stage on this rank."""
+
+    def check(self, reader: ShardReader) -> None:
+        """Raises ValueError where the config does not fit the shards; called before anything expensive."""
+
+    def results(self) -> dict[str, Any]:
+        """What DONE.json says besides steps, score and time."""
+        return {}
+
+    def inputs(self) -> dict[str, str]:
+        manifest = self.context.shards_dir / "manifest.json"
+        found = {"shards": sha256_of(manifest) if manifest.is_file() else ""}
+        if self.init != "student":
+            found[self.init] = stage_fingerprint(self.context.run_dir / self.init)
+        return found
+
+    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+        """Trains to the end; every rank calls it. The student lies in <stage>/student afterwards."""
+        self.check_inputs()
+        if rank() == 0:
+            self.begin()
+        barrier()
+        precision = self.section(EngineConfig).precision
+        amp = autocast_dtype(precision, device)
+        if rank() == 0:
+            logger.info("%s: precision: %s", self.name, describe_precision(precision, device))
+        task = self.build(self.setup(device, amp))
+        task.module.to(device)
+        trainer = self._trainer(task, device, amp, stop_asked)
+        if trainer.tensorboard.is_new:
+            trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
+        with session(self.directory, "train", device):
+            results = trainer.run()
+        if rank() == 0:
+            self._finish(results | self.results(), device)
+        barrier()
+        return True
+
+    def _trainer(self, task: Task, device: torch.device, amp: torch.dtype | None, stop_asked: StopAsked) -> Trainer:
+        """The training loop around a task, with its last checkpoint loaded."""
+        train, engine_config = self.train, self.section(EngineConfig)
+        metrics = StepMetrics(task.module, device)
+        temperature = getattr(train, "temperature", None)
+        temperature_lr = (temperature.lr if temperature else None) or train.lr
+        engine = build_engine(task.module, train, engine_config, num_micro=task.num_micro, temperature_lr=temperature_lr)
+        settings, inputs = self.settings("result"), self.inputs()
+        made_of = {"settings": settings, "inputs": inputs, "steps_per_epoch": task.steps_per_epoch}
+        return Trainer(
+            self.name,
+            task,
+            engine,
+            train,
+            self.dev_evaluation(amp),
+            metrics,
+            Checkpoints(self.directory / "checkpoints", keep=train.keep, device=device, made_of=made_of),
+            student_dir=self.directory / "student",
+            tensorboard=self.tensorboard_dir,
+            device=device,
+            max_skipped=engine_config.max_skipped,
+            stop_asked=stop_asked,
+            selects_by_sts=self.selects_by_sts,
+        )
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.context.run_dir / "tensorboard" / self.name
+
+    def check_inputs(self) -> None:
+        """Checks, before anything expensive, that the inputs are there and fit. Raises ValueError naming what to run first."""
+        reader = ShardReader(self.context.shards_dir, verify=False)
+        check_teacher(self.section(TeacherConfig), self.context.shards_dir, reader.manifest)
+        for name, fingerprint in self.inputs().items():
+            if not fingerprint:
+                raise ValueError(
+                    f"{self.name} needs {self.context.run_dir / name}, which is not finished: run that stage first"
+                )
+        self.check(reader)
+
+    def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:
+        """The shards and the student that the stage begins with, on the device and ready to train, without dropout."""
+        reader = ShardReader(self.context.shards_dir)
+        torch.manual_seed(self.context.seed)  # new weights, such as the projection's
+        student, config = self._initial_student(), self.section(StudentConfig)
+        student.train()  # transformers loads encoders in eval mode: without dropout, and without activation checkpointing
+        set_dropout(student.encoder, 0.0)
+        student.encoder.get_input_embeddings().requires_grad_(not config.freeze_embeddings)
+        if self.section(EngineConfig).activation_checkpointing:
+            student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        student.to(device)
+        if device.type == "cpu":
+            student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
+        return Setup(reader, student, device, amp, self.context.seed)
+
+    def _initial_student(self) -> Student:
+        if self.init != "student":
+            return Student.load(self.context.run_dir / self.init / "student")
+        config = self.section(StudentConfig)
+        encoder, tokenizer = build_encoder(config, self.section(TeacherConfig).model, self.context.seed)
+        return Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
+
+    def dev_evaluation(self, amp: torch.dtype | None) -> DevEvaluation | None:
+        """The dev evaluation over the held-out shards; None if nothing was held out."""
+        path = self.context.shards_dir / "held_out"
+        if not (path / "manifest.json").exists():
+            return None
+        held_out, value = ShardReader(path), self.context.value
+        rows = dev_rows(len(held_out), value("evaluate.num_held_out"), value("evaluate.dev_sentences"))
+        if len(rows) < 3:
+            return None
+        sts: str | None = value("evaluate.sts")
+        teacher = read_json(self.context.precompute_dir / TEACHER_DEV) or {}
+        teacher_sts = teacher.get("STSB-dev") if teacher.get("sts") == sts else None
+        pairs = read_sts_dev(sts) if sts is not None else None
+        batch_size: int = value("evaluate.batch_size")
+        return DevEvaluation(held_out, rows, pairs, batch_size=batch_size, amp=amp, teacher_sts=teacher_sts)
+
+    def _finish(self, results: dict[str, Any], device: torch.device) -> None:
+        shutil.rmtree(self.cache_dir, ignore_errors=True)
+        student = self.directory / "student"
+        held_out = self.context.shards_dir / "held_out"
+        if (held_out / "manifest.json").exists():
+            kept = Student.load(student).to(device).eval()
+            sources = held_out_sources(self.context.precompute_dir / "text")
+            write_projector(self.tensorboard_dir, kept, ShardReader(held_out), sources)
+        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
+        self.finish(results, "-".join(digest[:32] for digest in digests))

@@ -1,0 +1,141 @@
+"""How a rank started by the deepspeed launcher, torchrun or srun finds the other ranks, and exits together with them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from distill.config import RunConfig
+from distill.run.heartbeats import RankHeartbeats
+from launcher import command, slurm_job
+from launcher.rank_log import log_to_file, show_on_terminal
+
+RANK_0_FIRST = 1.0  # seconds in which rank 0 may report what all ranks have found
+
+
+def rank_from_environment() -> int:
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK from Slurm's names if nobody has set them; returns the rank."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({ours: os.environ[slurm] for ours, slurm in names.items()})
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    return int(os.environ["RANK"])
+
+
+def local_environments(ranks: int) -> list[dict[str, str]]:
+    """The environment in which each of the ranks that are started on this machine finds the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
+
+
+def check_batch(config: RunConfig, stage: str, world_size: int) -> None:
+    """Raises ValueError if a stage's global batch does not have a row for each rank."""
+    rows = config.train(stage).global_batch
+    if rows < world_size:
+        raise ValueError(f"{stage}.global_batch {rows} is smaller than the world size {world_size}")
+
+
+def start_process_group(timeout: float) -> Any:
+    """Joins the other ranks, unless this process has; returns this rank's device. Raises ValueError if the port is taken."""
+    import logging
+
+    import torch
+    from torch.distributed import distributed_c10d
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    on_gpu = torch.cuda.is_available()
+    if torch.distributed.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"there is no GPU for local rank {local}: this node has {gpus}; start one rank a GPU")
+        torch.cuda.set_device(local)
+    else:
+        # gloo alone: the shared-memory extension would be compiled for a minute and leave its buffers in /dev/shm
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        os.environ |= slurm_job.rendezvous()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    limit = timedelta(seconds=timeout)
+    # DeepSpeed makes groups of its own, which would wait for torch's 30 minutes
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=limit, auto_mpi_discovery=False, verbose=False)
+    except Exception as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise ValueError(
+                f"port {os.environ['MASTER_PORT']} is in use on {os.environ['MASTER_ADDR']}: choose another, --master_port N"
+            ) from None
+        if is_collective_failure(error):
+            raise TimeoutError(
+                f"the {os.environ['WORLD_SIZE']} ranks did not all join at {place} within {timeout:g} s (engine.timeout): one"
+                f" has failed before that, or cannot reach it ({str(error).splitlines()[0]})"
+            ) from None
+        raise
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextmanager
+def exiting_together(folder: Path, device: Any, timeout: float, continues: Callable[[], str]) -> Iterator[RankHeartbeats]:
+    """What fails inside, on any rank, is reported by one rank; all others exit quietly with its exit code.
+
+    `folder` is for the ranks' heartbeats; `continues()` says from where the same command would continue.
+    """
+    from distill.run.collectives import FailedElsewhere, from_rank_0, rank, world_size
+
+    start = from_rank_0(f"{time.time_ns():x}" if rank() == 0 else None, device)
+    heartbeats = RankHeartbeats(folder / start, rank(), world_size())
+    try:
+        yield heartbeats
+        heartbeats.close()
+        if heartbeats.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt as stop:
+        heartbeats.elect(command.exit_code(stop))
+        raise
+    except Exception as error:
+        if is_collective_failure(error) or isinstance(error, FailedElsewhere):
+            message = heartbeats.diagnose(str(error).splitlines()[0], timeout)
+            if message:
+                show_on_terminal()
+                print(f"error: {message}; logs: {folder.with_name('logs')}; {continues()}", file=sys.stderr, flush=True)
+                raise command.Exit(1) from None
+            raise _quiet_exit(heartbeats, error) from None
+        if rank() > 0:
+            time.sleep(RANK_0_FIRST)
+        if not heartbeats.elect(command.exit_code(error)):
+            raise _quiet_exit(heartbeats, error) from None
+        show_on_terminal()
+        raise
+
+
+def _quiet_exit(heartbeats: RankHeartbeats, error: Exception) -> command.Exit:
+    """The exit of a rank whose failure another rank reports; its own log file has what it saw."""
+    code, seen = heartbeats.elected_code or 1, command.describe(error).splitlines()[0]
+    log_to_file(f"ended after step {heartbeats.step} with exit code {code}; another rank reports why; seen here: {seen}")
+    return command.Exit(code)
+
+
+def is_collective_failure(error: Exception) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

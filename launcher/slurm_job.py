@@ -1,0 +1,148 @@
+"""The Slurm job that a pipeline runs in: the rendezvous of its ranks, and whether the job is requeued once it has ended.
+
+A job that was stopped, by the warning before a time limit or a preemption, is requeued: the same job, log and run directory,
+from where it stopped. So is one that failed in a way that another start may fix, a rank lost or a network cut. But
+`MAX_WITHOUT_PROGRESS` starts without progress end it, also of stops, where a start takes longer than the time limit leaves it.
+Preemptions are not counted, nor what Slurm requeues by itself, having seen a node die. What the user has to fix (exit code 2)
+ends the job at once, and so does scancel.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+from distill.config import TRAINING_STAGES, RunConfig
+from distill.run.files import read_json, write_json
+from distill.run.stage import checkpoint_steps
+from launcher import command
+
+MAX_WITHOUT_PROGRESS = 3
+SLURM_TIMEOUT = 10.0  # seconds for an answer of a Slurm client
+FINAL = (0, 2, command.INTERRUPTED)  # exit codes after which another start is of no use, or not wanted
+
+
+def srun_python(ranks_per_node: int, *, wait: int = 0) -> tuple[list[str], int]:
+    """The srun command that runs a Python script once per rank on all nodes of this job, and the cores of a rank.
+
+    The job itself has one task a node: a job of several tasks, once it has run on two nodes, is never requeued on one.
+
+    After a bad exit the others are not killed: ranks exit by themselves once they know which one was lost, precompute tasks
+    continue. And Slurm's controller repeats a kill that was not answered within 10 s after a minute, when it hits the step of
+    the same number of a requeued job. `wait`: seconds from the first exit, after which srun kills what hangs; 0: never.
+    """
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    cores = max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // ranks_per_node)
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={wait}", f"--nodes={nodes}", f"--ntasks={nodes * ranks_per_node}"]
+    srun += [f"--ntasks-per-node={ranks_per_node}", f"--cpus-per-task={cores}"]
+    return [*srun, *(shlex.split(os.environ.get("DISTILL_PYTHON", "")) or [sys.executable])], cores
+
+
+def hostnames(nodes: str) -> list[str]:
+    """n1, n2 ... of Slurm's n[1-2]. Raises OSError or SubprocessError where scontrol does not say."""
+    asked = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SLURM_TIMEOUT).stdout.split()
+
+
+def rendezvous() -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT: the first node, and a port of no other job, nor of an earlier start of this one."""
+    try:
+        first = hostnames(os.environ["SLURM_JOB_NODELIST"])[0]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"Slurm does not give the nodes of this job ({error}): export MASTER_ADDR and MASTER_PORT") from None
+    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * restarts()
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + number % 20000)}
+
+
+def maybe_requeue(config: RunConfig, code: int, begun: dict[str, Any] | None) -> int:
+    """Requeues this job where that is of use, and reports it; returns the exit code of this start.
+
+    `begun`: the run's progress when this start began; None if it was stopped before that was known.
+    """
+    record = config.run_dir / f".job-{os.environ['SLURM_JOB_ID']}.json"
+    if code in FINAL:
+        record.unlink(missing_ok=True)
+        return code
+    shown = state()
+    if int(shown.get("Restarts", 0)) > restarts():
+        report("Slurm requeues it")
+        return code
+    if shown.get("PreemptTime", "None") != "None":
+        requeue()
+        return code
+    if shown.get("JobState", "RUNNING") != "RUNNING" and shown.get("Reason") != "TimeLimit":
+        record.unlink(missing_ok=True)
+        report("cancelled; not requeued")
+        return code
+    without_progress = int(code != command.STOPPED)
+    if progress(config) == begun:
+        without_progress = (read_json(record) or {}).get("starts_without_progress", 0) + 1
+    if without_progress >= MAX_WITHOUT_PROGRESS:
+        record.unlink(missing_ok=True)
+        report(f"{_how(code)}; {without_progress} starts without progress: not requeued; {_remedy(code)}, then submit it again")
+        return code
+    config.run_dir.mkdir(parents=True, exist_ok=True)  # a stop may come before anything is there
+    write_json(record, {"starts_without_progress": without_progress})
+    if without_progress:
+        report(f"{_how(code)}; starts without progress: {without_progress}; {MAX_WITHOUT_PROGRESS} end the job")
+    requeue()
+    return code
+
+
+def _how(code: int) -> str:
+    return "stopped" if code == command.STOPPED else f"failed (exit code {code})"
+
+
+def _remedy(code: int) -> str:
+    if code == command.STOPPED:
+        return "a start takes longer than its time limit leaves it: give it more --time"
+    return "fix what is reported above"
+
+
+def requeue() -> None:
+    """Asks Slurm to requeue this job, once it has ended."""
+    asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
+    if asked.returncode == 0 or "pending" in asked.stderr:  # it is, already, after the loss of a node
+        report("requeued")
+    else:
+        report(f"Slurm refuses to requeue it ({asked.stderr.strip()}): submit it again")
+
+
+def restarts() -> int:
+    """How often this job was requeued before this start."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def state() -> dict[str, str]:
+    """What `scontrol show job` says of this job: JobState, Reason, Restarts, PreemptTime ...; {} where it says nothing.
+
+    JobState is RUNNING after a warning. It is COMPLETING where Slurm is ending the job, for good unless Restarts has grown; the
+    Reason is TimeLimit where it has not stopped in time. PreemptTime is this start's, or None.
+    """
+    asked = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    try:
+        shown = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SLURM_TIMEOUT).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def progress(config: RunConfig) -> dict[str, Any]:
+    """The progress of a run: equal at two moments if nothing was finished between them."""
+    done = sorted(path.parent.name for path in config.run_dir.glob("*/DONE.json"))
+    steps = {stage: checkpoint_steps(config.run_dir / stage) for stage in TRAINING_STAGES}
+    text = 0
+    with suppress(FileNotFoundError):  # another task renames it
+        for path in config.precompute_dir.glob("text*/*"):
+            text += path.stat().st_size
+    shards = len(list(config.shards_dir.glob("**/*.tar")))
+    newest = {stage: found[-1] for stage, found in steps.items() if found}
+    return {"done": done, "steps": newest, "text": text, "shards": shards}
+
+
+def report(line: str) -> None:
+    print(f"job {os.environ['SLURM_JOB_ID']}: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,106 @@
+"""An invalid config is refused before anything is loaded, with what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.config import RunConfig, load_config
+from distill.run.config import ConfigError, Section, dump_config, effects_of, result
+
+MINIMAL = "name: x\ntext: {sources: [text.txt]}\nteacher: {model: some/teacher}\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["ckd.lrr=1"], "unknown key ckd.lrr; did you mean lr?"),
+        (["ckd.temperature.scael=1"], "unknown key ckd.temperature.scael; did you mean scale?"),
+        (["studnet.pooling=cls"], "unknown key studnet; did you mean student?"),
+        (["ckd.epochs=many"], "ckd.epochs: Input should be a valid number"),
+        (["ckd.queue=256"], "queue 256 is not larger than global_batch 256"),
+        (["engine.num_ranks=512"], "ckd.global_batch 256 is smaller than engine.num_ranks 512"),
+        (["teacher.vectors=a.npy"], "either `model` or `vectors`"),
+        (["teacher={vectors: a.npy}"], "name an encoder in student.init"),
+        (["finetune.init=hpd"], "each waits for the other"),
+        (["hpd.nested=[256]"], "must lie between 0 and hpd.dim 128"),
+        (["hpd.whitening=0.5"], "changes the relational term alone"),
+        (["ckd.weights={ckd: 0}"], "at least one above 0"),
+        (["student.layers=[1, 1]"], "distinct"),
+        (["student.layers=0"], "1 or more"),
+        (["student.layers=[]"], "at least one"),
+        (["text.min_chars=2000"], "no text can pass"),
+        (["text.sources=[{type: python-docs}]"], "run `python launcher/quickstart_text.py` and name the file"),
+        (["text.sources=[{type: file}]"], "needs `path`"),
+        (["nonsense"], "is not key=value"),
+        (["ckd.lr=[1"], "not YAML"),
+        (["name=../escape"], "name"),
+    ],
+)
+def test_an_invalid_config_is_refused_with_its_key(path, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert message in str(error.value)
+
+
+def test_a_source_may_be_a_plain_path(path):
+    config = load_config(path, ["text.sources=data/*.txt"])
+    assert config == load_config(path, ["text.sources=[{type: file, path: data/*.txt}]"])
+    assert load_config(path, ["text.sources=[a.txt, {type: file, path: b.txt}]"]).text.sources[0].path == "a.txt"
+
+
+def test_no_such_config_names_the_nearest(path):
+    with pytest.raises(ConfigError, match=r"did you mean .*run\.yaml"):
+        load_config(path.with_name("rum.yaml"))
+
+
+def test_a_dumped_config_loads_to_the_same(path):
+    config = load_config(path, ["ckd.lr=1e-4", "hpd.nested=[16]", "ckd.weights={cosine: 2}"])
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert config.ckd.lr == 1e-4 and config.ckd.weights == {"cosine": 2.0}
+
+
+def test_base_gives_defaults_and_overrides_win(path):
+    child = path.with_name("child.yaml")
+    child.write_text("base: run.yaml\nname: y\nckd: {lr: 1.0e-3, epochs: 2}\n")
+    config = load_config(child, ["ckd.epochs=3"])
+    assert (config.name, config.ckd.lr, config.ckd.epochs, config.teacher.model) == ("y", 1e-3, 3.0, "some/teacher")
+
+
+def test_a_base_that_leads_back_is_an_error(path):
+    path.write_text(MINIMAL + "base: run.yaml\n")
+    with pytest.raises(ConfigError, match="leads back"):
+        load_config(path)
+
+
+def test_shipped_configs_are_valid():
+    from commands import ROOT
+
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    assert configs
+    for config in configs:
+        load_config(config)
+
+
+def test_every_field_declares_its_effect():
+    effects = effects_of(RunConfig)
+    assert [path for path, effect in effects.items() if effect not in ("result", "selection", "speed")] == []
+    assert effects["ckd.lr"] == "result" and effects["ckd.dev_every"] == "selection" and effects["ckd.log_every"] == "speed"
+
+
+def test_a_field_without_an_effect_is_found():
+    class Inner(Section):
+        declared: int = result(1)
+        forgotten: int = 1
+
+    class Outer(Section):
+        inner: Inner = Inner()
+
+    assert effects_of(Outer) == {"inner.declared": "result", "inner.forgotten": None}

@@ -1,0 +1,264 @@
+"""A stage runs when, and only when, something that it depends on has changed; the reason is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import sentences, write_config
+
+from distill.config import load_config, open_run, stage_of
+from distill.run.config import Section, result, selection, speed
+from distill.run.files import read_json
+from distill.run.stage import RunContext, Stage, differences, stage_fingerprint
+
+CPU = torch.device("cpu")
+
+
+class ExampleConfig(Section):
+    lr: float = result(0.1)
+    dev_every: int = selection(4)
+    log_every: int = speed(10)
+
+
+class OtherConfig(Section):
+    used: int = result(1)
+    unused: int = result(1)
+
+
+class Example(Stage):
+    """A stage without work."""
+
+    name = "example"
+    reads = ("other.used",)
+
+    def __init__(self, context: RunContext, found: dict[str, str]) -> None:
+        super().__init__(context)
+        self.found = found
+
+    def inputs(self):
+        return self.found
+
+    def run(self, device, stop_asked=lambda step: False):
+        return True
+
+
+def stage(tmp_path, *, shards="abc", used=1, unused=1, seed=0, **config):
+    sections = {"example": ExampleConfig(**config), "other": OtherConfig(used=used, unused=unused)}
+    context = RunContext("name", tmp_path / "run", tmp_path / "run/shards", seed, (), sections)
+    return Example(context, {"shards": shards})
+
+
+def finished(tmp_path, **config):
+    ours = stage(tmp_path, **config)
+    ours.begin()
+    ours.finish({"steps": 3}, "made")
+    return ours
+
+
+def test_a_stage_is_not_run_then_unfinished_then_finished(tmp_path):
+    ours = stage(tmp_path)
+    assert ours.reason_to_run() == "not run yet"
+    ours.begin()
+    assert ours.reason_to_run() == "unfinished" and stage_fingerprint(ours.directory) == ""
+    ours.finish({"steps": 3}, "made")
+    assert ours.reason_to_run() is None
+    assert stage_fingerprint(ours.directory) == "made"
+    assert read_json(ours.directory / "DONE.json")["results"] == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"lr": 0.2}, "example.lr: 0.1 -> 0.2"),
+        ({"used": 2}, "other.used: 1 -> 2"),
+        ({"shards": "xyz"}, "input shards: abc -> xyz"),
+        ({"dev_every": 2}, None),
+        ({"log_every": 1}, None),
+        ({"unused": 2}, None),
+        ({"seed": 1}, None),
+    ],
+)
+def test_a_finished_stage_runs_again_for_changes_of_results_and_inputs_alone(tmp_path, change, reason):
+    finished(tmp_path)
+    assert stage(tmp_path, **change).reason_to_run() == reason
+
+
+def test_the_seed_counts_where_a_stage_uses_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Example, "uses_seed", True)
+    finished(tmp_path)
+    assert stage(tmp_path, seed=1).reason_to_run() == "seed: 0 -> 1"
+
+
+def test_an_effect_may_differ_by_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(Example, "effects", {"example.lr": "speed", "example.log_every": "result"})
+    finished(tmp_path)
+    assert stage(tmp_path, lr=0.2).reason_to_run() is None
+    assert stage(tmp_path, log_every=1).reason_to_run() == "example.log_every: 10 -> 1"
+
+
+def test_an_unfinished_stage_of_another_config_is_refused_and_kept(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "work").write_text("an hour's")
+    with pytest.raises(ValueError, match=r"unfinished example of another config \(example\.lr: 0\.1 -> 0\.2\)"):
+        stage(tmp_path, lr=0.2).begin()
+    assert (ours.directory / "work").read_text() == "an hour's"
+
+
+def test_an_unfinished_stage_continues_with_another_selection(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "work").write_text("an hour's")
+    often = stage(tmp_path, dev_every=1, log_every=1)
+    often.begin()
+    assert (ours.directory / "work").exists()
+    assert read_json(ours.directory / "BEGUN.json")["selection"] == {"example": {"dev_every": 1}}
+
+
+def test_begin_keeps_an_unfinished_stage_of_this_config_and_clears_a_finished_one(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "work").write_text("an hour's")
+    ours.begin()
+    assert (ours.directory / "work").exists()
+    ours.finish({}, "made")
+    stage(tmp_path, lr=0.2).begin()
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"example", "BEGUN.json"}
+
+
+def test_a_stage_that_an_earlier_version_began_is_refused_by_name_and_kept(tmp_path):
+    ours = stage(tmp_path)
+    ours.directory.mkdir(parents=True)
+    (ours.directory / "BEGUN.json").write_text(
+        '{"stage": "example", "config": {"example": {"lr": 0.1}}, "inputs": {"shards": "abc"}}'
+    )
+    (ours.directory / "work").write_text("an hour's")
+    with pytest.raises(ValueError, match=r"unfinished example .*run/example was written by an earlier version of this program"):
+        ours.begin()
+    assert (ours.directory / "work").read_text() == "an hour's"
+
+
+@pytest.mark.parametrize("left", [["checkpoint"], ["checkpoint", "DONE.json"], []])
+def test_a_folder_without_begun_json_is_never_continued(tmp_path, left):
+    """Such a folder remains if a clearing is killed."""
+    ours = finished(tmp_path)
+    (ours.directory / "BEGUN.json").unlink()
+    (ours.directory / "checkpoint").touch()
+    for path in ours.directory.iterdir():
+        if path.name not in left:
+            path.unlink()
+    stage(tmp_path, lr=0.2).begin()
+    assert [path.name for path in ours.directory.iterdir()] == ["BEGUN.json"]
+
+
+def test_what_a_killed_clearing_left_is_deleted(tmp_path):
+    cleared = tmp_path / "run/.example.cleared"
+    cleared.mkdir(parents=True)
+    (cleared / "DONE.json").touch()
+    stage(tmp_path).begin()
+    assert not cleared.exists()
+
+
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 1}}, []),
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, ["a.b: 1 -> 2"]),
+        ({"a": {"b": 1}}, {"a": {}}, ["a.b: 1 -> null"]),
+        ({"a": [1, 2]}, {"a": [1]}, ["a: [1, 2] -> [1]"]),
+    ],
+)
+def test_differences_name_the_path(old, new, found):
+    assert differences(old, new) == found
+
+
+def config_of(tmp_path, tiny_encoder, *overrides):
+    return load_config(write_config(tmp_path, tiny_encoder), list(overrides))
+
+
+def changes(tmp_path, tiny_encoder, stage_name, *overrides):
+    """What changes for a stage with these overrides."""
+    before = stage_of(config_of(tmp_path, tiny_encoder), stage_name)
+    record = {"settings": before.settings("result"), "inputs": before.inputs()}
+    return stage_of(config_of(tmp_path, tiny_encoder, *overrides), stage_name).changes_since(record)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ckd.log_every=7",
+        "ckd.keep=5",
+        "ckd.save_every=3",
+        "ckd.micro_batch=2",
+        "ckd.tile=17",
+        "ckd.dev_every=1",
+        "evaluate.dev_sentences=5",
+    ],
+)
+def test_a_change_that_changes_no_result_changes_no_stage(tmp_path, tiny_encoder, override):
+    assert changes(tmp_path, tiny_encoder, "ckd", override) == []
+
+
+@pytest.mark.parametrize(
+    "stage_name, override, changed",
+    [
+        ("ckd", "ckd.lr=1.0", "ckd.lr: 0.001 -> 1.0"),
+        ("ckd", "seed=1", "seed: 0 -> 1"),
+        ("ckd", "student.layers=[1]", "student.layers: [0, 2] -> [1]"),
+        ("hpd", "hpd.dim=12", "hpd.dim: 16 -> 12"),
+        ("precompute", "teacher.max_length=16", "teacher.max_length: 32 -> 16"),
+        ("precompute", "shards.rows=100", "shards.rows: 200 -> 100"),
+        ("evaluate", "evaluate.num_held_out=7", "evaluate.num_held_out: 2000 -> 7"),
+    ],
+)
+def test_a_stage_depends_on_its_own_part_of_the_config(tmp_path, tiny_encoder, stage_name, override, changed):
+    assert changed in changes(tmp_path, tiny_encoder, stage_name, override)
+
+
+def test_a_stage_does_not_depend_on_another_stages_part(tmp_path, tiny_encoder):
+    assert changes(tmp_path, tiny_encoder, "ckd", "hpd.dim=12", "finetune.lr=1.0") == []
+
+
+def test_a_stage_runs_again_when_its_input_stage_made_something_else(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    open_run(config)
+    ckd, finetune = stage_of(config, "ckd"), stage_of(config, "finetune")
+    ckd.begin()
+    ckd.finish({}, "one")
+    finetune.begin()
+    finetune.finish({}, "tuned")
+    assert finetune.reason_to_run() is None
+    ckd.finish({}, "another")
+    assert stage_of(config, "finetune").reason_to_run() == "input ckd: one -> another"
+
+
+def test_precompute_runs_again_for_a_changed_text_and_is_refused_before_its_vectors_are_lost(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    assert stage_of(config, "precompute").run(CPU)
+    assert stage_of(config, "precompute").reason_to_run() is None
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(300, seed=1)) + "\n")
+    assert stage_of(config, "precompute").reason_to_run().startswith(f"input {text}: ")
+    shards = sorted((config.run_dir / "shards").glob("*.tar"))
+    with pytest.raises(ValueError, match="begun with another text or teacher"):
+        stage_of(config, "precompute").run(CPU)
+    assert sorted((config.run_dir / "shards").glob("*.tar")) == shards and shards
+
+
+def test_runs_that_share_their_shards_embed_them_once_whatever_their_seed(tmp_path, tiny_encoder):
+    first, second = (config_of(tmp_path, tiny_encoder, "shards_from=base", f"name=seed{n}", f"seed={n}") for n in range(2))
+    assert stage_of(second, "precompute").reason_to_run() == "not run yet"
+    assert stage_of(first, "precompute").run(CPU)
+    assert stage_of(second, "precompute").reason_to_run() is None
+    assert stage_of(first, "ckd").inputs()["shards"] == stage_of(second, "ckd").inputs()["shards"] != ""
+    assert (first.runs_dir / "base/shards/manifest.json").is_file() and not first.run_dir.exists()
+
+
+def test_a_changed_triplets_file_makes_finetuning_run(tmp_path, tiny_encoder):
+    triplets = tmp_path / "triplets.tsv"
+    triplets.write_text("anchor\tpositive\thard_negative\na\tb\tc\n")
+    config = config_of(tmp_path, tiny_encoder, f"finetune.triplets={triplets}")
+    stage_of(config, "finetune").begin()
+    stage_of(config, "finetune").finish({}, "made")
+    triplets.write_text(triplets.read_text() + "d\te\tf\n")
+    assert stage_of(config, "finetune").reason_to_run().startswith(f"input {triplets}: ")

@@ -1,0 +1,126 @@
+"""The cached vectors of a frozen encoder: those of its tokens, computed once, on any number of ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cells import write_set
+from conftest import sentences
+from distributed_ranks import on_ranks
+from engines import train_stage
+from safetensors.torch import load_file
+
+from distill.config import load_config, stage_of
+from distill.run.sampling import GlobalOrder
+from distill.run.session_log import read_sessions
+from distill.shards import ShardReader
+from distill.student import Student
+from distill.student.encoder import build_encoder, set_dropout
+from distill.student.student_config import StudentConfig
+from distill.training import encoded_cache
+from distill.training.batches import ShardBatches
+from distill.training.encoded_cache import Encoded, encode_all
+
+NUM_ROWS, BLOCK = 200, 32
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("set"), sentences(NUM_ROWS), 24)
+
+
+def new_student(encoder_folder: Path) -> Student:
+    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+    set_dropout(student.encoder, 0.0)
+    return student
+
+
+def encode(shards: Path, encoder_folder: Path, directory: Path) -> np.ndarray:
+    encoded_cache.BLOCK = BLOCK
+    encoded = encode_all(new_student(encoder_folder), ShardReader(shards), directory, None)
+    return np.stack(encoded.read(np.arange(NUM_ROWS)[::-1]))[::-1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_vectors_are_those_of_the_tokens_and_the_same_files_on_any_number_of_ranks(shards, tiny_encoder, tmp_path, num_ranks):
+    texts = ShardReader(shards).texts(np.arange(NUM_ROWS))
+    expected = new_student(tiny_encoder).encode(texts, normalize=False)
+    for found in on_ranks(num_ranks, partial(encode, shards, tiny_encoder, tmp_path / "some")):
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3)
+    on_ranks(1, partial(encode, shards, tiny_encoder, tmp_path / "one"))
+    some, one = (sorted((tmp_path / name).rglob("*.npy")) for name in ("some", "one"))
+    assert [path.read_bytes() for path in some] == [path.read_bytes() for path in one]
+    assert len(one) == -(-NUM_ROWS // BLOCK)
+
+
+def test_what_a_killed_run_has_encoded_is_kept_but_not_used_for_another_encoder(shards, tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_cache, "BLOCK", BLOCK)
+    student, reader = new_student(tiny_encoder), ShardReader(shards)
+    encode_all(student, reader, tmp_path, None)
+    lost, *kept = sorted(tmp_path.rglob("*.npy"))
+    lost.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    encode_all(student, reader, tmp_path, None)
+    assert lost.exists() and {path: path.stat().st_mtime_ns for path in kept} == before
+    with torch.no_grad():
+        next(student.encoder.parameters()).mul_(2)
+    other = np.stack(encode_all(student, reader, tmp_path, None).read(np.arange(NUM_ROWS)))
+    np.testing.assert_allclose(other, student.encode(reader.texts(np.arange(NUM_ROWS)), normalize=False), rtol=2e-3, atol=1e-3)
+
+
+def test_a_step_has_the_same_rows_in_the_same_places_with_vectors_for_tokens(shards, tiny_encoder):
+    student, reader = new_student(tiny_encoder), ShardReader(shards)
+    vectors = student.encode(reader.texts(np.arange(NUM_ROWS)), normalize=False).astype(np.float16)
+    student.add_head(8, "tanh", seed=0)
+    encoded = Encoded([vectors[start : start + encoded_cache.BLOCK] for start in range(0, NUM_ROWS, encoded_cache.BLOCK)])
+    order = GlobalOrder(reader.shard_rows, global_batch=32, seed=0)
+    part = {"micro_batch": 8, "rank": 1, "world_size": 2}
+    outputs = []
+    for source in (None, encoded):
+        micro = ShardBatches(reader, order, student, **part, encoded=source)(2)
+        positions = torch.cat([part.positions for part in micro])
+        outputs.append((positions.sort().values, torch.cat([student(*part.tokens) for part in micro])[positions.argsort()]))
+    assert torch.equal(outputs[0][0], outputs[1][0]) and len(outputs[0][0]) == 16
+    torch.testing.assert_close(outputs[0][1], outputs[1][1], rtol=2e-3, atol=1e-3)
+
+
+def test_a_rank_without_a_row_still_has_a_chunk():
+    encoded = Encoded([np.zeros((4, 6), dtype=np.float16)])
+    assert encoded.pad([]).vectors.shape == (1, 6)
+
+
+@pytest.mark.slow
+def test_a_head_on_a_frozen_encoder_is_the_same_after_a_stop_and_on_two_ranks(embedded_copy):
+    config, run = embedded_copy
+    steps = ("hpd.init=student", "hpd.freeze_encoder=true", "hpd.weights={relational: 1.0, pca: 1.0}", "hpd.whitening=0.25",
+             "hpd.dim=8", "hpd.nested=[4]", "hpd.global_batch=16", "hpd.micro_batch=4", "hpd.max_steps=6", "hpd.epochs=9",
+             "hpd.lr=1e-2", "hpd.dev_every=6", "engine.precision=fp32")  # fmt: skip
+    students = []
+    for name in ("whole", "stopped", "ranks"):
+        directory = run.parent / name / "hpd"
+        overrides = [f"name={name}", f"shards_from={run.name}", *steps]
+        if name == "stopped":
+            assert on_ranks(1, train_stage, config, "hpd", overrides, lambda step: step == 1) == [
+                "hpd: stopped on request at step 1 of 6"
+            ]
+            assert list((directory / "cache").rglob("*.npy"))
+        if name == "ranks":
+            overrides.append("engine.deepspeed=configs/deepspeed/zero3.json")
+        on_ranks(2 if name == "ranks" else 1, train_stage, config, "hpd", overrides)
+        assert not (directory / "cache").exists()
+        assert "encode" in [line["work"] for line in read_sessions(directory)]
+        students.append(load_file(directory / "student/heads.safetensors"))
+    stage = stage_of(load_config(config, list(steps)), "hpd")
+    initial = stage.setup(torch.device("cpu"), None).student.encoder.state_dict()
+    kept = load_file(directory / "student/model.safetensors")
+    same = initial.keys() & kept.keys()
+    assert len(same) > len(kept) / 2 and all(torch.equal(kept[name], initial[name]) for name in same)
+    for other in students[1:]:
+        for name, tensor in students[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+    assert students[0].keys() >= {"head.0.weight"}
