@@ -77,12 +77,12 @@ class Cluster:
                     found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         return found
 
-    def __call__(self, *command: object, check: bool = True, **environment: str) -> str:
+    def __call__(self, *command: object, check: bool = True, timeout: float | None = None, **environment: str) -> str:
         """Runs a client command beside the controller; returns what it prints."""
         inside = [*shlex.split(self._exports["SLURM_TEST_EXEC"]), *map(str, command)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         done = subprocess.run(
-            inside, env=kept | self._exports | environment, cwd=ROOT, text=True, timeout=hang_limit(),
+            inside, env=kept | self._exports | environment, cwd=ROOT, text=True, timeout=timeout or hang_limit(),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command}:\n{done.stdout}"

@@ -150,7 +150,7 @@ def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     done = launch("pipeline.py", "--config", config, *overrides, "stages=[precompute, ckd, export, evaluate]")
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "runs/tiny/evaluate/results.json").read_text())
-    assert set(results) == {"ckd"} and results["ckd"]["dim"] == 32
+    assert set(results) == {"version", "ckd"} and results["ckd"]["dim"] == 32
 
 
 def test_simcse_needs_no_student_before_it(embedded_copy, tmp_path, tiny_encoder):

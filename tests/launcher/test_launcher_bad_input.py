@@ -45,7 +45,7 @@ def test_unknown_key(tmp_path, tiny_encoder):
 
 def test_empty_text(tmp_path, tiny_encoder):
     (tmp_path / "text.txt").write_text("\n\n")
-    refused(call("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "no sentence")
+    refused(call("precompute.py", "--config", write_config(tmp_path, tiny_encoder)), "no text is left")
     assert not (tmp_path / "runs/tiny/shards").exists() and not partial_files(tmp_path / "runs")
 
 

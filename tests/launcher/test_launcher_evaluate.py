@@ -159,7 +159,7 @@ def test_quantised_vectors_go_through_faiss_or_it_says_what_to_install(model, da
         ({"--out": "/dev/null/no/file.json"}, "cannot write --out /dev/null/no/file.json"),
         ({"--device": "teapot"}, "'teapot' is not a device"),
         ({"--batch-size": "0"}, "--batch-size 0 must be 1 or more"),
-        ({"--precision": "int8"}, "of --retrieval, which is not given"),
+        ({"--rescore": "4"}, "of --retrieval, which is not given"),
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(model, data, tmp_path, wrong, message):

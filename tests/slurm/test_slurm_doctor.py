@@ -65,7 +65,7 @@ def ask(cluster: Cluster, config: Path, tmp_path: Path) -> Ask:
         for node, plant in (("n1", n1), ("n2", n2)):
             (tmp_path / f"{node}.sh").write_text(f'{plant}\nexec "$@"\n')
         wrapper.write_text(f'exec unshare --mount bash {tmp_path}/$(hostname).sh "$@"\n')
-        doctor = [sys.executable, ROOT / "launcher/doctor.py", "--config", config, "--timeout", timeout]
+        doctor = [sys.executable, ROOT / "launcher/doctor.py", "--config", config, "--timeout", str(timeout)]
         srun = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", "bash", wrapper, *doctor]
         started = time.monotonic()
         exports = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
