@@ -150,17 +150,15 @@ def late_clock(folder: Path) -> Path | None:
 
 
 def test_changed_code_and_names_that_are_loopback(ask, tmp_path):
-    shutil.copytree(ROOT / "distill", tmp_path / "copy/distill", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "configs", tmp_path / "copy/configs")
-    with (tmp_path / "copy/distill/run/sampling.py").open("a") as file:
-        file.write("\nCHANGED = True\n")
+    module = ROOT / "distill/run/sampling.py"
+    (tmp_path / "changed.py").write_text(f"{module.read_text()}\nCHANGED = True\n")
     hosts = f"{tmp_path}/{{node}}.hosts"
     loopback = f"sed 's/.* {{node}}$/127.0.1.1 {{node}}/' /etc/hosts >{hosts}; mount --bind {hosts} /etc/hosts"
     answer = ask(
         n1=loopback.format(node="n1"),
         n2=f"""
         {loopback.format(node="n2")}
-        export PYTHONPATH={tmp_path}/copy
+        mount --bind {tmp_path}/changed.py {module}
         """,
     )
     assert answer.code == 1, answer.printed
