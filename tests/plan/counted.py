@@ -85,9 +85,9 @@ def count_step(config: RunConfig, *, counts_activations: bool = True) -> dict[st
     most at one time in a step beyond what lives between steps. counts_activations: without it, activations and peak are not
     counted, which takes some microseconds per operation: ZeRO-3 cuts every gradient into one part per rank.
     """
-    from distill.training import stage
+    from distill.training import training_stage
 
-    build, engines, marks = stage.build_engine, [], []
+    build, engines, marks = training_stage.build_engine, [], []
     held: dict[str, Any] = dict.fromkeys(("activations", "gradients", "reduce_bucket"), 0)
     live, collectives = LiveBytes(), Collectives()
 
@@ -105,12 +105,12 @@ def count_step(config: RunConfig, *, counts_activations: bool = True) -> dict[st
         live.peak = held["start"] = live.live
         return False
 
-    stage.build_engine = built
+    training_stage.build_engine = built
     try:
         with collectives, live if counts_activations else nullcontext(), suppress(_Enough):
-            stage.run_stage(config, "ckd", CPU, end_of_step)
+            config.stage_of("ckd").run(CPU, end_of_step)
     finally:
-        stage.build_engine = build
+        training_stage.build_engine = build
     sent = dict(marks[-1] - marks[-2])
     share = (dist.get_world_size() - 1) / dist.get_world_size()
     received = {kind: RING_FACTORS[kind] * share * size for kind, size in sent.items()}
@@ -127,16 +127,16 @@ def _instrument(engine: Any, live: LiveBytes, held: dict[str, Any]) -> Any:
     def whole() -> int:
         return _bytes([p.data for p in module.parameters()])
 
-    def counted_forward(part: Any, shared: Any) -> Any:
+    def counted_forward(part: Any, context: Any) -> Any:
         before, weights = live.live, whole()
-        result = forward(part, shared)
+        result = forward(part, context)
         left = live.live - before - (whole() - weights)  # ZeRO-3 gathers weights meanwhile
         if left >= held["activations"]:
             held["activations"] = left
             held["tokens"] = [tuple(chunk["input_ids"].shape) for chunk in part.tokens]
-        if shared is not None:
-            held["keys"] = _bytes([shared.vectors, shared.hashes])
-            held["queue"] = shared.queue.num_bytes
+        if context.keys is not None:
+            held["keys"] = _bytes([context.keys.vectors, context.keys.hashes])
+            held["queue"] = context.keys.queue.num_bytes
         return result
 
     def counted_backward(loss: Any) -> Any:
