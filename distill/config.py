@@ -89,8 +89,9 @@ class BaseRunConfig(Section):
             init: str = self.train(chain[-1]).init  # type: ignore[attr-defined]
             if init not in ["student", *TRAINING_STAGES]:
                 raise ValueError(f"{chain[-1]}.init is {init!r}; it must be one of {', '.join(known)}")
+            is_cycle = init in chain
             chain.append(init)
-            if init == stage:
+            if is_cycle:
                 shown = ", ".join(f"{a}.init is {b}" for a, b in pairwise(chain))
                 raise ValueError(f"{shown}: each waits for the other; set one to ckd")
             if init == "student":
@@ -134,6 +135,8 @@ def _check_name(name: str, known: Sequence[str]) -> None:
         raise ValueError(f"no stage is called {name!r}; known are {', '.join(known)}")
 
 
+if taken := {*BaseRunConfig.model_fields, *OTHER_STAGES} & {*TRAINING_STAGES}:
+    raise ValueError(f"{', '.join(sorted(taken))} is the name of a task and of a config key: rename the task")
 if TYPE_CHECKING:
     RunConfig = BaseRunConfig
 else:

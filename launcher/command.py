@@ -30,6 +30,8 @@ FIXABLE = (ValueError, OSError, FloatingPointError)  # by the user, as the messa
 CONTINUES = "the same command continues from here"
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
+PARENT = "DISTILL_PARENT"  # the process number of the pipeline that a command ends with
+
 USER_ERROR = 2  # the exit code of an error whose message says how to fix it
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, and the same command continues
 INTERRUPTED = 130
@@ -55,6 +57,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def start(main: Callable[[], int]) -> NoReturn:
     """The `__main__` of every command line: prepares this process, runs main and exits with its code."""
+    if PARENT in os.environ:
+        end_with_parent(int(os.environ[PARENT]))
     set_environment()
     keep_freed_memory()
     stop_on_signals()
@@ -112,13 +116,15 @@ def log_to_terminal() -> None:
         logger.setLevel(logging.INFO)
 
 
-def quiet_libraries() -> None:
-    """No progress bars and warnings but our own."""
+def set_up_libraries() -> None:
+    """No progress bars and warnings but our own; no cuDNN attention, which makes a plan for each of a text's many shapes."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def exit_code(error: BaseException) -> int:
@@ -174,9 +180,11 @@ def listening(act: Callable[[int], None]) -> Iterator[None]:
         os.close(reading)
 
 
-def end_with_parent() -> None:
-    """This process is killed when the one that started it ends, however that comes about."""
+def end_with_parent(parent: int | None = None) -> None:
+    """This process is killed when the one that started it, `parent` if given, ends, however that comes about."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent not in (None, os.getppid()):  # it ended before
+        os._exit(STOPPED)
 
 
 def describe(error: BaseException) -> str:

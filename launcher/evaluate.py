@@ -164,7 +164,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.config:
         return evaluate_run(args)
     check(args)
-    command.quiet_libraries()
+    command.set_up_libraries()
     results = measure(args)
     if results is None:
         return 0
@@ -188,7 +188,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
     from distill.config import load_config, stage_of
 
-    command.quiet_libraries()
+    command.set_up_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage_of(load_config(args.config, args.overrides), "evaluate").run(device)
     return 0

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from distill.config import load_config, stage_of
 
-        command.quiet_libraries()
+        command.set_up_libraries()
         stage_of(load_config(arguments.config, arguments.overrides), "export").run(torch.device("cpu"))
         return 0
 

@@ -143,15 +143,14 @@ class Pipeline:
             stop.clear()  # too late: all is done
             if not ran:
                 print("nothing to do: every stage is done and nothing it depends on has changed")
-            self.report(write=ran)
+            if "evaluate" in self.config.stages:
+                self.report(write=ran)
         return 0
 
     def report(self, *, write: bool) -> None:
         """Writes the model cards and the page of an evaluated run, and prints where they are."""
         config = self.config
         table, page = config.run_dir / "evaluate" / "table.txt", config.run_dir / "report.html"
-        if not (config.run_dir / "evaluate" / "DONE.json").exists():
-            return
         if write or not page.exists():
             from distill.report.page import write_report
 
@@ -162,7 +161,7 @@ class Pipeline:
         """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
         arguments, config = self.arguments, self.config
         same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         if name == "precompute":
             return self.precompute(same, cores, signals)
         if name not in config.training_stages:
@@ -176,21 +175,26 @@ class Pipeline:
         if arguments.srun:
             srun, threads = slurm_job.srun_python(ranks, wait=WAIT_FOR_RANKS)
             return self.run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)
-        commands = [[sys.executable, *script, f"--local_rank={number}"] for number in range(ranks)]
+        commands = [[sys.executable, *script]] * ranks
         threads = max(1, cores // ranks)
         return self.run_all(commands, signals, threads=threads, environments=local_environments(ranks), stops_by_file=True)
 
     def precompute(self, same: list[str], cores: int, signals: Signals) -> int:
         """The text first, once; then tasks side by side."""
         script, tasks = [str(LAUNCHER / "precompute.py"), *same], self.config.teacher.tasks
+        is_sharded = self.config.teacher.placement == "zero3"
         if code := self.run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
             return code
         if self.arguments.srun:
             srun, threads = slurm_job.srun_python(num_gpus() or tasks)
             return self.run_all([[*srun, *script]], signals, threads=threads)
-        gpus = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
+        if is_sharded:
+            tasks = self.ranks_per_node()
+            environments = local_environments(tasks)
+        else:
+            environments = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
         commands = [[sys.executable, *script]] * tasks
-        return self.run_all(commands, signals, threads=max(1, cores // tasks), environments=gpus)
+        return self.run_all(commands, signals, threads=max(1, cores // tasks), environments=environments)
 
     def run_all(
         self,
@@ -203,16 +207,21 @@ class Pipeline:
     ) -> int:
         """Runs commands side by side, each with its own environment on top of this one; when one fails, the others are ended.
 
-        A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the first code that
-        is not 0, and STOPPED for processes that were ended because of a stop.
+        A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the exit code of the
+        first that failed, 0 if none did, and STOPPED for processes that were ended because of a stop.
         """
         shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+        if not self.arguments.srun:  # the tasks of srun have another parent, on other nodes
+            shared[command.PARENT] = str(os.getpid())
         own = environments or [{}] * len(commands)
         processes = [subprocess.Popen(each, env=shared | more) for each, more in zip(commands, own, strict=True)]
         at_once = signal.SIGTERM if self.arguments.srun else signal.SIGKILL  # srun's death would leave its tasks
-        passed_on, deadline = False, math.inf
-        while any(process.poll() is None for process in processes):
+        passed_on, deadline, code, running = False, math.inf, 0, processes
+        while running:
             time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+            code = code or next((each for each in codes if each), 0)
+            running = [process for process, each in zip(processes, codes, strict=True) if each is None]
             if signals.stop.is_asked and not passed_on:
                 passed_on = True
                 if stops_by_file:
@@ -220,12 +229,11 @@ class Pipeline:
                     signals.stop.file.touch()
                 else:
                     send(processes, ASK_TO_STOP)
-            if deadline == math.inf and any(process.returncode for process in processes):
+            if deadline == math.inf and code:
                 deadline = time.monotonic() + GRACE
                 send(processes, signal.SIGTERM)
             if signals.num_interrupts > 1 or time.monotonic() > deadline:
                 send(processes, at_once)
-        code = next((process.returncode for process in processes if process.returncode), 0)
         code = code if code >= 0 else 128 - code
         return command.STOPPED if passed_on and code in STOPPED_CODES else code
 

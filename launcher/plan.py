@@ -38,7 +38,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from distill.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    command.quiet_libraries()
+    command.set_up_libraries()
     from distill.plan.devices import find_cluster, load_devices
     from distill.plan.plan_text import format_plan
     from distill.plan.planner import collect_inputs, make_plan

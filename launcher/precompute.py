@@ -71,7 +71,7 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     if text_only:
         stage.prepare()
         return 0
-    command.quiet_libraries()
+    command.set_up_libraries()
     sharded = config.teacher.placement == "zero3"
     rank = rank_from_environment() if sharded else 0
     device = torch.device("cpu")

@@ -56,7 +56,7 @@ def search(arguments: argparse.Namespace) -> int:
     from distill.student.student import TeacherSpace
     from distill.teacher.encoder import Teacher
 
-    command.quiet_libraries()
+    command.set_up_libraries()
     done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
     student: Callable[[Sequence[str]], np.ndarray]
     if arguments.asymmetric:

@@ -105,7 +105,12 @@ def _remedy(code: int) -> str:
 
 def requeue() -> None:
     """Asks Slurm to requeue this job, once it has ended."""
-    asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
+    except (OSError, subprocess.SubprocessError) as error:
+        report(f"Slurm was asked to requeue it and does not answer ({error}): see squeue, and submit it again if it is gone")
+        return
     if asked.returncode == 0 or "pending" in asked.stderr:  # it is, already, after the loss of a node
         report("requeued")
     else:
@@ -133,7 +138,7 @@ def state() -> dict[str, str]:
 
 def progress(config: RunConfig) -> dict[str, Any]:
     """The progress of a run: equal at two moments if nothing was finished between them."""
-    done = sorted(path.parent.name for path in config.run_dir.glob("*/DONE.json"))
+    done = sorted(path.parent.name for path in config.run_dir.glob("[!.]*/DONE.json"))
     steps = {stage: checkpoint_steps(config.run_dir / stage) for stage in TRAINING_STAGES}
     text = 0
     with suppress(FileNotFoundError):  # another task renames it

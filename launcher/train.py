@@ -73,7 +73,7 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
         open_run(config)
         stop.request = StopRequest(config.run_dir / "STOP")
     with RankLog(config.run_dir / "logs", config.stage, stop.rank) as log:
-        command.quiet_libraries()
+        command.set_up_libraries()
         device = start_process_group(config.engine.timeout)
         stop.joined = True
         stage = stage_of(config, config.stage)
@@ -84,7 +84,7 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
             return f"the same command continues from step {steps[-1]}" if steps else NO_CHECKPOINT
 
         with exiting_together(heartbeats_dir, device, config.engine.timeout, continues) as heartbeats:
-            reason = from_rank_0(stage.reason_to_run(), device)
+            reason = from_rank_0(stage.reason_to_run() if stop.rank == 0 else None, device)
             if stop.rank == 0:
                 print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
 

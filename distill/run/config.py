@@ -136,6 +136,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is {base!r}; it must be the name of another config file")
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
 
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,8 +41,9 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 def sweep(directory: Path, *, older_than: float = 3600.0) -> None:
     """Deletes temporary files of `publish` whose writer was killed: those not written to for `older_than` seconds."""
     for part in directory.glob(".*.part"):
-        if time.time() - part.stat().st_mtime > older_than:
-            part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # published or swept by another process in between
+            if time.time() - part.stat().st_mtime > older_than:
+                part.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,11 +79,16 @@ def flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file."""
+    """The object in a JSON file; None if there is no such file. Raises ValueError naming a file that holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return value
 
 
 class DigestCache:
@@ -105,6 +111,7 @@ class DigestCache:
         known = self._known.get(key)
         if known is None or known[:-1] != signature:
             known = self._known[key] = [*signature, sha256_of(path)]
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._known)
+            with suppress(OSError):  # a cache that cannot be written costs time, not correctness
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._path, self._known)
         return str(known[-1])

@@ -10,14 +10,19 @@ BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 def format_bytes(num_bytes: float) -> str:
     """Bytes in decimal units with three significant digits: 4.1 GB."""
     scale, unit = next(((scale, unit) for scale, unit in BYTE_UNITS if num_bytes >= scale), (1.0, "B"))
-    return f"{num_bytes / scale:.3g} {unit}"
+    return f"{_three_digits(num_bytes / scale)} {unit}"
 
 
 def format_duration(seconds: float) -> str:
     """Seconds as 12.3 s, 45 min or 3.5 h, with three significant digits."""
     if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+        return f"{_three_digits(seconds)} s"
+    return f"{_three_digits(seconds / 60)} min" if seconds < 7200 else f"{_three_digits(seconds / 3600)} h"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, never with an exponent where the whole part is larger."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str | None]], *, align: str = "right") -> str:

@@ -11,9 +11,9 @@ directory, since they must outlive any rank, and so rank 0 and its store.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from distill.run.liveness import Heartbeat, is_here, state_of, this_process
 
+logger = logging.getLogger(__name__)
 Record = dict[str, Any]  # what a rank writes about itself
 RECORD_BYTES = 1024
 BEAT = 1.0
@@ -133,7 +134,7 @@ class RankHeartbeats:
         self._beat()
         code = self.elected_code
         if code is not None and not self._heartbeat.wait(PATIENCE):
-            print(f"ended after step {self.step}: another rank has failed, and this one hangs", file=sys.stderr, flush=True)
+            logger.error("ended after step %d: another rank has failed, and this one hangs", self.step)
             os._exit(code)
 
 

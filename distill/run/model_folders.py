@@ -54,7 +54,9 @@ def num_layers(name: str) -> int | None:
         return None
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", None)  # whatever the family calls it
+    return getattr(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False), "num_hidden_layers", None
+    )  # whatever the family calls it
 
 
 def first_module(path: Path) -> tuple[Path, bool]:

@@ -9,9 +9,6 @@ import torch
 
 Precision = Literal["fp32", "bf16", "auto"]
 
-# cuDNN's attention makes a plan for every new shape, and texts come in hundreds of shapes
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device has bf16 instructions. Where torch emulates them, bf16 is slower than fp32 and counts as absent."""

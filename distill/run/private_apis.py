@@ -36,6 +36,7 @@ PRIVATE_APIS = (
     PrivateApi("deepspeed", "0.19.8", "deepspeed.ops:__compatible_ops__", "launcher/rendezvous.py"),
     PrivateApi("deepspeed", "0.19.8", "deepspeed.runtime.engine:DeepSpeedEngine.was_step_applied", "training/loop.py"),
     PrivateApi("torch", "2.13.0", "torch.ops:mkldnn._is_mkldnn_bf16_supported", "run/precision.py"),
+    PrivateApi("torch", "2.13.0", "torch.cpu:_is_avx512_bf16_supported", "run/precision.py"),
     PrivateApi("torch", "2.13.0", "torch.ops:mkldnn._reorder_linear_weight", "teacher/load.py"),
     PrivateApi("torch", "2.13.0", "torch.ops:mkldnn._linear_pointwise", "teacher/load.py"),
     PrivateApi("torch", "2.13.0", "torch.distributed.distributed_c10d:default_pg_timeout", "launcher/rendezvous.py"),

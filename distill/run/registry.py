@@ -16,7 +16,7 @@ C = TypeVar("C")
 def find_entries(package: str, group: str, base: type[C]) -> dict[str, type[C]]:
     """name -> class: the subclasses of `base` with a `name` in the package's modules and in the entry-point group.
 
-    Raises ValueError if two classes have one name, or if an entry point gives no subclass of `base`.
+    Raises ValueError if two classes have one name, or if an entry point gives no subclass of `base`, or one without a name.
     """
     return dict(_find(package, group, cast(Hashable, base)))
 
@@ -38,5 +38,7 @@ def _find(package: str, group: str, base: Any) -> dict[str, type[Any]]:
         entry = point.load()
         if not (inspect.isclass(entry) and issubclass(entry, base)):
             raise ValueError(f"entry point {point.name!r} of {group} is {entry!r}, not a subclass of {base.__name__}")
+        if not isinstance(getattr(entry, "name", None), str):
+            raise ValueError(f"entry point {point.name!r} of {group}: {entry.__qualname__} sets no `name`")
         add(entry, point.value)
     return dict(sorted(found.items()))

@@ -5,6 +5,8 @@ A stage is a function of (the config fields it declares, its inputs, identified 
     BEGUN.json    written first: settings and inputs, so that a killed run continues only as what it was
     DONE.json     written last: the same, with the results and a fingerprint of what was made
 
+A finished stage that is run again is kept as `.NAME.previous` beside its directory until the new run is finished.
+
 A stage is a subclass of Stage; distill/config.py lists them and gives each instance its RunContext.
 """
 
@@ -51,8 +53,8 @@ class RunContext:
         return getattr(self.sections[name], field)
 
     def section(self, kind: type[S]) -> S:
-        """The section of this class. Raises LookupError if the stage does not declare it."""
-        found = next((section for section in self.sections.values() if type(section) is kind), None)
+        """The section of this class or of one derived from it. Raises LookupError if the stage does not declare it."""
+        found = next((section for section in self.sections.values() if isinstance(section, kind)), None)
         if found is None:
             raise LookupError(f"{kind.__name__} is not among the sections that the stage reads: {sorted(self.sections)}")
         return found
@@ -126,33 +128,42 @@ class Stage(ABC):
         if "settings" not in record:
             return [f"{self.directory} was written by an earlier version of this program"]
         changed = differences(record["settings"], self.settings("result"))
-        for name, fingerprint in sorted(self.inputs().items()):
-            if record["inputs"].get(name) != fingerprint:
-                changed.append(f"input {name}: {_short(record['inputs'].get(name))} -> {_short(fingerprint)}")
+        before, now = record["inputs"], self.inputs()
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                changed.append(f"input {name}: {_short(before.get(name))} -> {_short(now.get(name))}")
         return changed
 
+    @property
+    def previous(self) -> Path:
+        """Where the finished stage lies while it is run again."""
+        return self.directory.with_name(f".{self.directory.name}.previous")
+
     def begin(self) -> None:
-        """Prepares the directory: kept if this stage is unfinished in it, cleared if a finished one is to run again.
+        """Prepares the directory: kept if this stage is unfinished in it, moved to `previous` if it is finished there.
 
         Raises ValueError naming the changes if it holds an unfinished stage of another config.
         """
-        cleared = self.directory.with_name(f".{self.directory.name}.cleared")
-        shutil.rmtree(cleared, ignore_errors=True)
         begun = read_json(self.directory / "BEGUN.json")
-        if (self.directory / "DONE.json").exists() or (begun is None and self.directory.exists()):
-            self.directory.rename(cleared)  # atomic: a half-deleted stage would look like an unfinished one
-            shutil.rmtree(cleared)
+        if (self.directory / "DONE.json").exists():
+            _delete(self.previous)
+            self.directory.rename(self.previous)
+        elif begun is None and self.directory.exists():
+            _delete(self.directory)
         elif begun is not None and (changes := self.changes_since(begun)):
+            kept = f" (the finished one before it is kept in {self.previous})" if self.previous.exists() else ""
             raise ValueError(
                 f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
-                " put the config back to continue it, use another name=, or delete the directory"
+                f" put the config back to continue it, use another name=, or delete the directory{kept}"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "BEGUN.json", self._record())
 
     def finish(self, results: dict[str, Any], fingerprint: str) -> None:
-        """Writes DONE.json. fingerprint: of the content that later stages read."""
-        write_json(self.directory / "DONE.json", self._record() | {"results": results, "fingerprint": fingerprint})
+        """Writes DONE.json: settings and inputs as they were when the stage began, results, the product's fingerprint."""
+        begun = read_json(self.directory / "BEGUN.json") or self._record()
+        write_json(self.directory / "DONE.json", begun | {"results": results, "fingerprint": fingerprint})
+        _delete(self.previous)
 
     @property
     def digests(self) -> DigestCache:
@@ -166,6 +177,16 @@ class Stage(ABC):
     def _record(self) -> dict[str, Any]:
         record = {"stage": self.name, "settings": self.settings("result"), "selection": self.settings("selection")}
         return record | {"inputs": self.inputs()}
+
+
+def _delete(directory: Path) -> None:
+    """Deletes a directory so that a kill in between leaves nothing that looks like a stage."""
+    deleted = directory.with_name(f".{directory.name.lstrip('.')}.deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        shutil.rmtree(directory.rename(deleted))
 
 
 def stage_fingerprint(directory: Path) -> str:

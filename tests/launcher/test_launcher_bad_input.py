@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from commands import call, command, deepspeed, environment, kill_group_when, launch
 from conftest import make_encoder, write_config
-from distributed_ranks import free_port
 from reference_times import hang_limit, starts
+from training_processes import start_training
 
 from distill.run.heartbeats import SILENCE
 
@@ -185,22 +185,10 @@ def test_a_port_in_use(embedded_copy):
 @pytest.mark.serial
 def test_one_rank_failing_ends_the_other_within_seconds(embedded_copy):
     config, directory = embedded_copy
-    process = subprocess.Popen(
-        deepspeed(2, "--config", config, "ckd.max_steps=4000", "ckd.epochs=999", port=free_port()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    while not any((directory / "ckd/checkpoints").glob("step-????????/COMPLETE.json")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-f", f"local_rank=1.*{config}"], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    killed = time.monotonic()
-    process.communicate(timeout=hang_limit())
-    assert process.returncode != 0 and time.monotonic() - killed < SILENCE + starts(2)
+    with start_training("deepspeed", 2, config, "ckd.max_steps=4000", "ckd.epochs=999") as training:
+        training.wait_for(directory, "ckd/checkpoints/step-????????/COMPLETE.json")
+        os.kill(training.ranks()[1], signal.SIGKILL)
+        assert training.wait(SILENCE + starts(2)) != [0]
 
 
 def test_imported_vectors_of_another_length(tmp_path, tiny_encoder):

@@ -28,7 +28,9 @@ def path(tmp_path):
         (["engine.num_ranks=512"], "ckd.global_batch 256 is smaller than engine.num_ranks 512"),
         (["teacher.vectors=a.npy"], "either `model` or `vectors`"),
         (["teacher={vectors: a.npy}"], "name an encoder in student.init"),
-        (["finetune.init=hpd"], "each waits for the other"),
+        (["finetune.init=hpd"], "finetune.init is hpd, hpd.init is finetune: each waits for the other"),
+        (["finetune.init=finetune"], "finetune.init is finetune: each waits for the other"),
+        (["simcse.init=hpd", "hpd.init=finetune", "finetune.init=hpd"], "each waits for the other"),
         (["hpd.nested=[256]"], "must lie between 0 and hpd.dim 128"),
         (["hpd.whitening=0.5"], "changes the relational term alone"),
         (["ckd.weights={ckd: 0}"], "at least one above 0"),
@@ -53,6 +55,12 @@ def test_a_source_may_be_a_plain_path(path):
     config = load_config(path, ["text.sources=data/*.txt"])
     assert config == load_config(path, ["text.sources=[{type: file, path: data/*.txt}]"])
     assert load_config(path, ["text.sources=[a.txt, {type: file, path: b.txt}]"]).text.sources[0].path == "a.txt"
+
+
+def test_a_base_that_is_no_file_name_is_refused(path):
+    path.write_text(MINIMAL + "base: 3\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: base is 3; it must be the name of another config file"):
+        load_config(path)
 
 
 def test_no_such_config_names_the_nearest(path):

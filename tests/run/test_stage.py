@@ -115,15 +115,52 @@ def test_an_unfinished_stage_continues_with_another_selection(tmp_path):
     assert read_json(ours.directory / "BEGUN.json")["selection"] == {"example": {"dev_every": 1}}
 
 
-def test_begin_keeps_an_unfinished_stage_of_this_config_and_clears_a_finished_one(tmp_path):
+def test_begin_keeps_an_unfinished_stage_of_this_config_and_sets_a_finished_one_aside_until_the_next_is_finished(tmp_path):
     ours = stage(tmp_path)
     ours.begin()
     (ours.directory / "work").write_text("an hour's")
     ours.begin()
     assert (ours.directory / "work").exists()
     ours.finish({}, "made")
+    (ours.directory / "student").write_text("trained")
+    again = stage(tmp_path, lr=0.2)
+    again.begin()
+    assert [path.name for path in ours.directory.iterdir()] == ["BEGUN.json"]
+    assert (again.previous / "student").read_text() == "trained" and (again.previous / "DONE.json").exists()
+    again.begin()
+    assert (again.previous / "student").exists()
+    again.finish({}, "made again")
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"example", "BEGUN.json", "DONE.json"}
+
+
+def test_a_refused_start_says_where_the_finished_stage_is(tmp_path):
+    finished(tmp_path)
     stage(tmp_path, lr=0.2).begin()
-    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"example", "BEGUN.json"}
+    with pytest.raises(ValueError, match=r"the finished one before it is kept in .*run/\.example\.previous"):
+        stage(tmp_path, lr=0.3).begin()
+
+
+def test_a_removed_input_is_a_change(tmp_path):
+    ours = finished(tmp_path)
+    ours.found = {}
+    assert ours.reason_to_run() == "input shards: abc -> nothing"
+
+
+def test_done_records_the_inputs_that_the_stage_began_with(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    ours.found = {"shards": "changed meanwhile"}
+    ours.finish({}, "made")
+    assert read_json(ours.directory / "DONE.json")["inputs"] == {"shards": "abc"}
+    assert ours.reason_to_run() == "input shards: abc -> changed mean"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\x00", b"{"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    ours = finished(tmp_path)
+    (ours.directory / "DONE.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run/example/DONE\.json is damaged"):
+        ours.reason_to_run()
 
 
 def test_a_stage_that_an_earlier_version_began_is_refused_by_name_and_kept(tmp_path):
@@ -149,14 +186,6 @@ def test_a_folder_without_begun_json_is_never_continued(tmp_path, left):
             path.unlink()
     stage(tmp_path, lr=0.2).begin()
     assert [path.name for path in ours.directory.iterdir()] == ["BEGUN.json"]
-
-
-def test_what_a_killed_clearing_left_is_deleted(tmp_path):
-    cleared = tmp_path / "run/.example.cleared"
-    cleared.mkdir(parents=True)
-    (cleared / "DONE.json").touch()
-    stage(tmp_path).begin()
-    assert not cleared.exists()
 
 
 @pytest.mark.parametrize(

@@ -220,21 +220,34 @@ def test_a_teacher_larger_than_memory_is_run_from_disk_by_accelerate(large, sent
 
 @pytest.mark.slow
 def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_makes(tmp_path, sentence_t5):
-    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
-    teacher = f"{{model: {sentence_t5}, precision: fp32}}"
-    configs = [write_config(tmp_path / name, sentence_t5, teacher=teacher) for name in ("one", "two")]
-    assert launch("precompute.py", "--config", configs[0]).returncode == 0
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    arguments = [program, "--num_gpus", "2", "--master_port", str(free_port()), "--quiet", str(ROOT / "launcher/precompute.py")]
-    arguments += ["--config", str(configs[1]), "teacher.placement=zero3"]
+    teacher, split = f"{{model: {sentence_t5}, precision: fp32}}", "teacher.placement=zero3"
+    configs = {}
+    for name in ("one", "deepspeed", "pipeline"):
+        (tmp_path / name).mkdir()
+        configs[name] = write_config(tmp_path / name, sentence_t5, teacher=teacher)
+    assert launch("precompute.py", "--config", configs["one"]).returncode == 0
+    program = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "--quiet",
+    ]
+    arguments = [*program, str(ROOT / "launcher/precompute.py"), "--config", str(configs["deepspeed"]), split]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (ShardReader(load_config(config).run_dir / "shards") for config in configs)
+    done = launch("pipeline.py", "--config", configs["pipeline"], split, "stages=[precompute]", "engine.num_ranks=2")
+    assert done.returncode == 0, done.stdout
+    one = ShardReader(load_config(configs["one"]).run_dir / "shards")
     rows = np.arange(len(one))
-    assert two.texts(rows) == one.texts(rows)
-    assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
-    task = json.loads((load_config(configs[1]).run_dir / "precompute/tasks.jsonl").read_text())
-    assert task["texts"] == 600
+    for name in ("deepspeed", "pipeline"):
+        run = load_config(configs[name]).run_dir
+        two = ShardReader(run / "shards")
+        assert two.texts(rows) == one.texts(rows)
+        assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
+        task = json.loads((run / "precompute/tasks.jsonl").read_text())  # one task, of two ranks
+        assert task["texts"] == 600 and (run / "logs").is_dir()
 
 
 def _weights_held(model, texts):
