@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.parser(__doc__)
     parser.add_argument("--text-only", action="store_true", help="cut the text into chunks and stop")
-    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job if it is told to stop")
+    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job if it is asked to stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))

@@ -50,7 +50,7 @@ class Job:
     def until_step(self, step: int) -> None:
         self.until(lambda: newest(self.run) >= step)
 
-    def until_it_came_back(self, times: int) -> None:
+    def until_requeued(self, times: int) -> None:
         self.until(lambda: int(self.state["Restarts"]) >= times)
 
     def until_printed(self, words: str, times: int = 1) -> None:
@@ -61,7 +61,7 @@ class Job:
         before = int(self.state["Restarts"])
         asked = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         urgent = self.cluster.submit(*asked)
-        self.until_it_came_back(before + 1)
+        self.until_requeued(before + 1)
         self.cluster.wait(urgent)
 
     def finished(self) -> str:

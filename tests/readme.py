@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LIMIT = 3600  # seconds for a block
 RUN_BY_TESTS = {  # the first words of a command -> the test that runs it
-    "sbatch --nodes": "test_two_nodes_make_the_student_that_one_makes",
+    "sbatch --nodes": "test_two_nodes_train_the_student_that_one_node_trains",
     "tensorboard": "test_a_browser_shows_the_charts_the_settings_and_the_projectors_points",
 }
 OVER_OWN = """

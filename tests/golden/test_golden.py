@@ -2,7 +2,7 @@
 
     python tests/golden/golden.py collect --tree . --out values.json && python tests/golden/test_golden.py values.json
 
-writes stored.json anew; a commit that does so says why and changes nothing else.
+writes stored.json again; a commit that does so says why and changes nothing else.
 """
 
 from __future__ import annotations

@@ -80,11 +80,11 @@ def ask(cluster: Cluster, config: Path, tmp_path: Path) -> Ask:
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_two_nodes_that_are_well(ask, tasks):
+def test_two_healthy_nodes(ask, tasks):
     answer = ask(tasks=tasks)
     assert answer.code == 0 and answer.findings == set(), answer.printed
-    said = rf"doctor: 2 nodes, {2 * tasks} processes: all is well \(all-reduce [\d.]+ [GM]B/s\)"
-    assert re.match(f"{said}\nexit code 0\n$", answer.printed), answer.printed
+    expected = rf"doctor: 2 nodes, {2 * tasks} processes: all is well \(all-reduce [\d.]+ [GM]B/s\)"
+    assert re.match(f"{expected}\nexit code 0\n$", answer.printed), answer.printed
     assert answer.seconds < PROMISED + starts(2 * tasks)
 
 

@@ -23,7 +23,7 @@ def fall_asleep(*_):
     open(os.path.join(os.environ["ASLEEP"], os.environ.get("SLURM_RESTART_COUNT", "0")), "w").close()
     time.sleep(600)
 """
-DEAF_AT_FIRST = """
+KILLED_BY_THE_FIRST_STOP = """
 if sys.argv[0].endswith("precompute.py") and "--text-only" not in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
     fall_asleep()
 """
@@ -39,7 +39,7 @@ Trainer._step = _fails
 """
 
 
-def test_what_is_wrong_in_the_config_is_said_once_and_ends_the_job(cluster, embedded_copy):
+def test_an_invalid_config_is_reported_once_and_ends_the_job(cluster, embedded_copy):
     config, _ = embedded_copy
     job = Job(cluster, config, "ckd.learning_rate=1")
     ended = cluster.wait(job.number, starts(3))
@@ -47,7 +47,7 @@ def test_what_is_wrong_in_the_config_is_said_once_and_ends_the_job(cluster, embe
     assert job.printed.count("error:") == 1 and "ckd.learning_rate" in job.printed, job.printed
 
 
-def test_what_is_cancelled_stays_cancelled(cluster, embedded_copy):
+def test_a_cancelled_job_is_not_requeued(cluster, embedded_copy):
     job = Job(cluster, embedded_copy[0], *LONG)
     job.until_step(20)
     cluster("scancel", job.number)
@@ -68,9 +68,9 @@ def changed_code(folder: Path, more: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": str(folder / "changed")}
 
 
-def test_a_start_that_takes_longer_than_its_time_is_not_repeated_for_ever_but_preemptions_are(cluster, tmp_path, tiny_encoder):
-    """The tasks of the precompute stage get nowhere. They hear a stop, except at the first start, where it kills them."""
-    code = changed_code(tmp_path, {"__init__.py": ASLEEP + DEAF_AT_FIRST, "teacher/precompute.py": ASLEEP + SLOW})
+def test_starts_that_outlast_their_time_limit_end_the_job_and_preemptions_do_not_count(cluster, tmp_path, tiny_encoder):
+    """The tasks of the precompute stage make no progress. They stop on request; in the first start the signal kills them."""
+    code = changed_code(tmp_path, {"__init__.py": ASLEEP + KILLED_BY_THE_FIRST_STOP, "teacher/precompute.py": ASLEEP + SLOW})
     config, asleep = write_config(tmp_path, tiny_encoder), make_folder(tmp_path / "asleep")
     assert launch("precompute.py", "--config", config, "--text-only").returncode == 0  # or the first start would get further
     job = Job(cluster, config, "stages=[precompute]", **code, ASLEEP=str(asleep))
@@ -86,7 +86,7 @@ def test_a_start_that_takes_longer_than_its_time_is_not_repeated_for_ever_but_pr
     assert "failed" not in job.printed and "exit code" not in job.printed.replace("exit code 75", ""), job.printed
 
 
-def test_what_fails_again_and_again_is_not_started_for_ever_and_each_time_it_is_said_why(cluster, embedded_copy, tmp_path):
+def test_repeated_failures_end_the_job_and_each_is_reported(cluster, embedded_copy, tmp_path):
     """Rank 3 is killed before the first checkpoint, then again, and then raises what nobody expects."""
     config, run = embedded_copy
     code = changed_code(tmp_path, {"training/loop.py": RANK_3_FAILS})
@@ -108,7 +108,7 @@ def test_what_fails_again_and_again_is_not_started_for_ever_and_each_time_it_is_
 
 
 def record_of_rank_3(run: Path) -> dict[str, int]:
-    """What it has last said of itself in this start, or in the one before."""
+    """The state that it last wrote in this start, or in the one before."""
     try:
         newest = max(run.glob(".ckd.ranks/*/3.json"), key=lambda path: path.stat().st_mtime)
         return json.loads(newest.read_text())

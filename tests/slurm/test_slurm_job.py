@@ -32,7 +32,7 @@ def uninterrupted(running_cluster, embedded_once, tmp_path_factory, tiny_encoder
     return job.run
 
 
-def test_two_nodes_make_the_student_that_one_makes(cluster, tmp_path, tiny_encoder):
+def test_two_nodes_train_the_student_that_one_node_trains(cluster, tmp_path, tiny_encoder):
     stages = "stages=[precompute,ckd,finetune,hpd,export,evaluate]"
     runs = []
     for name, options in (("two", ()), ("one", ("--nodes=1", "--cpus-per-task=4"))):
@@ -49,10 +49,10 @@ def test_two_nodes_make_the_student_that_one_makes(cluster, tmp_path, tiny_encod
     assert (two / "evaluate/results.json").exists() and (two / "export/hpd/modules.json").exists()
 
 
-def test_preempted_and_out_of_time_it_comes_back_until_it_is_done(cluster, embedded_copy, uninterrupted):
+def test_a_job_preempted_and_out_of_time_is_requeued_until_it_is_done(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
     job = Job(cluster, config, *LONG, options=("--time=1", "--signal=B:USR1@55"))
-    job.until_it_came_back(1)  # warned of its time limit
+    job.until_requeued(1)  # warned of its time limit
     cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     for _ in range(2):
         job.until_step(max(newest(run), 0) + random.randint(20, 120))
@@ -63,20 +63,20 @@ def test_preempted_and_out_of_time_it_comes_back_until_it_is_done(cluster, embed
     assert not (run / "STOP").exists()
 
 
-def test_after_a_node_has_died_it_goes_on_with_those_that_are_left(cluster, embedded_copy, uninterrupted):
+def test_after_a_node_failure_the_job_continues_on_the_remaining_nodes(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
     job = Job(cluster, config, *LONG, options=("--nodes=1-2",))
     job.until_step(60)
     assert job.state["NumNodes"] == "2", job.state
     cluster.kill("n2")
-    job.until_it_came_back(1)
+    job.until_requeued(1)
     printed = job.finished()
     assert job.state["NumNodes"] == "1", job.state
     assert "lost rank" in printed or "DUE TO NODE FAILURE" in printed
     assert_same_losses(run, uninterrupted, 1e-4)
 
 
-def test_a_cut_cable_delays_or_ends_all_ranks_and_once_it_is_mended_the_job_finishes(cluster, embedded_copy, uninterrupted):
+def test_a_cut_network_delays_or_ends_all_ranks_and_the_job_finishes_once_it_is_repaired(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
     job = Job(cluster, config, *LONG)
     job.until_step(40)
@@ -93,7 +93,7 @@ def test_a_cut_cable_delays_or_ends_all_ranks_and_once_it_is_mended_the_job_fini
     for line in last_lines(run):
         at = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
         assert at - cut < TIMEOUT + SILENCE + starts(2), line
-    job.until_it_came_back(1)
+    job.until_requeued(1)
     cluster.cable("n2", in_place=True)
     job.finished()
     assert losses(run) == losses(uninterrupted)
@@ -118,7 +118,7 @@ def test_an_array_of_tasks_of_which_a_third_is_killed_embeds_all_the_text(cluste
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "srun"])
-def test_any_launcher_serves_as_well(cluster, embedded_copy, launcher):
+def test_ranks_of_a_job_may_be_started_by_any_launcher(cluster, embedded_copy, launcher):
     """One deepspeed or torchrun a node, or a task a rank."""
     config, run = embedded_copy
     script, programs = f"launcher/train.py --config {config} stage=ckd", Path(sys.executable).parent

@@ -21,7 +21,7 @@
 #   SLURM_TEST_WAIT   seconds to wait for all nodes to be idle (default 30)
 # In both modes a node has its own UTS name (hostname says n1), /etc/hosts and /dev/shm,
 # so "scontrol show hostnames | head -n1" is an address that works inside a job.  A call
-# with other knobs than the live cluster's stops that one and starts anew.
+# with other knobs than the live cluster's stops that one and starts again.
 # Only the exports go to stdout.
 set -euo pipefail
 

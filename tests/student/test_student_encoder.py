@@ -112,7 +112,7 @@ def without(tiny_encoder, folder, prefix):
     return StudentConfig(init=str(folder))
 
 
-def test_weights_that_are_missing_are_never_drawn_anew(tiny_encoder, tmp_path):
+def test_missing_weights_are_never_initialised_at_random(tiny_encoder, tmp_path):
     config = without(tiny_encoder, tmp_path / "broken", "encoder.layer.1.")
     with pytest.raises(ValueError, match=r"no weights for 16 parts of its encoder, the first is encoder\.layer\.1\."):
         build_encoder(config, None, 0)

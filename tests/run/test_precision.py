@@ -51,7 +51,7 @@ def test_without_bf16_instructions_it_is_fp32_and_bf16_is_refused(monkeypatch, d
 
 
 def test_a_processor_limited_to_avx2_has_no_bf16():
-    """oneDNN reads the limit itself, so this is what a processor with AVX2 alone is told."""
+    """oneDNN reads the limit itself, so this is what a processor with AVX2 alone reports."""
     code = "import torch, distill.run.precision as p; print(p.describe_precision('auto', torch.device('cpu')))"
     limit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | limit, cwd=ROOT)
