@@ -49,13 +49,14 @@ def plan(arguments: argparse.Namespace) -> int:
     inputs = collect_inputs(config, cluster, tokens_per_text=arguments.tokens, num_texts=arguments.sentences)
     measured = None
     if arguments.calibrate:
-        from distill.plan.calibration import calibrate, check_local, measure_rank, run_ranks
+        from distill.plan.calibration import calibrate, check_local, run_ranks
 
         check_local(inputs, table)
-        from launcher.rendezvous import start_process_group
+        from launcher.rendezvous import local_environments, start_process_group
 
         print(f"calibrating on {cluster.ranks_per_node} ranks for about a minute", file=sys.stderr, flush=True)
-        inputs, measured = calibrate(inputs, partial(run_ranks, join=start_process_group, measure=measure_rank))
+        environments = local_environments(cluster.ranks_per_node)
+        inputs, measured = calibrate(inputs, partial(run_ranks, environments=environments, join=start_process_group))
     planned = make_plan(inputs, measured)
     print(format_plan(planned, config))
     if arguments.json:

@@ -7,11 +7,10 @@ none, on made-up texts of the same lengths.
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.nn.functional import normalize
 
-from distill.config import TRAINING_STAGES, RunConfig
+from distill.config import RunConfig
 from distill.corpus import text_hash
 from distill.plan.devices import DeviceTable, local_devices
 from distill.plan.planner import Inputs, plan_stage
+from distill.plan.shapes import passed_stages
 from distill.run.collectives import barrier, from_rank_0
 from distill.run.files import read_json, write_json
 from distill.run.precision import autocast_dtype
 from distill.shards import ShardReader, fingerprint, finish, write_shard
 from distill.teacher.identity import named_settings
-from distill.training.tasks.hpd import HpdConfig
 
 SECONDS = 60.0  # of measuring; the last third is for the teacher
 TIME_LIMIT = 300.0  # seconds, with loading
@@ -40,8 +40,9 @@ NEVER = 10**9
 ENDLESS = {"dev_every": NEVER, "save_every": NEVER, "max_steps": NEVER, "epochs": 1e6}
 NUM_WORDS = 2000
 
-Join = Callable[[float], torch.device]  # starts the process group from RANK etc. with this timeout; the rank's device
 Measurement = dict[str, Any]
+Join = Callable[[float], torch.device]  # starts the process group from RANK etc. with this timeout; the rank's device
+Measure = Callable[[RunConfig, torch.device], Measurement]
 
 
 class _Enough(Exception):
@@ -63,23 +64,23 @@ def check_local(inputs: Inputs, table: DeviceTable) -> None:
         )
 
 
-def calibrate(inputs: Inputs, run: Callable[[RunConfig, int], list[Measurement]]) -> tuple[Inputs, Measurement]:
+def calibrate(inputs: Inputs, run: Callable[[RunConfig], list[Measurement]]) -> tuple[Inputs, Measurement]:
     """The inputs with measured rates, by which the planned time of the measured step is the measured one; and the measurement.
 
-    run(config, num_ranks): see `run_ranks`. Raises ValueError where nothing can be measured.
+    run(config): the measurements of a node's ranks, see `run_ranks`. Raises ValueError where nothing can be measured.
     """
     name, cluster = calibrated_stage(inputs.config), replace(inputs.cluster, nodes=1)
-    train = getattr(inputs.config, name)
+    train = inputs.config.train(name)
     batch = max(-(-train.global_batch // inputs.cluster.nodes), cluster.ranks)
     config = inputs.config.model_copy(update={name: train.model_copy(update={"global_batch": batch})})
     text = replace(inputs.text, num_texts=max(inputs.text.num_texts, batch))
     local = replace(inputs, config=config, cluster=cluster, text=text)
     with tempfile.TemporaryDirectory(prefix="distill-plan-") as folder:
-        ranks = run(_make_run(local, name, Path(folder)), cluster.ranks)
+        ranks = run(_make_run(local, name, Path(folder)))
     seconds = max(rank["seconds_per_step"] for rank in ranks)
     expected = plan_stage(local, name).chosen.seconds_per_step
-    busy = max(seconds - expected.optimizer - expected.communication, 0.1 * seconds)
-    speedup = (expected.compute + expected.loss) / busy
+    busy = max(seconds - expected["optimizer"] - expected["communication"], 0.1 * seconds)
+    speedup = (expected["compute"] + expected["loss"]) / busy
     rates = {"student": cluster.device.student * speedup, "launch": cluster.device.launch / speedup}
     summary = f"{name}, {seconds:.3g} s per step of {batch} rows on {cluster.ranks} ranks ({ranks[0]['steps']} steps)"
     if all(rank["teacher"] for rank in ranks):
@@ -93,10 +94,8 @@ def calibrate(inputs: Inputs, run: Callable[[RunConfig, int], list[Measurement]]
 
 def calibrated_stage(config: RunConfig) -> str:
     """The first stage that trains the encoder of section student from its beginning. Raises ValueError if there is none."""
-    for name in (name for name in config.stages if name in TRAINING_STAGES):
-        train = getattr(config, name)
-        is_frozen = isinstance(train, HpdConfig) and train.freeze_encoder
-        if (name == "ckd" or train.init == "student") and not is_frozen:
+    for name in config.training_stages:
+        if passed_stages(config, name) == [name] and not getattr(config.train(name), "freeze_encoder", False):
             return name
     raise ValueError(
         "nothing to calibrate: no stage trains the encoder of section student from its beginning: leave --calibrate out"
@@ -105,7 +104,7 @@ def calibrated_stage(config: RunConfig) -> str:
 
 def _make_run(inputs: Inputs, name: str, folder: Path) -> RunConfig:
     """A run in `folder` of stage `name` without end, on the run's own shards or on made-up ones."""
-    config, train = inputs.config, getattr(inputs.config, name).model_copy(update=ENDLESS)
+    config, train = inputs.config, inputs.config.train(name).model_copy(update=ENDLESS)
     place = {"runs_dir": folder, "name": "calibration", "shards_from": None, "stage": name}
     made = config.model_copy(update=place | {name: train})
     made.run_dir.mkdir()
@@ -128,61 +127,12 @@ def _write_shards(config: RunConfig, inputs: Inputs, num_texts: int) -> None:
     lengths = draw.choice(inputs.text.lengths, num_texts)
     texts = [" ".join(draw.choice(words, max(int(length) - 2, 1))) for length in lengths]
     hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
-    vectors = draw.standard_normal((num_texts, inputs.teacher_dim)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = normalize(torch.from_numpy(draw.standard_normal((num_texts, inputs.teacher_dim)))).numpy()
     teacher, rows = named_settings(config.teacher), config.shards.block_rows
     made_by: Any = {"teacher_fingerprint": fingerprint(teacher), "text_fingerprint": "made up"}
     config.shards_dir.mkdir()
     write_shard(config.shards_dir, 0, texts, hashes, vectors.astype(np.float16), block_rows=rows, **made_by)
     finish(config.shards_dir, teacher=teacher, text_fingerprints=["made up"], rows=num_texts, block_rows=rows, **made_by)
-
-
-def run_ranks(config: RunConfig, num_ranks: int, join: Join, measure: Callable[..., Measurement]) -> list[Measurement]:
-    """What measure(config, device), see `measure_rank`, returns on each of `num_ranks` ranks, processes on this machine.
-
-    Raises ValueError with the reason of the first rank that failed, or if they take longer than TIME_LIMIT.
-    """
-    folder, deadline = config.run_dir, time.monotonic() + TIME_LIMIT
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = start_processes(_run_rank, (config, num_ranks, port, join, measure), num_ranks, join=False)
-    try:
-        while not ranks.join(max(deadline - time.monotonic(), 0.0)):
-            if time.monotonic() >= deadline:
-                log = (folder / "rank-0.log").read_text(encoding="utf-8", errors="replace").strip()
-                raise ValueError(
-                    f"calibration took more than {TIME_LIMIT:g} s and was ended: try a smaller global_batch, or plan without"
-                    f" --calibrate; rank 0 printed last: {log.splitlines()[-1] if log else 'nothing'}"
-                )
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        # one that raised an error of the user's came first: the others then lost the connection to it
-        reasons = {int(path.stem): path.read_text(encoding="utf-8") for path in folder.glob("*.error")}
-        rank = min(reasons, default=error.error_index)
-        reason = reasons.get(rank) or str(error).strip().splitlines()[-1]
-        raise ValueError(f"calibration failed on rank {rank}: {reason}") from None
-    finally:
-        for process in ranks.processes:
-            process.kill()
-            process.join()
-    return [read_json(folder / f"rank-{rank}.json") or {} for rank in range(num_ranks)]
-
-
-def _run_rank(rank: int, config: RunConfig, num_ranks: int, port: int, join: Join, measure: Callable[..., Measurement]) -> None:
-    folder = config.run_dir
-    with (folder / f"rank-{rank}.log").open("wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    try:
-        write_json(folder / f"rank-{rank}.json", measure(config, join(config.engine.timeout)))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not isinstance(error, TimeoutError):
-            (folder / f"{rank}.error").write_text(str(error), encoding="utf-8")
-        raise
 
 
 def measure_rank(config: RunConfig, device: torch.device) -> Measurement:
@@ -223,3 +173,49 @@ def _measure_teacher(config: RunConfig, device: torch.device) -> dict[str, float
             start, flops = time.perf_counter(), float(teacher.work.flops)
         first += rows
     return {"flops": teacher.work.flops - flops, "seconds": time.perf_counter() - start}
+
+
+def run_ranks(
+    config: RunConfig, environments: Sequence[dict[str, str]], join: Join, measure: Measure = measure_rank
+) -> list[Measurement]:
+    """The measurements of ranks, processes on this machine that find each other by these environments (RANK etc.).
+
+    Raises ValueError with the reason of the first rank that failed, or if they take longer than TIME_LIMIT.
+    """
+    folder, deadline = config.run_dir, time.monotonic() + TIME_LIMIT
+    ranks = start_processes(_run_rank, (config, environments, join, measure), len(environments), join=False)
+    try:
+        while not ranks.join(max(deadline - time.monotonic(), 0.0)):
+            if time.monotonic() >= deadline:
+                log = (folder / "rank-0.log").read_text(encoding="utf-8", errors="replace").strip()
+                raise ValueError(
+                    f"calibration took more than {TIME_LIMIT:g} s and was ended: try a smaller global_batch, or plan without"
+                    f" --calibrate; rank 0 printed last: {log.splitlines()[-1] if log else 'nothing'}"
+                )
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        # one that raised an error of the user's came first: the others then lost the connection to it
+        reasons = {int(path.stem): path.read_text(encoding="utf-8") for path in folder.glob("*.error")}
+        rank = min(reasons, default=error.error_index)
+        reason = reasons.get(rank) or str(error).strip().splitlines()[-1]
+        raise ValueError(f"calibration failed on rank {rank}: {reason}") from None
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.join()
+    return [read_json(folder / f"rank-{rank}.json") or {} for rank in range(len(environments))]
+
+
+def _run_rank(rank: int, config: RunConfig, environments: Sequence[dict[str, str]], join: Join, measure: Measure) -> None:
+    folder = config.run_dir
+    with (folder / f"rank-{rank}.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= environments[rank]
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(environments)))
+    try:
+        write_json(folder / f"rank-{rank}.json", measure(config, join(config.engine.timeout)))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not isinstance(error, TimeoutError):
+            (folder / f"{rank}.error").write_text(str(error), encoding="utf-8")
+        raise

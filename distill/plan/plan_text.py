@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from distill.config import RunConfig
 from distill.plan.planner import Plan, StagePlan, Variant
 from distill.run.formatting import format_bytes, format_duration, format_table
-from distill.training.train_config import TrainConfig
 
 
 def format_plan(plan: Plan, config: RunConfig) -> str:
@@ -41,8 +38,7 @@ def _teacher(plan: Plan, config: RunConfig) -> str:
 
 
 def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
-    train: TrainConfig = getattr(config, name)
-    step = asdict(stage.chosen.seconds_per_step)
+    train, step = config.train(name), dict(stage.chosen.seconds_per_step)
     total = step.pop("total")
     lines = [
         f"{name}: {stage.parameters / 1e6:,.1f}M parameters, {stage.trained_parameters / 1e6:,.1f}M trained;"
@@ -59,7 +55,7 @@ def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
         f"one step: {format_duration(total)}: {parts}",
         f"memory of a rank with micro_batch {rows} and {config.student.max_length} tokens in every text; > marks the config's:",
     ]
-    categories = [category.replace("_", " ") for category in asdict(stage.chosen.memory_bytes)]
+    categories = [category.replace("_", " ") for category in stage.chosen.memory_bytes]
     header = ["deepspeed", *categories, "largest micro_batch", "received/step", "between nodes", "average rate", "step"]
     marks = {key: ">" if key == stage.deepspeed else " " for key in stage.variants}
     table = [[f"{marks[key]} {key}", *_variant(variant)] for key, variant in stage.variants.items()]
@@ -68,9 +64,9 @@ def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
 
 
 def _variant(variant: Variant) -> list[str | None]:
-    received, seconds = variant.bytes_received_per_step, variant.seconds_per_step.total
+    received, seconds = variant.bytes_received_per_step, variant.seconds_per_step["total"]
     return [
-        *(_bytes(each) for each in asdict(variant.memory_bytes).values()),
+        *(_bytes(each) for each in variant.memory_bytes.values()),
         f"{variant.largest_micro_batch:,}",
         _bytes(received["total"]),
         _bytes(received["between_nodes"]),

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from distill.config import TRAINING_STAGES, RunConfig
+from distill.config import RunConfig
 from distill.corpus import read_rows
 from distill.plan.architectures import Architecture, architecture_of
 from distill.plan.devices import Cluster
 from distill.plan.shapes import Chunks, Growth, TaskShape, task_shape, teacher_shape
-from distill.plan.step_cost import HALF, RankMemory, StepTime, communication_per_step, rank_memory, step_time
+from distill.plan.step_cost import HALF, bytes_received, collectives_per_step, rank_memory, step_time
 from distill.plan.text_estimate import TextEstimate, estimate_text
 from distill.plan.zero_partition import ZeroSettings
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, length_order
@@ -59,12 +59,15 @@ def collect_inputs(
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage under one DeepSpeed configuration. largest_micro_batch: in rows; 0 if not even one row fits."""
+    """A stage under one DeepSpeed configuration, see `rank_memory`, `bytes_received` and `step_time`.
 
-    memory_bytes: RankMemory
+    largest_micro_batch: in rows; 0 if not even one row fits.
+    """
+
+    memory_bytes: dict[str, float]
     bytes_received_per_step: dict[str, float]
     largest_micro_batch: int
-    seconds_per_step: StepTime
+    seconds_per_step: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,9 @@ class Plan:
 
 def make_plan(inputs: Inputs, measured: dict[str, Any] | None = None) -> Plan:
     """measured: what calibration found. Raises ValueError for a run that cannot be started."""
-    config, cluster, text = inputs.config, inputs.cluster, inputs.text
+    text, cluster = inputs.text, inputs.cluster
     teacher = _teacher(inputs) if inputs.teachers else None
-    stages = {str(name): plan_stage(inputs, name) for name in config.stages if name in TRAINING_STAGES}
+    stages = {name: plan_stage(inputs, name) for name in inputs.config.training_stages}
     seconds = (teacher.seconds if teacher else 0.0) + sum(stage.seconds for stage in stages.values())
     advice = _teacher_advice(inputs, teacher) if teacher else []
     for name, stage in stages.items():
@@ -161,7 +164,7 @@ def _teacher(inputs: Inputs) -> TeacherPlan:
 def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     """The plan of stage `name`. Raises ValueError if its batch is smaller than the ranks or larger than the data."""
     config, cluster, text = inputs.config, inputs.cluster, inputs.text
-    train: TrainConfig = getattr(config, name)
+    train = config.train(name)
     if train.global_batch < cluster.ranks:
         raise ValueError(
             f"{name}.global_batch {train.global_batch} is smaller than {cluster.ranks} ranks: raise it, or plan fewer devices"
@@ -175,9 +178,9 @@ def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     variants = {stem: _variant(inputs, shape, zero, micro_batches) for stem, zero in zeros.items()}
     steps = _num_steps(train, text.num_texts)
     dev_texts = (steps // train.dev_every + 1) * config.evaluate.dev_sentences
-    frozen_texts = text.num_texts if shape.is_frozen else 0
+    frozen_texts = 0 if shape.flops_factor else text.num_texts
     frozen_seconds = _forward_seconds(shape.forward_flops, frozen_texts, inputs)
-    seconds = steps * variants[chosen.stem].seconds_per_step.total + frozen_seconds
+    seconds = steps * variants[chosen.stem].seconds_per_step["total"] + frozen_seconds
     seconds += _forward_seconds(shape.forward_flops, dev_texts, inputs)
     return StagePlan(
         parameters=shape.num_parameters,
@@ -204,15 +207,19 @@ def typical_batch(text: TextEstimate, train: TrainConfig, ranks: int, chunk_rows
 def _variant(inputs: Inputs, shape: TaskShape, zero: ZeroSettings, micro_batches: list[Chunks]) -> Variant:
     cluster = inputs.cluster
 
-    def memory(rows: int) -> RankMemory:  # of texts that are all as long as possible
+    def memory(rows: int) -> dict[str, float]:  # of texts that are all as long as possible
         longest = (rows * shape.texts_per_row, float(inputs.config.student.max_length))
         return rank_memory(shape, zero, cluster.ranks, [longest])
 
     candidates = range(1, min(_rows_per_rank(shape.train, cluster), MAX_MICRO_BATCH) + 1)
-    largest = bisect_right(candidates, cluster.usable_memory, key=lambda rows: memory(rows).device)
-    sent = communication_per_step(shape, zero, cluster, len(micro_batches))
-    seconds = step_time(shape, zero, cluster, sent, micro_batches)
-    return Variant(memory(sum(b for b, _ in micro_batches[0])), sent.bytes_received, largest, seconds)
+    largest = bisect_right(candidates, cluster.usable_memory, key=lambda rows: memory(rows)["device"])
+    sent = collectives_per_step(shape, zero, cluster.ranks, len(micro_batches))
+    return Variant(
+        memory_bytes=memory(sum(rows for rows, _ in micro_batches[0])),
+        bytes_received_per_step=bytes_received(sent, cluster.ranks_per_node, cluster.nodes),
+        largest_micro_batch=largest,
+        seconds_per_step=step_time(shape, zero, cluster, sent, micro_batches),
+    )
 
 
 def _rows_per_rank(train: TrainConfig, cluster: Cluster) -> int:
@@ -253,13 +260,14 @@ def _teacher_advice(inputs: Inputs, teacher: TeacherPlan) -> list[str]:
 
 def _stage_advice(inputs: Inputs, name: str, stage: StagePlan) -> list[str]:
     """Settings to change, each with its reason: to the fastest variant that fits, or to the one that fits most rows."""
-    train, variants, chosen = getattr(inputs.config, name), stage.variants, stage.deepspeed
+    train, variants, chosen = inputs.config.train(name), stage.variants, stage.deepspeed
+    seconds = {key: each.seconds_per_step["total"] for key, each in variants.items()}
     checkpointing = "" if inputs.config.engine.activation_checkpointing else "engine.activation_checkpointing=true"
     share = _rows_per_rank(train, inputs.cluster)
     fitting = [key for key, each in variants.items() if each.largest_micro_batch >= min(train.micro_batch, share)]
     if fitting:
-        best = min(fitting, key=lambda key: variants[key].seconds_per_step.total)
-        ratio = variants[best].seconds_per_step.total / stage.chosen.seconds_per_step.total
+        best = min(fitting, key=lambda key: seconds[key])
+        ratio = seconds[best] / seconds[chosen]
         reason = f"{ratio:.0%} of a step's time" if chosen in fitting else f"{chosen} does not fit"
         best = chosen if chosen in fitting and ratio > WORTH_CHANGING else best
     else:

@@ -17,13 +17,13 @@ from distill.plan.architectures import Architecture
 from distill.student import Student
 from distill.student.encoder import keep_layers, set_dropout
 from distill.training.contrast import ContrastConfig
-from distill.training.projection import Kind, build_projection
+from distill.training.projection import build_projection
 from distill.training.step_clock import num_passes
 from distill.training.tasks.finetune import FinetuneConfig
 from distill.training.tasks.hpd import HpdConfig
 from distill.training.teacher_keys import KeysConfig
 from distill.training.temperature import Temperature
-from distill.training.train_config import TrainConfig
+from distill.training.train_config import TemperatureConfig
 
 Chunks = Sequence[tuple[int, float]]  # (texts, tokens that each is padded to) of each forward pass
 PROBES = ((8, 16), (8, 32), (16, 16))
@@ -62,14 +62,17 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskShape:
-    """The module that a stage trains.
+    """The module that a stage trains, and what its loss compares.
 
-    forward_flops: of the student; activations: bytes that its forward pass in a step leaves for the backward pass;
-    flops_factor: FLOPs of a whole step over those of its forward passes, 0 where the encoder is frozen: it then encodes every
-    text once before the first step, and a step of the head costs next to nothing; num_layers: that a step passes.
+    train: the stage's config section. forward_flops: of the student; activations: bytes that its forward pass in a step leaves
+    for the backward pass; flops_factor: FLOPs of a whole step over those of its forward passes, 0 where the encoder is frozen:
+    it then encodes every text once before the first step, and a step of the head costs next to nothing; num_layers: that a
+    step passes. num_views: texts of a row that are contrasted with each other; texts_per_row: these and, where the teacher has
+    a weight, one that is only compared with its own teacher vector. query_sets: that are compared with keys: the student's for
+    ckd, the student's and the teacher's for congen. num_terms: terms of the loss.
     """
 
-    train: TrainConfig
+    train: Any
     parameters: tuple[Parameter, ...]
     forward_flops: Growth
     activations: Growth
@@ -78,36 +81,11 @@ class TaskShape:
     student_dim: int
     encoder_dim: int
     teacher_dim: int
-
-    @property
-    def num_views(self) -> int:
-        """Texts of a row that are contrasted with each other."""
-        return 3 if isinstance(self.train, FinetuneConfig) else 2 if isinstance(self.train, ContrastConfig) else 1
-
-    @property
-    def texts_per_row(self) -> int:
-        """The views and, where the teacher has a weight, one text that is only compared with its own teacher vector."""
-        return self.num_views + (isinstance(self.train, ContrastConfig) and self.train.teacher_weight > 0)
-
-    @property
-    def key_dim(self) -> int:
-        return self.train.dim if isinstance(self.train, HpdConfig) else self.teacher_dim
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.flops_factor == 0
-
-    @property
-    def query_sets(self) -> int:
-        """Sets of queries that are compared with keys: the student's for ckd, the student's and the teacher's for congen."""
-        weights = self.train.weights if isinstance(self.train, KeysConfig) else {}
-        return bool(weights.get("ckd")) + 2 * bool(weights.get("congen"))
-
-    @property
-    def head_elements(self) -> int:
-        """Of a text, kept for the backward pass beside the encoder's: projected, normalised, and about two for each term."""
-        terms = sum(map(bool, self.train.weights.values())) if isinstance(self.train, KeysConfig) else 2
-        return (3 + 2 * terms) * self.key_dim
+    key_dim: int
+    num_views: int
+    texts_per_row: int
+    query_sets: int
+    num_terms: int
 
     @property
     def num_parameters(self) -> int:
@@ -139,8 +117,9 @@ def teacher_shape(architecture: Architecture, *, is_bf16: bool) -> TeacherShape:
 def task_shape(
     config: RunConfig, name: str, architecture: Architecture, teacher_dim: int, *, is_bf16: bool, on_cpu: bool
 ) -> TaskShape:
-    """The module of stage `name`, as `training.stage.build_recipe` builds it."""
-    train: TrainConfig = getattr(config, name)
+    """The module that stage `name` trains. Fields that its section does not have, as that of an installed package, count as
+    absent: no temperature, no weights, one text a row."""
+    train: Any = config.train(name)
     with FakeTensorMode():
         task = _build_task(config, name, architecture, teacher_dim)
         student: Any = task["student"]
@@ -150,9 +129,8 @@ def task_shape(
             student.encoder.set_attn_implementation("sdpa")
             _, activations = _probe(student, student, is_bf16)
     groups = ((2 if name.endswith("logit_scale") else int(p.ndim < 2), p) for name, p in task.named_parameters())
-    parameters = tuple(Parameter(p.numel(), p.requires_grad, group) for group, p in groups)
     factor, num_layers = num_passes(student.encoder), student.encoder.config.num_hidden_layers
-    if isinstance(train, HpdConfig) and train.freeze_encoder:
+    if getattr(train, "freeze_encoder", False):
         factor, activations, num_layers = 0, Growth(), 0
     elif config.engine.activation_checkpointing and factor > 1:
         factor += 1  # layer inputs are kept, and one layer at a time is computed again
@@ -160,9 +138,11 @@ def task_shape(
         activations = replace(
             activations, linear=activations.linear / num_layers + kept, square=activations.square / num_layers
         )
+    num_views = 3 if isinstance(train, FinetuneConfig) else 2 if isinstance(train, ContrastConfig) else 1
+    weights = train.weights if isinstance(train, KeysConfig) else {}
     return TaskShape(
         train=train,
-        parameters=parameters,
+        parameters=tuple(Parameter(p.numel(), p.requires_grad, group) for group, p in groups),
         forward_flops=flops,
         activations=activations,
         flops_factor=factor,
@@ -170,43 +150,49 @@ def task_shape(
         student_dim=student.dim,
         encoder_dim=student.width,
         teacher_dim=teacher_dim,
+        key_dim=train.dim if isinstance(train, HpdConfig) else teacher_dim,
+        num_views=num_views,
+        texts_per_row=num_views + bool(getattr(train, "teacher_weight", 0)),
+        query_sets=bool(weights.get("ckd")) + 2 * bool(weights.get("congen")),
+        num_terms=sum(map(bool, weights.values())) if weights else 2,
     )
+
+
+def passed_stages(config: RunConfig, name: str) -> list[str]:
+    """Stage `name` and those that its student passes before it, the last one first."""
+    passed = [name]
+    while (init := getattr(config.train(passed[-1]), "init", "student")) != "student":
+        passed.append(init)
+    return passed
 
 
 def _build_task(config: RunConfig, name: str, architecture: Architecture, teacher_dim: int) -> nn.ModuleDict:
     """Student, projection and temperature of stage `name`, with new weights."""
-    train, section = getattr(config, name), config.student
+    train, section, passed = config.train(name), config.student, passed_stages(config, name)
     encoder = architecture.build().train()
     if section.layers is not None:
         keep_layers(encoder, section.kept(encoder.config.num_hidden_layers))
     tokenizer: Any = None  # not needed: no text is encoded
     student = Student(encoder, tokenizer, pooling=section.pooling, max_length=section.max_length)
-    before = _stages_before(config, name)
-    compact = config.train("hpd")
-    if "hpd" in (name, *before) and isinstance(compact, HpdConfig):
+    if "hpd" in passed:
+        compact: Any = config.train("hpd")
         student.add_head(compact.dim, compact.head, 0)
-    dropout = train.dropout if isinstance(train, ContrastConfig) else 0.0
+    dropout = getattr(train, "dropout", 0.0)
     if dropout is not None:
         set_dropout(encoder, dropout)
     encoder.get_input_embeddings().requires_grad_(not section.freeze_embeddings)
-    if isinstance(train, HpdConfig) and train.freeze_encoder:
+    if getattr(train, "freeze_encoder", False):
         encoder.requires_grad_(False)
-    task = nn.ModuleDict({"student": student, "temperature": Temperature(train.temperature)})
+    task = nn.ModuleDict({"student": student})
+    if isinstance(temperature := getattr(train, "temperature", None), TemperatureConfig):
+        task["temperature"] = Temperature(temperature)
     # ckd's projection is kept by the stages after it while they compare texts with the teacher's vectors
-    passed = (name, *before)
-    has_projection = passed[-1] == "ckd" and all(getattr(config.train(each), "teacher_weight", 0) for each in passed[:-1])
-    kind: Kind = getattr(config.train("ckd"), "projection", "auto")
-    if has_projection and (projection := build_projection(student.width, teacher_dim, kind)) is not None:
-        task["projection"] = projection if name == "ckd" else projection.requires_grad_(True)  # there it is always trained
+    if passed[-1] == "ckd" and all(getattr(config.train(each), "teacher_weight", 0) for each in passed[:-1]):
+        ckd: Any = config.train("ckd")
+        projection = build_projection(student.width, teacher_dim, ckd.projection)
+        if projection is not None:
+            task["projection"] = projection if name == "ckd" else projection.requires_grad_(True)  # there it is always trained
     return task
-
-
-def _stages_before(config: RunConfig, name: str) -> list[str]:
-    """The stages that the student of stage `name` has passed, the last one first."""
-    found: list[str] = []
-    while name != "ckd" and (name := getattr(config, name).init) != "student":
-        found.append(name)
-    return found
 
 
 def _probe(module: nn.Module, forward: Callable[[dict[str, torch.Tensor]], Any], is_bf16: bool) -> tuple[Growth, Growth]:

@@ -26,36 +26,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.plan.devices import Cluster
 from distill.plan.shapes import Chunks, TaskShape
-from distill.plan.zero_partition import ZeroSettings, gradient_partition_size, padded, partition_size
-from distill.training.contrast import ContrastConfig
+from distill.plan.zero_partition import ZeroSettings, gradient_partition_sizes, padded, partition_size
 from distill.training.tasks.hpd import HpdConfig
-from distill.training.teacher_keys import KeysConfig
 
 FLOAT, HALF, HASH = 4, 2, 8  # bytes of a float32, a float16 and a text hash
 ADAM_BYTES = 28  # per element: gradient, value and two moments read, value and moments written
 RING_FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}  # received, of (W-1)/W of the tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankMemory:
-    """Bytes of one rank. device: the most at one time; host: what is offloaded, in the categories but not in `device`."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    reduce_bucket: float
-    gathered: float
-    queue: float
-    keys: float
-    activations: float
-    loss: float
-    device: float
-    host: float
 
 
 class Collective(NamedTuple):
@@ -67,31 +47,15 @@ class Collective(NamedTuple):
     calls: int
 
 
-@dataclass(frozen=True)
-class Communication:
-    """What a rank receives in a step. bytes_received: by what the collectives carry, in total, and by link."""
+def rank_memory(shape: TaskShape, zero: ZeroSettings, ranks: int, chunks: Chunks, rank: int | None = None) -> dict[str, float]:
+    """Bytes of one rank by category. device: the most at one time; host: what is offloaded, which `device` leaves out.
 
-    calls: int
-    bytes_received: dict[str, float]
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step on the rank that has most to do."""
-
-    compute: float
-    loss: float
-    optimizer: float
-    communication: float
-    total: float
-
-
-def rank_memory(shape: TaskShape, zero: ZeroSettings, ranks: int, chunks: Chunks, rank: int | None = None) -> RankMemory:
-    """chunks: of the largest micro-batch. rank: whose gradients are counted; None for the rank that holds most."""
+    chunks: of the largest micro-batch. rank: whose gradients are counted; None for the rank that holds most.
+    """
     numel, trained = shape.num_parameters, shape.num_trained
     part = partition_size(shape.parameters, zero.stage, ranks)
     texts = sum(b for b, _ in chunks)
-    activations = shape.activations(chunks) + FLOAT * shape.head_elements * texts
+    activations = shape.activations(chunks) + FLOAT * (3 + 2 * shape.num_terms) * shape.key_dim * texts  # with the loss terms'
     workspace = loss_workspace(shape, texts)
     host = FLOAT * 4 * part if zero.offloads_optimizer else 0  # the copy, its gradients and two moments
     gathered = 0.0
@@ -100,11 +64,11 @@ def rank_memory(shape: TaskShape, zero: ZeroSettings, ranks: int, chunks: Chunks
     elif zero.stage < 3:
         parameters, gradients = numel - trained + (ranks + 1) * part, trained
         if zero.stage == 2:
-            whole = gradient_partition_size(shape.parameters, ranks, rank)
-            gradients = part if zero.offloads_optimizer else whole
+            held = gradient_partition_sizes(shape.parameters, ranks)
+            gradients = part if zero.offloads_optimizer else int(held.max() if rank is None else held[rank])
     else:
-        split = sum(padded(p.numel, ranks) // ranks for p in shape.parameters)
-        persistent = sum(padded(p.numel, ranks) for p in shape.parameters if zero.is_persistent(p))
+        split = sum(-(-p.numel // ranks) for p in shape.parameters)
+        persistent = ranks * sum(-(-p.numel // ranks) for p in shape.parameters if zero.is_persistent(p))
         parameters, gradients = split + part + persistent, part
         host += FLOAT * split if zero.offloads_parameters else 0
         activations -= shape.activations.constant  # linear layers cast their matrices again in the backward pass
@@ -119,20 +83,20 @@ def rank_memory(shape: TaskShape, zero: ZeroSettings, ranks: int, chunks: Chunks
         "optimizer": FLOAT * 2 * part,
         "reduce_bucket": FLOAT * zero.reduce_bucket_size if zero.stage else 0,
         "gathered": gathered,
-        "queue": _queue_bytes(shape, ranks),
+        "queue": queue_bytes(shape, ranks),
         "keys": batch_bytes(shape),
         "activations": activations,
         "loss": workspace,
     }
-    return RankMemory(**categories, device=sum(categories.values()) - host, host=host)
+    return categories | {"device": sum(categories.values()) - host, "host": host}
 
 
-def _queue_bytes(shape: TaskShape, ranks: int) -> float:
+def queue_bytes(shape: TaskShape, ranks: int) -> float:
     """Bytes of the queue's keys and hashes on one rank."""
-    if not shape.query_sets or not isinstance(shape.train, KeysConfig):
+    if not shape.query_sets:
         return 0.0
-    is_sharded = shape.train.queue_placement == "sharded"
-    return float((HALF * shape.key_dim + HASH) * (-(-shape.train.queue // ranks) if is_sharded else shape.train.queue))
+    rows = -(-shape.train.queue // ranks) if shape.train.queue_placement == "sharded" else shape.train.queue
+    return float((HALF * shape.key_dim + HASH) * rows)
 
 
 def batch_bytes(shape: TaskShape) -> float:
@@ -144,10 +108,20 @@ def batch_bytes(shape: TaskShape) -> float:
 def loss_workspace(shape: TaskShape, texts: float) -> float:
     """Bytes while the views among `texts` encoded texts are compared with each other or with a tile of keys."""
     train = shape.train
-    if isinstance(train, KeysConfig):
-        tiles = shape.query_sets * texts * (train.tile + 3 * shape.key_dim) + train.tile * shape.key_dim
-        return float(FLOAT * tiles * bool(shape.query_sets))
-    return float(FLOAT * 2 * texts * shape.num_views / shape.texts_per_row * train.global_batch)
+    if shape.query_sets:
+        return float(FLOAT * (shape.query_sets * texts * (train.tile + 3 * shape.key_dim) + train.tile * shape.key_dim))
+    views = texts * shape.num_views / shape.texts_per_row
+    return float(FLOAT * 2 * views * train.global_batch) if shape.num_views > 1 else 0.0
+
+
+def loss_flops(shape: TaskShape, rows: float) -> float:
+    """Forward and backward, of `rows` rows compared with all keys, or with the other views of the global batch."""
+    train, per_row = shape.train, 6.0 * shape.train.global_batch * (shape.num_views - 1) * shape.student_dim
+    if shape.query_sets:
+        per_row += 4.0 * shape.query_sets * (train.global_batch + train.queue) * shape.key_dim
+    if isinstance(train, HpdConfig) and train.weights.get("relational"):
+        per_row += train.global_batch * (2.0 * shape.teacher_dim + 6.0 * (train.dim + sum(train.nested)))
+    return rows * per_row
 
 
 def collectives_per_step(shape: TaskShape, zero: ZeroSettings, ranks: int, num_micro: int) -> list[Collective]:
@@ -155,30 +129,10 @@ def collectives_per_step(shape: TaskShape, zero: ZeroSettings, ranks: int, num_m
     return [*_loss_collectives(shape, ranks, num_micro), *_zero_collectives(shape, zero, ranks, num_micro)] if ranks > 1 else []
 
 
-def communication_per_step(shape: TaskShape, zero: ZeroSettings, cluster: Cluster, num_micro: int) -> Communication:
-    """The collectives of a step and the links that they take."""
-    sent = collectives_per_step(shape, zero, cluster.ranks, num_micro)
-    return Communication(sum(each.calls for each in sent), bytes_received(sent, cluster.ranks_per_node, cluster.nodes))
-
-
-def bytes_received(sent: Sequence[Collective], ranks_per_node: int, nodes: int) -> dict[str, float]:
-    """See Communication. Ranks of a node divide what all of them need from other nodes; an all-to-all brings each its own."""
-    received, ranks = defaultdict(float, total=0.0, inside_node=0.0, between_nodes=0.0), ranks_per_node * nodes
-    for each in sent:
-        ring_bytes = RING_FACTORS[each.operation] * each.tensor_bytes
-        total, between = ring_bytes * (ranks - 1) / ranks, ring_bytes * (nodes - 1) / nodes
-        is_own = each.operation == "all_to_all"
-        received[each.carries] += total
-        received["total"] += total
-        received["inside_node"] += total - between if is_own else total * (ranks_per_node > 1)
-        received["between_nodes"] += between if is_own else between / ranks_per_node
-    return dict(received)
-
-
 def _loss_collectives(shape: TaskShape, ranks: int, num_micro: int) -> list[Collective]:
     train, sets, dim = shape.train, shape.query_sets, shape.key_dim
     rows = padded(train.global_batch, ranks)  # a rank with a row less sends a row of zeros
-    if not isinstance(train, KeysConfig):
+    if shape.num_views > 1:
         views = FLOAT * rows * (shape.num_views - 1) * shape.student_dim
         hashes = HASH * rows * shape.num_views
         return [Collective("views", "all_gather", views + hashes, 2), Collective("views", "all_reduce", views, 1)]
@@ -202,7 +156,7 @@ def _zero_collectives(shape: TaskShape, zero: ZeroSettings, ranks: int, num_micr
         return [reduced, Collective("parameters", "all_gather", gathered, groups)] if zero.stage else [reduced]
     persistent = [padded(p.numel, ranks) for p in shape.parameters if zero.is_persistent(p)]
     large = sum(padded(p.numel, ranks) for p in shape.parameters) - sum(persistent)
-    gradients = sum(padded(p.numel, ranks) for p in shape.parameters if p.is_trained)
+    gradients = ranks * partition_size(shape.parameters, zero.stage, ranks)
     is_kept = shape.num_parameters <= min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
     passes = num_micro if is_kept else 2 * num_micro
     gather_calls = passes * -(-large // int(zero.stage3_prefetch_bucket_size)) + len(persistent)
@@ -212,11 +166,29 @@ def _zero_collectives(shape: TaskShape, zero: ZeroSettings, ranks: int, num_micr
     ]
 
 
-def step_time(
-    shape: TaskShape, zero: ZeroSettings, cluster: Cluster, sent: Communication, micro_batches: Sequence[Chunks]
-) -> StepTime:
-    """micro_batches: the chunks of each micro-batch of a rank, in rows of the global batch. Nothing overlaps.
+def bytes_received(sent: Sequence[Collective], ranks_per_node: int, nodes: int) -> dict[str, float]:
+    """What a rank receives: by what the collectives carry, in total, and by link.
 
+    Ranks of a node divide what all of them need from other nodes; an all-to-all brings each its own.
+    """
+    received, ranks = defaultdict(float, total=0.0, inside_node=0.0, between_nodes=0.0), ranks_per_node * nodes
+    for each in sent:
+        ring_bytes = RING_FACTORS[each.operation] * each.tensor_bytes
+        total, between = ring_bytes * (ranks - 1) / ranks, ring_bytes * (nodes - 1) / nodes
+        is_own = each.operation == "all_to_all"
+        received[each.carries] += total
+        received["total"] += total
+        received["inside_node"] += total - between if is_own else total * (ranks_per_node > 1)
+        received["between_nodes"] += between if is_own else between / ranks_per_node
+    return dict(received)
+
+
+def step_time(
+    shape: TaskShape, zero: ZeroSettings, cluster: Cluster, sent: Sequence[Collective], micro_batches: Sequence[Chunks]
+) -> dict[str, float]:
+    """Seconds of one step, by activity and in total, on the rank that has most to do. Nothing overlaps.
+
+    micro_batches: the chunks of each micro-batch of a rank, in rows of the global batch.
     compute: forward FLOPs x flops_factor (and 1 more where gradients of views are cached) / (peak x MFU), and of each chunk at
     least the device's launch x layers; loss: in float32. optimizer: memory traffic, or over the link to the host and back.
     communication: over the slower of the links inside and between nodes, and a latency per call.
@@ -225,7 +197,7 @@ def step_time(
     rate = cluster.peak_flops * device.student
     least = device.launch * shape.num_layers / 3  # of forward and backward, three forward passes
     forward = sum(max(shape.forward_flops([chunk]) / rate, least) for chunk in chunks)
-    is_cached = isinstance(shape.train, ContrastConfig) and len(micro_batches) > 1
+    is_cached = shape.num_views > 1 and len(micro_batches) > 1
     compute = forward * (shape.flops_factor + is_cached) * shape.texts_per_row
     loss = loss_flops(shape, sum(b for b, _ in chunks)) / (device.fp32 * device.student)
     updated = shape.num_trained / (cluster.ranks if zero.stage else 1)
@@ -234,17 +206,8 @@ def step_time(
         moved = 2 * FLOAT * updated  # gradients to the host and parameters back
         moved += FLOAT * shape.num_parameters / cluster.ranks * len(micro_batches) * zero.offloads_parameters
         optimizer = (ADAM_BYTES * updated + moved) / device.host
-    received = sent.bytes_received
+    received = bytes_received(sent, cluster.ranks_per_node, cluster.nodes)
     communication = max(received["inside_node"] / device.inside, received["between_nodes"] / device.between)
-    communication += sent.calls * cluster.assumed.latency
-    return StepTime(compute, loss, optimizer, communication, compute + loss + optimizer + communication)
-
-
-def loss_flops(shape: TaskShape, rows: float) -> float:
-    """Forward and backward, of `rows` rows compared with all keys, or with the other views of the global batch."""
-    train, per_row = shape.train, 6.0 * shape.train.global_batch * (shape.num_views - 1) * shape.student_dim
-    if isinstance(train, KeysConfig):
-        per_row = 4.0 * shape.query_sets * (train.global_batch + train.queue) * shape.key_dim
-    if isinstance(train, HpdConfig) and train.weights.get("relational"):
-        per_row += train.global_batch * (2.0 * shape.teacher_dim + 6.0 * (train.dim + sum(train.nested)))
-    return rows * per_row
+    communication += sum(each.calls for each in sent) * cluster.assumed.latency
+    seconds = {"compute": compute, "loss": loss, "optimizer": optimizer, "communication": communication}
+    return seconds | {"total": compute + loss + optimizer + communication}

@@ -19,7 +19,7 @@ from distill.corpus.sources import matching_files
 from distill.corpus.text_config import SourceConfig
 from distill.plan.devices import Assumptions
 from distill.run.files import read_json
-from distill.shards import Manifest, ShardReader
+from distill.shards import ShardReader
 
 SAMPLE_TEXTS = 2048
 GAMMA_SHAPE = 4.0  # of the distribution of assumed lengths, whose standard deviation is then half of the mean
@@ -55,14 +55,15 @@ def estimate_text(
     """
     if tokens_per_text is not None and tokens_per_text < 1:
         raise ValueError(f"{tokens_per_text:g} tokens a sentence: give 1 or more")
-    sample = _sample(config)
+    reader = ShardReader(config.shards_dir, verify=False) if (config.shards_dir / "manifest.json").is_file() else None
+    sample = _sample(config, reader)
     bytes_per_text = float(np.mean([len(text.encode()) for text in sample])) if sample else assumed.chars
     sources = {"bytes_per_text": "a sample of the text" if sample else "assumed"}
     prepared = read_json(config.precompute_dir / "text" / "manifest.json")
     if num_texts is not None:
         sources["num_texts"] = "given"
-    elif _has_shards(config):
-        num_texts, sources["num_texts"] = Manifest.load(config.shards_dir).count, f"counted in {config.shards_dir}"
+    elif reader is not None:
+        num_texts, sources["num_texts"] = len(reader), f"counted in {config.shards_dir}"
     elif prepared is not None:
         num_texts = int(prepared["counts"]["kept"])
         bytes_per_text = sum(file["bytes"] for file in prepared["chunks"]) / num_texts - 1  # without line breaks
@@ -93,14 +94,9 @@ def _load_tokenizer(folder: Path | None) -> Any:
         return None
 
 
-def _has_shards(config: RunConfig) -> bool:
-    return (config.shards_dir / "manifest.json").is_file()
-
-
-def _sample(config: RunConfig) -> list[str]:
+def _sample(config: RunConfig, reader: ShardReader | None) -> list[str]:
     """Texts of the shards, or of the local files; none of a Hugging Face dataset."""
-    if _has_shards(config):
-        reader = ShardReader(config.shards_dir, verify=False)
+    if reader is not None:
         return reader.texts(np.linspace(0, len(reader) - 1, min(SAMPLE_TEXTS, len(reader))).astype(np.int64))
     found: list[str] = []
     for source in config.text.sources:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from distill.plan.shapes import Parameter
@@ -61,22 +61,18 @@ def partition_size(parameters: Sequence[Parameter], stage: int, ranks: int) -> i
     return sum(padded(sum(sizes), 2 * ranks) // ranks for sizes in _trained_groups(parameters))
 
 
-def gradient_partition_size(parameters: Sequence[Parameter], ranks: int, rank: int | None) -> int:
-    """Elements of the gradients that a rank holds under ZeRO 2: of whole tensors of which any element lies in its partition.
-
-    rank: None for the one that holds most.
-    """
-    groups: list[tuple[int, list[tuple[int, int]]]] = []  # partition size; first and last element + 1 of each tensor
+def gradient_partition_sizes(parameters: Sequence[Parameter], ranks: int) -> np.ndarray:
+    """Elements of the gradients that each rank holds under ZeRO 2, [ranks] int64: of whole tensors of which any element lies in
+    its partition."""
+    held = np.zeros(ranks, dtype=np.int64)
     for sizes in _trained_groups(parameters):
-        ends = accumulate(sizes)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
         part = padded(sum(sizes), 2 * ranks) // ranks
-        groups.append((part, [(end - numel, end) for numel, end in zip(sizes, ends, strict=True)]))
-    # a rank in whose partition no tensor begins holds none that the rank before it does not hold
-    candidates = {start // part for part, spans in groups for start, _ in spans} if rank is None else {rank}
-    return max(
-        sum(end - start for part, spans in groups for start, end in spans if start < (r + 1) * part and end > r * part)
-        for r in candidates
-    )
+        begins = np.arange(ranks) * part
+        first = np.searchsorted(offsets[1:], begins, side="right")  # tensor that ends after the partition begins
+        last = np.searchsorted(offsets[:-1], begins + part)  # and the first that begins after its end
+        held += offsets[last] - offsets[first]
+    return held
 
 
 def _trained_groups(parameters: Sequence[Parameter]) -> list[list[int]]:

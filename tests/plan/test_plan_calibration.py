@@ -18,6 +18,7 @@ from distill.config import RunConfig, load_config
 from distill.plan import calibration
 from distill.plan.devices import load_devices
 from distill.plan.planner import make_plan
+from launcher.rendezvous import local_environments
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def config(tmp_path, tiny_encoder) -> RunConfig:
 def run(config):
     """Runs a function of this file on three ranks."""
     config.run_dir.mkdir(parents=True)
-    return lambda measure: calibration.run_ranks(config, 3, lambda timeout: CPU, measure)
+    return lambda measure: calibration.run_ranks(config, local_environments(3), lambda timeout: CPU, measure)
 
 
 def rank() -> int:
@@ -115,7 +116,7 @@ def test_a_head_on_a_frozen_encoder_measures_no_rate(tmp_path, tiny_encoder):
     frozen = ["stages=[precompute,hpd]", "hpd.init=student", "hpd.freeze_encoder=true"]
     inputs = inputs_of(load_config(write_config(tmp_path, tiny_encoder), frozen))
     with pytest.raises(ValueError, match="nothing to calibrate"):
-        calibration.calibrate(inputs, lambda made, ranks: [])
+        calibration.calibrate(inputs, lambda made: [])
 
 
 def join(timeout: float) -> torch.device:
@@ -131,11 +132,11 @@ def test_the_planned_time_of_a_step_becomes_the_measured_one(config, tmp_path, m
     inputs = inputs_of(config, tokens_per_text=9)
     plan = make_plan(inputs)
     calibrated, measured = calibration.calibrate(
-        inputs, partial(calibration.run_ranks, join=join, measure=calibration.measure_rank)
+        inputs, partial(calibration.run_ranks, environments=local_environments(2), join=join)
     )
     found = make_plan(calibrated, measured)
     assert plan.teacher is not None and found.teacher is not None
-    assert found.stages["ckd"].chosen.seconds_per_step.total == pytest.approx(measured["seconds_per_step"])
-    assert found.stages["ckd"].chosen.seconds_per_step.total != plan.stages["ckd"].chosen.seconds_per_step.total
+    assert found.stages["ckd"].chosen.seconds_per_step["total"] == pytest.approx(measured["seconds_per_step"])
+    assert found.stages["ckd"].chosen.seconds_per_step["total"] != plan.stages["ckd"].chosen.seconds_per_step["total"]
     assert measured["teacher"] > 0 and found.teacher.seconds != plan.teacher.seconds
     assert not (tmp_path / "runs").exists()  # nothing is left in the run's own directory

@@ -63,9 +63,9 @@ def planned(config: RunConfig, shape: TaskShape, text: TextEstimate, ranks: int,
     received: Counter[str] = Counter()
     for each in collectives_per_step(shape, zero, ranks, len(micro)):
         received[each.operation] += bytes_received([each], ranks, 1)["total"]
-    held = {name: getattr(memory, name) for name in CATEGORIES}
+    held = {name: memory[name] for name in CATEGORIES}
     lasting = ["parameters", "optimizer", "queue", *(["gradients", "reduce_bucket"] if zero.stage == 3 else [])]
-    return held | {"peak": memory.device - sum(held[name] for name in lasting)}, received
+    return held | {"peak": memory["device"] - sum(held[name] for name in lasting)}, received
 
 
 def differences(
