@@ -161,7 +161,7 @@ def task_shape(
 def passed_stages(config: RunConfig, name: str) -> list[str]:
     """Stage `name` and those that its student passes before it, the last one first."""
     passed = [name]
-    while (init := getattr(config.train(passed[-1]), "init", "student")) != "student":
+    while (init := getattr(config.stage_of(passed[-1]), "init", "student")) != "student":
         passed.append(init)
     return passed
 
