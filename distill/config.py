@@ -13,7 +13,7 @@ from pydantic import create_model, field_validator, model_validator
 from distill.corpus.text_config import TextConfig
 from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.export.export_config import ExportConfig
-from distill.run.config import Section, load_tree, result, speed, validate
+from distill.run.config import ConfigError, Section, load_tree, result, speed, validate
 from distill.run.stage import RunContext, Stage, write_run_config
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
@@ -154,6 +154,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None, over: Path
     Raises ConfigError with the file, the key, what is allowed and, for an unknown key, the nearest known one.
     """
     return validate(RunConfig, load_tree(path, overrides, over), path)
+
+
+def load_run(directory: Path) -> RunConfig:
+    """The config of the run in `directory`, with the run's place and name as they are now, wherever it was made.
+
+    Raises ConfigError if there is no run, or if its config is not valid.
+    """
+    directory = directory.resolve() if directory.name == ".." else directory.absolute()  # a link keeps its name
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no run at {directory}: it has no config.yaml")
+    return load_config(path).model_copy(update={"runs_dir": directory.parent, "name": directory.name})
 
 
 def stage_of(config: RunConfig, name: str) -> Stage:

@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def search(arguments: argparse.Namespace) -> int:
-    if not (arguments.run / "config.yaml").is_file():
-        raise ValueError(f"no run at {arguments.run}: it has no config.yaml")
-    from distill.config import load_config
+    if arguments.count < 1:
+        raise ValueError(f"--count is {arguments.count}: it must be at least 1")
+    from distill.config import load_run
 
-    config = load_config(arguments.run / "config.yaml", [f"runs_dir={arguments.run.parent}", f"name={arguments.run.name}"])
+    config = load_run(arguments.run)
     from distill.evaluation.passage_index import open_indices
 
     student_index, teacher_index = open_indices(config.run_dir, config.shards_dir)

@@ -133,7 +133,7 @@ def test_an_export_loads_without_this_project(finished):
 
 
 def test_search_answers_from_the_runs_text(finished, tmp_path):
-    run = shutil.copytree(finished[1], tmp_path / "run")  # search.py writes an index into it
+    run = shutil.copytree(finished[1], tmp_path / "2024")  # a name that YAML reads as a number
     question = (run / "precompute/text/000000.txt").read_text().splitlines()[0]
     done = launch("search.py", "--run", run, question)
     assert done.returncode == 0, done.stdout

@@ -7,19 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.config import load_config
+from distill.config import load_run
 from distill.report.page import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m distill.report", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the directory of a run, e.g. runs/quickstart")
-    run = parser.parse_args(argv).run.absolute()
+    run = parser.parse_args(argv).run
     try:
-        if not (run / "config.yaml").is_file():
-            raise ValueError(f"no run at {run}: it has no config.yaml")
-        config = load_config(run / "config.yaml")
-        print(write_report(config.model_copy(update={"runs_dir": run.parent, "name": run.name})))  # where it lies now
+        print(write_report(load_run(run)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

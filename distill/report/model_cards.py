@@ -16,11 +16,16 @@ MEASURES = {"retrieval": "ndcg@10", "transfer": "accuracy"}
 
 
 def write_model_cards(config: RunConfig, results: Mapping[str, ModelResults]) -> None:
-    """Replaces README.md of each exported folder by the card with the section "Results". results: of all models of the run."""
+    """Replaces README.md of each exported folder that is there by the card with the section "Results".
+
+    results: of all models of the run.
+    """
     export = config.stage_of("export")
     assert isinstance(export, ExportStage)
     for name in config.training_stages:
         folder = export.directory / name
+        if not folder.is_dir():
+            continue
         card = model_card(folder, export.provenance(name))
         if name in results:
             card += f"\n{results_section(name, results)}\n"

@@ -148,14 +148,15 @@ def test_the_teacher_and_the_nested_sizes_are_in_the_results_and_no_other_model_
     assert "| STS: STS12 | 72.37 [70.91, 73.85] | - | - |" in rows
 
 
-def test_the_report_replaces_the_card_of_each_exported_folder(tmp_path, tiny_encoder, folder, provenance):
+def test_the_report_replaces_the_card_of_each_exported_folder_that_is_there(tmp_path, tiny_encoder, folder, provenance):
     provenance("ckd")
-    config = load_config(write_config(tmp_path, tiny_encoder), ["stages=[ckd]"])
+    config = load_config(write_config(tmp_path, tiny_encoder), ["stages=[ckd, hpd]"])
     (config.run_dir / "export").mkdir()
     folder.rename(config.run_dir / "export/ckd")
     write_model_cards(config, {"ckd": RESULTS})
     card = (config.run_dir / "export/ckd/README.md").read_text()
     assert card.count("## Results") == 1 and card.index("## Recipe") < card.index("## Results")
     assert "onnx/model_int8.onnx" in card and "| STS: average | 72.37 [70.90, 73.80] |" in card
+    assert not (config.run_dir / "export/hpd").exists()
     write_model_cards(config, {"ckd": RESULTS})
     assert (config.run_dir / "export/ckd/README.md").read_text() == card

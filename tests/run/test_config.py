@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from distill.config import RunConfig, load_config
+from distill.config import RunConfig, load_config, load_run
 from distill.run.config import ConfigError, Section, dump_config, effects_of, result
 
 MINIMAL = "name: x\ntext: {sources: [text.txt]}\nteacher: {model: some/teacher}\n"
@@ -73,6 +75,21 @@ def test_a_dumped_config_loads_to_the_same(path):
     path.write_text(dump_config(config))
     assert load_config(path) == config
     assert config.ckd.lr == 1e-4 and config.ckd.weights == {"cosine": 2.0}
+
+
+@pytest.mark.parametrize("name", ["2024", "on", "1e-4", "a run"])
+def test_a_run_has_the_place_and_name_of_its_directory(tmp_path, monkeypatch, name):
+    run = tmp_path / "moved" / name
+    (run / "ckd").mkdir(parents=True)
+    (run / "config.yaml").write_text(MINIMAL + "runs_dir: elsewhere\nseed: 3\n")
+    monkeypatch.chdir(run / "ckd")
+    for directory in (run, Path("..")):
+        config = load_run(directory)
+        assert (config.runs_dir, config.name, config.seed) == (tmp_path / "moved", name, 3)
+    monkeypatch.chdir(run)
+    assert load_run(Path(".")).run_dir == run
+    with pytest.raises(ConfigError, match=f"no run at {tmp_path}: it has no config.yaml"):
+        load_run(tmp_path)
 
 
 def test_base_gives_defaults_and_overrides_win(path):
