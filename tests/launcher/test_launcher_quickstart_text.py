@@ -186,7 +186,7 @@ def test_docstrings_of_modules_classes_and_functions_are_found(tmp_path):
         '"""Module."""\nclass A:\n  """Class."""\n  async def f(self):\n    """Method."""\n'
         'if True:\n  def g():\n    """Function."""\n    "no docstring"\n'
     )
-    assert docstrings_of_file(str(path)) == ["Module.", "Class.", "Method.", "Function."]
+    assert docstrings_of_file(path) == ["Module.", "Class.", "Method.", "Function."]
 
 
 def test_installed_folders_hold_the_standard_library_and_packages():
