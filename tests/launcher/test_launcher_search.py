@@ -25,7 +25,7 @@ def test_a_run_is_found_by_its_directory_whatever_its_name(tmp_path, monkeypatch
 
 
 def test_no_run_and_no_answers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no config.yaml"):
+    with pytest.raises(ValueError, match=r"has no config\.yaml"):
         search(arguments(tmp_path))
     with pytest.raises(ValueError, match="--count is 0: it must be at least 1"):
         search(arguments(tmp_path, count=0))

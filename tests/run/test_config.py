@@ -87,7 +87,7 @@ def test_a_run_has_the_place_and_name_of_its_directory(tmp_path, monkeypatch, na
         config = load_run(directory)
         assert (config.runs_dir, config.name, config.seed) == (tmp_path / "moved", name, 3)
     monkeypatch.chdir(run)
-    assert load_run(Path(".")).run_dir == run
+    assert load_run(Path()).run_dir == run
     with pytest.raises(ConfigError, match=f"no run at {tmp_path}: it has no config.yaml"):
         load_run(tmp_path)
 
