@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from distill.config import RunConfig
 from distill.export.card import model_card
 from distill.export.export_stage import ExportStage
-from distill.metrics.results import TEACHER, Interval, ModelResults
+from distill.metrics.results import TEACHER, ModelResults
+from distill.report.result_tables import COSTS, FIDELITY, MINUS, Cell, Metric, Results, columns_of, full_size, metrics_of_sets
 from distill.run.files import publish
 from distill.run.formatting import format_markdown_table
 
-FIDELITY = {"spearman": "Spearman, all pairs", "spearman_top50": "Spearman, 50 nearest", "top10": "10 nearest shared"}
-MEASURES = {"retrieval": "ndcg@10", "transfer": "accuracy"}
 
-
-def write_model_cards(config: RunConfig, results: Mapping[str, ModelResults]) -> None:
+def write_model_cards(config: RunConfig, results: Results) -> None:
     """Replaces README.md of each exported folder that is there by the card with the section "Results".
 
     results: of all models of the run.
@@ -33,50 +31,41 @@ def write_model_cards(config: RunConfig, results: Mapping[str, ModelResults]) ->
             file.write(card.encode())
 
 
-def results_section(name: str, results: Mapping[str, ModelResults]) -> str:
+def results_section(name: str, results: Results) -> str:
     """The section "Results" of the card of the model `name`.
 
     A value is shown as 72.37 [70.90, 73.80] where the results have its 95% interval, and as "-" where a model has none.
     """
-    nested = [other for other in results if other.rpartition("-")[0] == name]
-    columns = {each: results[each] for each in [name, *nested, *([TEACHER] if TEACHER in results else [])]}
-    cells = {each: _cells(column) for each, column in columns.items()}
-    rows = [
-        [row, *(column.get(row) for column in cells.values())]
-        for row in dict.fromkeys(row for c in cells.values() for row in c)
-    ]
-    lines = ["## Results", "", format_markdown_table(["", *columns], rows)]
-    return "\n".join([*lines, *_notes(list(columns.values()))])
+    nested = [other for other in results if other != name and full_size(other, results) == name]
+    models = {each: results[each] for each in [name, *nested, TEACHER] if each in results}
+    columns = columns_of([*COSTS, *FIDELITY.values(), *metrics_of_sets(models)], models)
+    rows = [[_row_name(metric), *map(_cell, cells)] for metric, cells in columns.items()]
+    lines = ["## Results", "", format_markdown_table(["", *models], rows)]
+    if notes := _notes(models.values()):
+        lines += ["", " ".join(notes)]
+    return "\n".join(lines)
 
 
-def _cells(results: ModelResults) -> dict[str, str]:
-    """The cells of a model's column by the name of their row."""
-    cells = {
-        "parameters": f"{results.params:,}",
-        "dimensions": f"{results.dim:,}",
-        "bytes per vector": f"{results.bytes_per_vector:,}",
-    }
-    if results.fidelity:
-        cells |= {f"fidelity: {label}": f"{results.at('fidelity', key):.3f}" for key, label in FIDELITY.items()}
-    for name, score in results.sts.items():
-        if isinstance(score, float):
-            cells[f"STS: {'average' if name == 'AVG' else name}"] = _cell(score, results.sts_ci.get(name), "{:.2f}")
-    for task, measure in MEASURES.items():
-        for name, scores in results.at(task).items():
-            cells[f"{task}: {name}, {measure}"] = _cell(scores[measure], results.at(f"{task}_ci", name, measure), "{:.3f}")
-    return cells
+def _row_name(metric: Metric) -> str:
+    task, *keys = metric.keys
+    if task == "fidelity":
+        return f"fidelity: {metric.name}"
+    if task == "sts":
+        return "STS: average" if keys == ["AVG"] else f"STS: {metric.name}"
+    return f"{task}: {', '.join(keys)}" if keys else metric.name
 
 
-def _cell(value: float, interval: Interval | None, form: str) -> str:
-    return form.format(value) + (f" [{form.format(interval[0])}, {form.format(interval[1])}]" if interval else "")
+def _cell(cell: Cell) -> str:
+    interval = f" [{', '.join(cell.interval)}]" if cell.interval else ""
+    return (cell.text + interval).replace(MINUS, "-")
 
 
-def _notes(columns: list[ModelResults]) -> list[str]:
+def _notes(models: Collection[ModelResults]) -> list[str]:
     notes = []
-    if texts := [results.fidelity.texts for results in columns if results.fidelity]:
+    if texts := [results.fidelity.texts for results in models if results.fidelity]:
         notes.append(f"Fidelity is agreement with the teacher's cosines on {max(texts):,} held-out texts.")
-    if averaged := next((results.at("sts", "AVG_OF") for results in columns if results.sts), None):
+    if averaged := next((results.at("sts", "AVG_OF") for results in models if results.sts), None):
         notes.append(f"STS is Spearman x 100; the average is of {', '.join(averaged)}.")
-    if any(results.sts_ci or results.retrieval_ci or results.transfer_ci for results in columns):
+    if any(results.sts_ci or results.retrieval_ci or results.transfer_ci for results in models):
         notes.append("In brackets: 95% bootstrap intervals.")
-    return ["", " ".join(notes)] if notes else []
+    return notes

@@ -14,12 +14,12 @@ from markupsafe import Markup
 
 from distill.config import RunConfig
 from distill.export.card import public
-from distill.metrics.results import ModelResults, read_results
-from distill.report import keys, run_tables
-from distill.report.charts import TEACHER, Chart
+from distill.metrics.results import TEACHER, read_results
+from distill.report import run_tables
+from distill.report.charts import Chart
 from distill.report.model_cards import write_model_cards
 from distill.report.result_charts import result_charts
-from distill.report.result_tables import headline, result_tables
+from distill.report.result_tables import Results, full_size, headline, result_tables
 from distill.report.training_charts import MAX_POINTS, read_curves, training_charts
 from distill.run.config import dump_config
 from distill.run.files import publish, read_json
@@ -38,8 +38,7 @@ def write_report(config: RunConfig) -> Path:
     results_path = config.run_dir / "evaluate" / "results.json"
     if not results_path.is_file():
         raise ValueError(f"{config.run_dir} has no evaluate/results.json to report: run its evaluate stage first")
-    found = read_results(results_path)
-    results = dict(sorted(found.items(), key=lambda item: _position(config, *item)))  # the file is sorted by name
+    results = _in_order(read_results(results_path), config)
     write_model_cards(config, results)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -51,7 +50,7 @@ def write_report(config: RunConfig) -> Path:
     return path
 
 
-def _context(config: RunConfig, results: dict[str, ModelResults]) -> dict[str, Any]:
+def _context(config: RunConfig, results: Results) -> dict[str, Any]:
     """The variables of the template."""
     text = read_json(config.precompute_dir / "text" / "manifest.json")
     students = [name for name in config.training_stages if name in results]
@@ -60,7 +59,6 @@ def _context(config: RunConfig, results: dict[str, ModelResults]) -> dict[str, A
     recipe = short_config(config)
     sts_warnings = [(model.sts, warning) for model in results.values() for warning in model.sts_warnings]
     return {
-        "keys": keys,
         "name": config.name,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),  # safe: a file of this package
         "teachers": [public(model.model or config.teacher.vectors or "") for model in config.teacher.models],
@@ -92,11 +90,11 @@ def _context(config: RunConfig, results: dict[str, ModelResults]) -> dict[str, A
     }
 
 
-def _position(config: RunConfig, name: str, model: ModelResults) -> tuple[int, int]:
-    """The sort key of a model: the teacher, then the stages in their order, each with its nested sizes from large to small."""
-    stages = [TEACHER, *config.training_stages]
-    stage = name if name in stages else name.rpartition("-")[0]
-    return stages.index(stage) if stage in stages else len(stages), -model.dim
+def _in_order(results: Results, config: RunConfig) -> Results:
+    """The teacher, the training stages in their order, each with its nested sizes from large to small, then the others."""
+    order = {name: number for number, name in enumerate([TEACHER, *config.training_stages])}
+    names = sorted(results, key=lambda name: (order.get(full_size(name, results), len(order)), -results[name].dim))
+    return {name: results[name] for name in names}
 
 
 def _stages(config: RunConfig) -> list[dict[str, Any]]:
@@ -119,8 +117,9 @@ def changed_stages(config: RunConfig) -> list[str]:
     """Stages that were made from another config than the one in the run directory, and how it differs."""
     found = []
     for name in config.stages:
-        done = read_json(run_tables.stage_dir(config, name) / "DONE.json")
-        if done is not None and (changes := config.stage_of(name).changes_since(done)):
+        stage = config.stage_of(name)
+        done = read_json(stage.directory / "DONE.json")
+        if done is not None and (changes := stage.changes_since(done)):
             found.append(f"{name}: {'; '.join(changes)}")
     return found
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from distill.config import TRAINING_STAGES, RunConfig
 from distill.export.card import public
 from distill.report.charts import Chart
-from distill.report.keys import GPU_JOULES, NUM_TEXTS, TEXTS_PER_SECOND
 from distill.report.result_tables import TIMES, Table
 from distill.run.files import read_json
 from distill.run.formatting import format_duration
@@ -26,8 +24,8 @@ STATUS = {
     "not_sampled": "not sampled (text.max_sentences)",
 }
 TASK_COLUMNS = {  # key, format, and factor of the value
-    "texts": (NUM_TEXTS, "{:,}", 1),
-    "texts per second": (TEXTS_PER_SECOND, "{:,.0f}", 1),
+    "texts": ("texts", "{:,}", 1),
+    "texts per second": ("texts_per_second", "{:,.0f}", 1),
     "real tokens of padded": ("padding_efficiency", "{:.1f}%", 100),
     "TFLOP/s": ("flops_per_second", "{:,.2f}", 1e-12),
     "of the device's matrix product": ("mfu", "{:.0f}%", 100),
@@ -36,18 +34,14 @@ MAX_TASKS = 20  # rows of the table of precompute tasks
 Record = Mapping[str, Any]
 
 
-def stage_dir(config: RunConfig, stage: str) -> Path:
-    return config.precompute_dir if stage == "precompute" else config.run_dir / stage
-
-
 def stage_results(config: RunConfig, stage: str) -> dict[str, Any]:
     """The results of a stage's DONE.json; empty where it is not finished."""
-    return (read_json(stage_dir(config, stage) / "DONE.json") or {}).get("results", {})
+    return (read_json(config.stage_of(stage).directory / "DONE.json") or {}).get("results", {})
 
 
 def sessions_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     """The sessions of each stage of the run."""
-    return {stage: read_sessions(stage_dir(config, stage)) for stage in config.stages}
+    return {stage: read_sessions(config.stage_of(stage).directory) for stage in config.stages}
 
 
 def cost_table(config: RunConfig) -> Table:
@@ -70,7 +64,7 @@ def _usage(sessions: Sequence[Record]) -> tuple[str, str]:
     """Device time and energy; "-" for what was not recorded in every session."""
     if not sessions:
         return "-", "-"
-    joules = [session[GPU_JOULES] for session in sessions if session.get(GPU_JOULES) is not None]
+    joules = [session["gpu_joules"] for session in sessions if session.get("gpu_joules") is not None]
     energy = f"{sum(joules) / 3600:,.2f} Wh" if len(joules) == len(sessions) else "-"
     return format_duration(sum(session["ranks"] * session["seconds"] for session in sessions)), energy
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from distill.report.charts import Chart, Point
-from distill.report.keys import DEV_FIDELITY, DEV_STS, LOSS, REFERENCE_LOSS, TEACHER_STS, TRAINING_SPEED
+from distill.report.result_tables import FIDELITY_NAMES
 
 MAX_POINTS = 300  # of a curve; a longer one is shown as this number of means
-PANELS = (  # title, label of y, and by tag or prefix of tags the label of a curve
-    ("loss", "loss", {LOSS: "loss", REFERENCE_LOSS: "reference loss"}),
-    ("fidelity on dev texts", "agreement with the teacher", {DEV_FIDELITY: ""}),
-    ("STS on dev pairs", "Spearman x 100", {DEV_STS: "", TEACHER_STS: "teacher, "}),
-    ("throughput", "texts per second", {TRAINING_SPEED: "texts per second"}),
+PANELS = (  # title, label of y, and the label of a curve by its tag, or what its name comes after by a prefix of its tag
+    ("loss", "loss", {"loss": "loss", "reference_loss": "reference loss"}),
+    ("fidelity on dev texts", "agreement with the teacher", {"dev/fidelity/": ""}),
+    ("STS on dev pairs", "Spearman x 100", {"dev/sts/": "", "teacher/sts/": "teacher, "}),
+    ("throughput", "texts per second", {"texts_per_second": "texts per second"}),
 )
-METRIC_NAMES = {"spearman": "Spearman, all pairs", "spearman_top50": "Spearman, 50 nearest", "top10": "10 nearest shared"}
 Curve = list[tuple[int, float]]
 
 
@@ -43,7 +42,7 @@ def training_charts(stage: str, curves: dict[str, Curve], best_step: int | None)
         for tag, curve in curves.items():
             prefix = tag[: tag.rfind("/") + 1]
             name = tag[len(prefix) :]
-            label = labels.get(tag) or (labels[prefix] + METRIC_NAMES.get(name, name) if prefix in labels else None)
+            label = labels.get(tag) or (labels[prefix] + FIDELITY_NAMES.get(name, name) if prefix in labels else None)
             if label and curve:
                 series[label] = _mean_points(curve)
         if series:

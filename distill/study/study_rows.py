@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from distill.config import RunConfig
-from distill.evaluation.compare import compare
 from distill.evaluation.evaluate_stage import UNTRAINED
 from distill.evaluation.score_tables import Row, Table, cell, table_of
 from distill.metrics.quantise import Precision
 from distill.metrics.results import TEACHER, ModelResults, read_results
+from distill.report.result_tables import FIDELITY_NAMES, sts_difference
 from distill.run.files import fingerprint, read_json
 from distill.run.session_log import read_sessions
 
@@ -30,11 +30,8 @@ class StudyRow(NamedTuple):
 def read_rows(configs: Sequence[RunConfig]) -> list[StudyRow]:
     """The rows of finished runs: the teacher, then the students; each before training, trained, and at smaller sizes."""
     found = {config.name: read_results(config.run_dir / "evaluate" / "results.json") for config in configs}
-    teacher = {name: results for run in found.values() for name, results in run.items() if _is_size_of(TEACHER, name)}
-    rows = [
-        StudyRow(name, results, None if name == TEACHER else TEACHER)
-        for name, results in sorted(teacher.items(), key=lambda item: -item[1].dim)
-    ]
+    teachers = {name: results for run in found.values() for name, results in run.items()}  # the same in every run
+    rows = [StudyRow(name, teachers[name], None if name == TEACHER else TEACHER) for name in _sizes(TEACHER, teachers)]
     untrained: dict[str, str] = {}
     for config in configs:
         results = found[config.name]
@@ -48,7 +45,7 @@ def read_rows(configs: Sequence[RunConfig]) -> list[StudyRow]:
             init = getattr(config.train(stage), "init", "student")
             initial = untrained.get(identity) if init == "student" else name_in_study(config, init)
             minutes = _minutes(config.run_dir / stage)
-            for name in sorted((name for name in results if _is_size_of(stage, name)), key=lambda name: -results[name].dim):
+            for name in _sizes(stage, results):
                 reduced = name_in_study(config, stage) if name.startswith(f"{stage}-pca-") else initial
                 rows.append(StudyRow(name_in_study(config, name), results[name], reduced, minutes))
     return rows
@@ -67,7 +64,7 @@ def name_in_study(config: RunConfig, name: str) -> str:
 
 def _cells(row: StudyRow, by_name: dict[str, ModelResults]) -> Row:
     results = row.results
-    agreement = results.fidelity
+    fidelity = [f"{results.at('fidelity', key):.3f}" for key in FIDELITY_NAMES] if results.fidelity else []
     return {
         "model": row.name,
         "params": f"{results.params / 1e6:.0f}M",
@@ -79,17 +76,19 @@ def _cells(row: StudyRow, by_name: dict[str, ModelResults]) -> Row:
         "to the teacher (95%)": _difference(results, by_name[TEACHER]) if row.name != TEACHER else None,
         "to its initial model (95%)": _difference(results, by_name[row.initial]) if row.initial else None,
         **{precision: cell(results.at("sts_quantised", precision, "AVG"), "{:.2f}") for precision in PRECISIONS},
-        "fidelity": f"{agreement.spearman:.3f} / {agreement.spearman_top50:.3f} / {agreement.top10:.3f}" if agreement else None,
+        "fidelity": " / ".join(fidelity) or None,
     }
 
 
 def _difference(results: ModelResults, other: ModelResults) -> str | None:
-    found = next(each for each in compare(other, results) if each.measure == "STS AVG")
-    return f"{cell(found.difference, '{:+.2f}')} ({cell(found.interval, '{:+.2f}')})" if found.interval else None
+    found = sts_difference(other, results)
+    return f"{found[0]:+.2f} ({cell(found[1:], '{:+.2f}')})" if found else None
 
 
-def _is_size_of(model: str, name: str) -> bool:
-    return name == model or name.startswith(f"{model}-")
+def _sizes(model: str, results: Mapping[str, ModelResults]) -> list[str]:
+    """A model and its smaller sizes, from large to small."""
+    names = [name for name in results if name == model or name.startswith(f"{model}-")]
+    return sorted(names, key=lambda name: -results[name].dim)
 
 
 def _untrained_name(config: RunConfig) -> str:

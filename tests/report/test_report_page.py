@@ -14,7 +14,6 @@ from report_pages import HOSTILE, change, copy_of, spoil
 from distill.config import load_config
 from distill.report import write_report
 from distill.report.__main__ import main
-from distill.report.keys import TEXTS_PER_SECOND
 from distill.run.files import read_json
 
 SECTIONS = ["results", "training", "neighbours", "data", "cost", "recipe", "reproduce"]
@@ -77,7 +76,7 @@ def test_the_tables_show_the_values_of_results_json(run, page):
         assert f"{row['sts']['AVG']:.2f}" in shown and f"{low:.2f} to {high:.2f}" in shown, name
         for metric in ("spearman", "spearman_top50", "top10"):
             assert f"{row['fidelity'][metric]:.3f}" in shown
-        assert f"{row['params']:,}" in shown and f"{row[TEXTS_PER_SECOND]:,.0f}" in shown
+        assert f"{row['params']:,}" in shown and f"{row['texts_per_second']:,.0f}" in shown
     assert "STS to teacher" in shown and "STS12" in shown and "STS13" not in shown
     rows = re.findall(r'<th scope="row">([^<]*)</th>', (run.run_dir / "report.html").read_text())
     assert rows[:5] == ["teacher", "ckd", "finetune", "hpd", "hpd-8"]
