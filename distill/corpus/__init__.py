@@ -9,10 +9,10 @@ deduplication.py   text hashes         -> a status for each text: kept, duplicat
 chunks.py          texts               -> text chunks, complete or absent; and reads them back
 """
 
-from distill.corpus.chunks import read_chunk
+from distill.corpus.chunks import read_chunk, read_listed_chunk
 from distill.corpus.prepare import can_resume, held_out_sources, prepare_text
 from distill.corpus.rows import read_rows
-from distill.corpus.sources import read_dataset, read_source, read_sources
+from distill.corpus.sources import read_dataset, read_source
 from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normalise, text_hash
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "prepare_text",
     "read_chunk",
     "read_dataset",
+    "read_listed_chunk",
     "read_rows",
     "read_source",
-    "read_sources",
     "text_hash",
 ]

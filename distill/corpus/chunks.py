@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from distill.run.files import publish
+from distill.run.files import publish, sha256_of
 
 
 def read_chunk(path: Path) -> list[str]:
@@ -21,11 +21,31 @@ def read_chunk(path: Path) -> list[str]:
     return text.split("\n")[:-1]
 
 
+def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> tuple[list[str], np.ndarray | None]:
+    """The texts of the chunk that an entry of the manifest describes, and their raw row numbers, int64, if it has them.
+
+    Raises ValueError if a byte of them is not as it was written.
+    """
+    path, rows = folder / f"{entry['name']}.txt", folder / f"{entry['name']}.rows.npy"
+    verify(path, entry["sha256"])
+    if not rows.exists() and "rows_sha256" not in entry:
+        return read_chunk(path), None
+    verify(rows, entry.get("rows_sha256"))
+    return read_chunk(path), np.load(rows, allow_pickle=False)
+
+
+def verify(path: Path, sha256: str | None) -> None:
+    """Raises ValueError if a file of the prepared text is missing or not as it was written."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise ValueError(f"{path} is not as it was written (sha256): delete {path.parent} to cut the text again")
+
+
 class ChunkWriter:
     """Writes lines (bytes, with their "\\n") into 000000.txt, 000001.txt, ..., each of `rows_per_chunk` lines but the last.
 
     With has_rows, writes NAME.rows.npy (int64) beside each. With `name`, the only file has that name and is made even if empty.
-    `entries` are the manifest's: name, rows, bytes, sha256 of the .txt. An error inside the `with` discards the open chunk.
+    `entries` are the manifest's: name, rows, bytes, sha256 of the .txt, rows_sha256 of any .rows.npy. An error inside the
+    `with` discards the open chunk.
     """
 
     def __init__(self, out: Path, rows_per_chunk: int, has_rows: bool, name: str | None = None) -> None:
@@ -72,10 +92,13 @@ class ChunkWriter:
             return
         num_bytes = self._file.tell()
         self._publishing.close()
+        entry = {"name": self._stem(), "rows": self._num_rows, "bytes": num_bytes, "sha256": self._sha.hexdigest()}
         if self._has_rows:
-            with publish(self._out / f"{self._stem()}.rows.npy") as file:
+            path = self._out / f"{self._stem()}.rows.npy"
+            with publish(path) as file:
                 np.save(file, np.concatenate([np.empty(0, np.int64), *self._rows]), allow_pickle=False)
-        self.entries.append({"name": self._stem(), "rows": self._num_rows, "bytes": num_bytes, "sha256": self._sha.hexdigest()})
+            entry["rows_sha256"] = sha256_of(path)
+        self.entries.append(entry)
         self._file, self._rows, self._sha, self._num_rows = None, [], hashlib.sha256(), 0
 
     def _stem(self) -> str:

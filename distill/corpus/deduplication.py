@@ -16,9 +16,7 @@ _STATUS_NAMES = ("duplicates", "held_out", "held_out_unused", "not_sampled", "ke
 _RANK_BITS = 16
 
 
-def deduplicate(
-    spool: Spool, num_texts: int, max_held_out: int, max_kept: int | None, progress: bool | None
-) -> tuple[dict[str, int], np.ndarray]:
+def deduplicate(spool: Spool, num_texts: int, max_held_out: int, max_kept: int | None) -> tuple[dict[str, int], np.ndarray]:
     """Writes spool.statuses; returns the number of texts of each status, and the held-out texts' places [num_held_out] int64,
     by ascending hash.
 
@@ -31,7 +29,7 @@ def deduplicate(
     counts = Counter(dict.fromkeys(_STATUS_NAMES, 0))
     held_out_places = []
     histogram = np.zeros(1 << _RANK_BITS, np.int64)
-    for path in tqdm(spool.buckets, desc="finding duplicates", unit=" buckets", disable=progress):
+    for path in tqdm(spool.buckets, desc="finding duplicates", unit=" buckets", disable=None):
         unique, duplicates = _first_of_each(np.fromfile(path, RECORD))
         statuses[duplicates] = DUPLICATE
         held_out = is_held_out(unique["hash"].view(np.int64))
@@ -46,14 +44,14 @@ def deduplicate(
         counts["kept"] += len(unique) - len(places)
         histogram += np.bincount(_leading_bits(splitmix64(unique["hash"][~held_out])), minlength=len(histogram))
     if max_kept is not None and max_kept < counts["kept"]:
-        _sample(spool, statuses, histogram, max_kept, progress)
+        _sample(spool, statuses, histogram, max_kept)
         counts["not_sampled"] = counts["kept"] - max_kept
         counts["kept"] = max_kept
     statuses.flush()
     return counts, np.concatenate(held_out_places)
 
 
-def _sample(spool: Spool, statuses: np.ndarray, histogram: np.ndarray, max_kept: int, progress: bool | None) -> None:
+def _sample(spool: Spool, statuses: np.ndarray, histogram: np.ndarray, max_kept: int) -> None:
     """Marks all but the `max_kept` KEPT texts of smallest rank as NOT_SAMPLED.
 
     The histogram of the ranks' leading bits gives the leading bits of the limit; only ranks that share them are held in memory.
@@ -61,7 +59,7 @@ def _sample(spool: Spool, statuses: np.ndarray, histogram: np.ndarray, max_kept:
     cumulative = np.cumsum(histogram)
     limit = int(np.searchsorted(cumulative, max_kept, side="left"))
     near_ranks, near_places = [], []
-    for path in tqdm(spool.buckets, desc="sampling", unit=" buckets", disable=progress):
+    for path in tqdm(spool.buckets, desc="sampling", unit=" buckets", disable=None):
         records = np.fromfile(path, RECORD)
         records = records[statuses[records["place"]] == KEPT]
         ranks = splitmix64(records["hash"])

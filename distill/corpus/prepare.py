@@ -11,7 +11,7 @@ Texts are duplicates if their 64-bit hashes are equal; in a billion texts, the c
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import shutil
 from collections import Counter
 from itertools import compress, islice
@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distill.corpus.chunks import ChunkWriter
+from distill.corpus.chunks import ChunkWriter, verify
 from distill.corpus.deduplication import HELD_OUT, KEPT, deduplicate
 from distill.corpus.sources import check_source
 from distill.corpus.spool import BLOCK_ROWS, Spool, fill
 from distill.corpus.text_config import TextConfig
-from distill.run.files import publish, sweep, write_json
+from distill.run.files import DigestCache, publish, read_json, sha256_of, sweep, write_json
 
+logger = logging.getLogger(__name__)
 HELD_OUT_SOURCES = "held_out.sources.npy"
 HISTOGRAM_BINS = 40
 
@@ -38,12 +39,13 @@ def prepare_text(
     *,
     rows_per_chunk: int,
     keep_row_numbers: bool = False,
-    show_progress: bool = True,
+    digests: DigestCache | None = None,
     num_buckets: int = 256,
 ) -> dict[str, Any]:
     """Writes the text chunks, the held-out texts and manifest.json into the folder `out`; returns the manifest.
 
-    After a kill, the same call continues from its last journal entry, or writes the chunks again.
+    After a kill, the same call continues from its last journal entry, or writes the chunks again. It starts from the beginning,
+    with a warning, if the sources' content has changed or a working file is damaged. `digests`: a cache of the files' sha256.
 
     000000.txt ...: `rows_per_chunk` texts each but the last, in the order of the sources. held_out.txt: of the texts with
     hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; no chunk contains any of them.
@@ -59,22 +61,22 @@ def prepare_text(
     out.mkdir(parents=True, exist_ok=True)
     sweep(out, older_than=0)  # of a killed call; nobody else writes here
     spool = Spool(out / "spool.part", num_buckets, keep_row_numbers)
-    disable = None if show_progress else True  # tqdm's; None shows bars on a terminal only
     try:
-        progress = fill(config, spool, disable)
+        progress = fill(config, spool, digests or DigestCache(spool.folder / "input_digests.json"))
     except BaseException:
         if not can_resume(out):
             shutil.rmtree(spool.folder, ignore_errors=True)
         raise
     counts = Counter(progress.counts)
-    status_counts, held_out_places = deduplicate(spool, progress.num_spooled, config.held_out, config.max_sentences, disable)
+    status_counts, held_out_places = deduplicate(spool, progress.num_spooled, config.held_out, config.max_sentences)
     counts.update(status_counts)
     if not counts["kept"]:
         shutil.rmtree(spool.folder)
         raise ValueError(_nothing_left(config, counts))
-    chunks, held_out, lengths = _write_chunks(spool, progress.num_spooled, held_out_places, out, rows_per_chunk, disable)
+    chunks, held_out, lengths = _write_chunks(spool, progress.num_spooled, held_out_places, out, rows_per_chunk)
     with publish(out / HELD_OUT_SOURCES) as file:
         np.save(file, np.searchsorted(np.cumsum(progress.spooled_of), held_out_places, side="right"))
+    held_out["sources_sha256"] = sha256_of(out / HELD_OUT_SOURCES)
     manifest = {
         "version": 1,
         "chunks": chunks,
@@ -89,15 +91,21 @@ def prepare_text(
     }
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(spool.folder, ignore_errors=True)
+    logger.info("text: %s", _describe_counts(config, counts))
     return manifest
 
 
 def held_out_sources(folder: Path) -> list[str] | None:
-    """The name of each held-out text's source, in a folder that `prepare_text` wrote; None if the sources are not recorded."""
-    manifest, path = folder / "manifest.json", folder / HELD_OUT_SOURCES
-    if not manifest.exists() or not path.exists():
+    """The name of each held-out text's source, in a folder that `prepare_text` wrote; None if the sources are not recorded.
+
+    Raises ValueError if the record is not as it was written.
+    """
+    manifest, path = read_json(folder / "manifest.json"), folder / HELD_OUT_SOURCES
+    if manifest is None or not path.exists():
         return None
-    names = [_name(source) for source in json.loads(manifest.read_text(encoding="utf-8"))["sources"]]
+    if "sources_sha256" in manifest["held_out"]:  # earlier versions did not record it
+        verify(path, manifest["held_out"]["sources_sha256"])
+    names = [_name(source) for source in manifest["sources"]]
     if len(set(names)) < len(names):
         names = [f"{number} {name}" for number, name in enumerate(names, start=1)]
     return [names[number] for number in np.load(path, allow_pickle=False)]
@@ -114,7 +122,7 @@ def can_resume(out: Path) -> bool:
 
 
 def _write_chunks(
-    spool: Spool, num_texts: int, held_out_places: np.ndarray, out: Path, rows_per_chunk: int, progress: bool | None
+    spool: Spool, num_texts: int, held_out_places: np.ndarray, out: Path, rows_per_chunk: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Counter[int]]:
     """Pass 2: writes the files of `out`; returns the manifest entries of the chunks and of held_out.txt, and text lengths."""
     lengths: Counter[int] = Counter()
@@ -122,7 +130,7 @@ def _write_chunks(
     with (
         spool.texts.open("rb") as texts,
         ChunkWriter(out, rows_per_chunk, spool.has_rows) as chunks,
-        tqdm(total=num_texts, desc="writing text chunks", unit=" texts", unit_scale=True, disable=progress) as bar,
+        tqdm(total=num_texts, desc="writing text chunks", unit=" texts", unit_scale=True, disable=None) as bar,
     ):
         for place in range(0, num_texts, BLOCK_ROWS):
             lines = list(islice(texts, BLOCK_ROWS))
@@ -155,8 +163,18 @@ def _describe_lengths(lengths: Counter[int]) -> dict[str, Any]:
 
 def _nothing_left(config: TextConfig, counts: Counter[str]) -> str:
     sources = ", ".join(source.path or source.name or source.type for source in config.sources)
-    dropped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if name != "kept")
-    return (
-        f"no text is left to train on: {dropped}; check the sources ({sources}),"
-        f" min_chars {config.min_chars} and max_chars {config.max_chars}"
-    )
+    return f"no text is left to train on: {_describe_counts(config, counts)}; check these keys and the sources ({sources})"
+
+
+def _describe_counts(config: TextConfig, counts: Counter[str]) -> str:
+    """What became of the texts, and the config key that changes it."""
+    reasons = {
+        "too_short": f"shorter than text.min_chars = {config.min_chars}",
+        "too_long": f"longer than text.max_chars = {config.max_chars}",
+        "duplicates": "duplicates",
+        "not_sampled": f"not in the sample of text.max_sentences = {config.max_sentences}",
+        "held_out_unused": f"held out beyond text.held_out = {config.held_out}",
+    }
+    dropped = ", ".join(f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name])
+    read, kept, held_out = (f"{counts[name]:,}" for name in ("read", "kept", "held_out"))
+    return f"{read} texts read, {kept} kept, {held_out} held out for evaluation; dropped: {dropped or 'none'}"

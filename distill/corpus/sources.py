@@ -11,20 +11,15 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distill.corpus.rows import file_format, read_rows, rows_of
 from distill.corpus.text_config import SourceConfig, TextConfig
-from distill.run.files import DigestCache
+from distill.run.files import DigestCache, fingerprint
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-
-
-def read_sources(config: TextConfig) -> Iterator[str]:
-    """The raw strings of all sources, one source after the other."""
-    return chain.from_iterable(map(read_source, config.sources))
 
 
 def read_source(source: SourceConfig) -> Iterator[str]:
@@ -124,6 +119,16 @@ def source_files(config: TextConfig) -> list[Path]:
 
 
 def source_fingerprints(config: TextConfig, digests: DigestCache) -> dict[str, str]:
-    """Path -> sha256 of each local file, dataset name -> revision of each Hugging Face dataset."""
+    """Path -> sha256 of each local file; name of a Hugging Face dataset -> its content in a folder, its revision on the hub."""
     found = {str(path): digests.sha256(path) for path in source_files(config)}
-    return found | {source.name: source.revision or "" for source in config.sources if source.name}
+    return found | {
+        source.name: _dataset_fingerprint(source.name, source.revision, digests) for source in config.sources if source.name
+    }
+
+
+def _dataset_fingerprint(name: str, revision: str | None, digests: DigestCache) -> str:
+    folder = Path(name)
+    if not folder.is_dir():
+        return revision or ""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return fingerprint({str(path.relative_to(folder)): digests.sha256(path) for path in files})

@@ -6,7 +6,6 @@ continue from its last entry, skipping the raw strings that were read before it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -21,10 +20,10 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from distill.corpus.sources import read_source
+from distill.corpus.sources import read_source, source_fingerprints
 from distill.corpus.text import normalise, text_hash
 from distill.corpus.text_config import TextConfig
-from distill.run.files import write_json
+from distill.run.files import DigestCache, read_json, write_json
 
 logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
@@ -97,16 +96,23 @@ class Progress:
         return self.counts["read"] - self.counts["too_short"] - self.counts["too_long"]
 
 
-def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
-    """Writes texts, records and row numbers, continuing an interrupted call that had the same config."""
-    progress = _resume(config, spool)
+def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
+    """Writes texts, records and row numbers, continuing an interrupted call that had the same config and sources."""
+    made_from = {
+        "journal": 4,
+        "num_buckets": spool.num_buckets,
+        "has_rows": spool.has_rows,
+        "text": config.model_dump(mode="json"),
+        "sources": source_fingerprints(config, digests),
+    }
+    progress = _resume(spool, made_from, len(config.sources))
     if progress.complete:
         return progress
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("ab")) for path in _files(spool)}
         buckets = [files[path] for path in spool.buckets]
         total = progress.counts["read"]
-        bar = stack.enter_context(tqdm(desc="reading text", unit=" texts", unit_scale=True, disable=disable, initial=total))
+        bar = stack.enter_context(tqdm(desc="reading text", unit=" texts", unit_scale=True, disable=None, initial=total))
         num_blocks = 0  # of this call
         for number, source in enumerate(config.sources):
             raw = islice(read_source(source), progress.read_of[number], None)
@@ -132,42 +138,50 @@ def fill(config: TextConfig, spool: Spool, disable: bool | None) -> Progress:
                 bar.update(len(block))
                 num_blocks += 1
                 if num_blocks % JOURNAL_EVERY == 0:
-                    _write_journal(config, spool, progress, files)
+                    _write_journal(spool, made_from, progress, files)
         progress.complete = True
         if num_blocks >= JOURNAL_EVERY:  # reading less than that again is faster than flushing it
-            _write_journal(config, spool, progress, files)
+            _write_journal(spool, made_from, progress, files)
     return progress
 
 
-def _resume(config: TextConfig, spool: Spool) -> Progress:
+def _resume(spool: Spool, made_from: dict[str, Any], num_sources: int) -> Progress:
     """The journal's progress, with all files truncated to their sizes at that time; or no progress and an empty spool."""
     try:
-        journal = json.loads(spool.journal.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        journal = {}
-    if journal.get("of") == _of(config, spool):
+        journal = read_json(spool.journal)
+        problem = None if journal is None else _problem(spool, journal, made_from)
+    except ValueError as error:
+        journal, problem = None, f"{spool.journal} is damaged ({error})"
+    if journal is not None and problem is None:
         for path in _files(spool):
             os.truncate(path, journal["sizes"][path.name])
         return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
-    if journal:
-        logger.warning("text: the working files were written with another config or version; the sources are read again")
+    if problem is not None:
+        logger.warning("text: %s; the sources are read again from the start", problem)
     shutil.rmtree(spool.folder, ignore_errors=True)
     spool.folder.mkdir(parents=True)
-    return Progress([0] * len(config.sources), [0] * len(config.sources), Counter(read=0, too_short=0, too_long=0))
+    return Progress([0] * num_sources, [0] * num_sources, Counter(read=0, too_short=0, too_long=0))
 
 
-def _write_journal(config: TextConfig, spool: Spool, progress: Progress, files: Mapping[Path, BinaryIO]) -> None:
+def _problem(spool: Spool, journal: dict[str, Any], made_from: dict[str, Any]) -> str | None:
+    """Why the working files cannot be continued, in words; None if they can."""
+    if journal.get("of") != made_from:
+        return "the working files are of other sources, or of another config or version"
+    for path in _files(spool):
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) < journal["sizes"][path.name]:
+            return f"{path} has {size} of the {journal['sizes'][path.name]} bytes that its journal records"
+    return None
+
+
+def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, files: Mapping[Path, BinaryIO]) -> None:
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
     sizes = {path.name: file.tell() for path, file in files.items()}
     state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete")}
-    write_json(spool.journal, {"of": _of(config, spool), "sizes": sizes, **state})
-
-
-def _of(config: TextConfig, spool: Spool) -> dict[str, Any]:
-    made_by = {"journal": 3, "num_buckets": spool.num_buckets, "has_rows": spool.has_rows}
-    return {"text": config.model_dump(mode="json"), **made_by}
+    write_json(spool.journal, {"of": made_from, "sizes": sizes, **state})
 
 
 def _files(spool: Spool) -> list[Path]:

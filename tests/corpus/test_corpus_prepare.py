@@ -3,6 +3,9 @@
 import gzip
 import hashlib
 import json
+import logging
+import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,7 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.corpus import can_resume, held_out_sources, normalise, prepare_text, read_chunk, read_source, spool, text_hash
+from distill.corpus import (
+    can_resume,
+    held_out_sources,
+    normalise,
+    prepare_text,
+    read_chunk,
+    read_listed_chunk,
+    read_source,
+    spool,
+    text_hash,
+)
 from distill.corpus.text_config import SourceConfig, TextConfig
 
 
@@ -34,7 +47,7 @@ def config_of(path, texts, **more):
 
 
 def prepare(config, out, *, rows_per_chunk=100, **more):
-    return prepare_text(config, out, rows_per_chunk=rows_per_chunk, show_progress=False, **more)
+    return prepare_text(config, out, rows_per_chunk=rows_per_chunk, **more)
 
 
 def chunks_of(out, manifest):
@@ -163,9 +176,11 @@ def test_a_sample_is_exact_the_same_in_any_order_and_holds_smaller_samples(tmp_p
 
 def test_a_text_with_nothing_left_is_refused_with_its_counts_and_leaves_nothing(tmp_path):
     config = config_of(tmp_path / "in", ["short", "", "x" * 5000])
-    with pytest.raises(ValueError, match=r"no text is left.* 3 read, 2 too short, 1 too long.*raw\.jsonl.*min_chars 12"):
+    with pytest.raises(
+        ValueError, match=r"no text is left.* 3 texts read.* 2 shorter than text\.min_chars = 12, 1 longer.*raw"
+    ):
         prepare(config, tmp_path / "out")
-    with pytest.raises(ValueError, match="0 read"):
+    with pytest.raises(ValueError, match="0 texts read"):
         prepare(config_of(tmp_path / "in", []), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -262,3 +277,118 @@ def test_a_killed_call_continues_from_its_journal_and_writes_the_same_chunks(tmp
     ]
     assert held_out_sources(tmp_path / "cut") == expected and len(set(expected)) == 2
     assert len(normalised) == len(texts) - cut_after // 7 * 7 * 50, "what the journal covers is read again"
+
+
+def cut_off(config, out, monkeypatch, *, after):
+    """A `prepare_text` that ends after `after` raw texts, with a journal."""
+
+    def failing(source):
+        for number, text in enumerate(read_source(source)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "BLOCK_ROWS", 50)
+        patch.setattr(spool, "JOURNAL_EVERY", 7)
+        patch.setattr(spool, "read_source", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, out, keep_row_numbers=True, num_buckets=4)
+    assert can_resume(out)
+
+
+def shorten(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def garble(path):
+    path.write_bytes(b'{"of": ')
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("texts", shorten, r"texts has \d+ of the \d+ bytes"),
+        ("rows", shorten, r"rows has \d+ of the \d+ bytes"),
+        ("bucket.002", shorten, r"bucket\.002 has \d+ of the \d+ bytes"),
+        ("bucket.001", os.unlink, r"bucket\.001 is missing"),
+        ("journal.json", garble, r"journal\.json is damaged"),
+    ],
+)
+def test_damaged_working_files_are_named_once_and_the_text_is_read_again(tmp_path, monkeypatch, caplog, name, harm, message):
+    config = config_of(tmp_path / "in", some_texts(2000), **LIMITS)
+    prepare(config, tmp_path / "whole", keep_row_numbers=True)
+    cut_off(config, tmp_path / "cut", monkeypatch, after=1500)
+    harm(tmp_path / "cut/spool.part" / name)
+    with caplog.at_level(logging.WARNING):
+        prepare(config, tmp_path / "cut", keep_row_numbers=True, num_buckets=4)
+    (record,) = caplog.records
+    assert re.search(message + ".*; the sources are read again from the start", record.getMessage())
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_texts_of_two_versions_of_the_sources_are_never_mixed(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    config = TextConfig(sources=[str(folder / "*.txt")], **LIMITS)
+    for name, change in {
+        "edited": lambda: (folder / "a.txt").write_text("a sentence of the other version\n" * 3),
+        "removed": lambda: (folder / "a.txt").unlink(),
+        "added": lambda: (folder / "0.txt").write_text("a sentence of a further file\n"),
+    }.items():
+        for path in folder.iterdir():
+            path.unlink()
+        for number, file in enumerate("ab"):
+            (folder / f"{file}.txt").write_text("".join(f"{text}\n" for text in some_texts(1000, seed=number)))
+        cut_off(config, tmp_path / name, monkeypatch, after=1500)
+        change()
+        prepare(config, tmp_path / f"{name}-whole", keep_row_numbers=True)
+        caplog.clear()
+        prepare(config, tmp_path / name, keep_row_numbers=True, num_buckets=4)
+        assert "the working files are of other sources" in caplog.text
+        assert files_of(tmp_path / name) == files_of(tmp_path / f"{name}-whole")
+
+
+def test_a_source_that_was_only_touched_is_continued(tmp_path, monkeypatch, caplog):
+    config = config_of(tmp_path / "in", some_texts(2000), **LIMITS)
+    cut_off(config, tmp_path / "out", monkeypatch, after=1500)
+    os.utime(tmp_path / "in/raw.jsonl", (0, 0))
+    prepare(config, tmp_path / "out", keep_row_numbers=True, num_buckets=4)
+    assert not caplog.records
+
+
+def test_what_is_dropped_is_reported_with_the_key_that_changes_it(tmp_path, caplog):
+    config = config_of(tmp_path / "in", some_texts(3000), held_out=5, max_sentences=300, **LIMITS)
+    with caplog.at_level(logging.INFO):
+        counts = prepare(config, tmp_path / "out")["counts"]
+    assert caplog.messages == [
+        f"text: 3,003 texts read, 300 kept, 5 held out for evaluation; dropped: 3 shorter than text.min_chars = 10,"
+        f" {counts['too_long']} longer than text.max_chars = 60, {counts['duplicates']:,} duplicates,"
+        f" {counts['not_sampled']:,} not in the sample of text.max_sentences = 300,"
+        f" {counts['held_out_unused']} held out beyond text.held_out = 5"
+    ]
+
+
+def change_a_number(path):
+    numbers = np.load(path)
+    numbers[0] += 1
+    np.save(path, numbers)
+
+
+@pytest.mark.parametrize("harm", [change_a_number, os.unlink])
+def test_changed_or_lost_row_numbers_are_refused_by_name(tmp_path, harm):
+    manifest = prepare(config_of(tmp_path / "in", some_texts(500), **LIMITS), tmp_path / "out", keep_row_numbers=True)
+    entry = manifest["chunks"][1]
+    texts, numbers = read_listed_chunk(tmp_path / "out", entry)
+    assert len(texts) == len(numbers) == entry["rows"]
+    harm(tmp_path / "out/000001.rows.npy")
+    with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written .*: delete .*out to cut the text again"):
+        read_listed_chunk(tmp_path / "out", entry)
+
+
+def test_changed_sources_of_held_out_texts_are_refused_by_name(tmp_path):
+    prepare(config_of(tmp_path / "in", some_texts(500), **LIMITS), tmp_path / "out")
+    assert held_out_sources(tmp_path / "out")
+    change_a_number(tmp_path / "out/held_out.sources.npy")
+    with pytest.raises(ValueError, match=r"held_out\.sources\.npy is not as it was written"):
+        held_out_sources(tmp_path / "out")

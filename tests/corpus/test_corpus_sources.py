@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from distill.corpus import read_rows, read_source, read_sources
-from distill.corpus.sources import source_files
+from distill.corpus import read_rows, read_source
+from distill.corpus.sources import source_files, source_fingerprints
 from distill.corpus.text_config import SourceConfig, TextConfig
+from distill.run.files import DigestCache
 
 TEXTS = [
     'She said "no", twice.',
@@ -86,15 +87,11 @@ def test_several_compressed_members_are_one_file(tmp_path):
         assert read(path) == ["one", "two", "three"]
 
 
-def test_a_glob_reads_its_files_sorted_and_sources_follow_each_other_up_to_their_limits(tmp_path):
+def test_a_glob_reads_its_files_sorted_and_a_source_ends_at_its_limit(tmp_path):
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", f"{name}1\n{name}2\n".encode())
     assert read(tmp_path / "*.txt", limit=3) == ["a1", "a2", "b1"]
-    sources = [
-        SourceConfig(type="file", path=str(tmp_path / "c.txt"), limit=1),
-        SourceConfig(type="file", path=str(tmp_path / "a.txt")),
-    ]
-    assert list(read_sources(TextConfig(sources=sources))) == ["c1", "a1", "a2"]
+    assert read(tmp_path / "c.txt", limit=1) == ["c1"]
 
 
 def test_a_file_name_with_brackets_is_that_file(tmp_path):
@@ -246,3 +243,18 @@ def test_source_files_are_those_that_are_read(tmp_path, pattern):
     found = source_files(TextConfig(sources=[str(tmp_path / pattern)]))
     assert [path.name for path in found] == read(tmp_path / pattern)
     assert found and ".hidden.txt" not in read(tmp_path / pattern)
+
+
+def test_a_dataset_in_a_folder_is_identified_by_its_content_and_one_on_the_hub_by_its_revision(tmp_path):
+    def identify(name, revision=None):
+        source = {"type": "huggingface", "name": name, "field": "text", "revision": revision}
+        return source_fingerprints(TextConfig(sources=[source]), DigestCache(tmp_path / "digests.json"))[name]
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", jsonl(["x"]))
+    before = identify(str(folder))
+    assert before and before == identify(str(folder))
+    write(folder / "train.jsonl", jsonl(["other"]))
+    assert identify(str(folder)) != before
+    assert (identify("owner/set"), identify("owner/set", "abc")) == ("", "abc")

@@ -15,7 +15,7 @@ def test_text_is_counted_in_bytes_and_not_in_characters(tmp_path, tiny_encoder):
     (tmp_path / "text.txt").write_text("".join(f"Der {number}. Fluß fließt übers Länderdreieck.\n" for number in range(500)))
     config = load_config(write_config(tmp_path, tiny_encoder))
     text = config.precompute_dir / "text"
-    prepare_text(config.text, text, rows_per_chunk=200, show_progress=False)
+    prepare_text(config.text, text, rows_per_chunk=200)
     estimate = estimate_text(config, load_devices().assumed)
     kept = [line for file in sorted(text.glob("0*.txt")) for line in file.read_bytes().split(b"\n")[:-1]]
     assert estimate.num_texts == len(kept)
