@@ -18,7 +18,7 @@
 The held-out texts are a set like this one, in the folder held_out/ beside the tars.
 """
 
-from distill.shards.format import Manifest, ShardEntry, ShardError, fingerprint
+from distill.shards.format import HELD_OUT, Manifest, ShardEntry, ShardError, fingerprint
 from distill.shards.moments import Moments
 from distill.shards.reader import ShardReader
 from distill.shards.repair import repair
@@ -26,6 +26,7 @@ from distill.shards.verify import verify_all
 from distill.shards.writer import finish, missing, write_shard
 
 __all__ = [
+    "HELD_OUT",
     "Manifest",
     "Moments",
     "ShardEntry",

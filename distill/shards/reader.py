@@ -76,10 +76,9 @@ class ShardReader:
             if cache is None:
                 raise ValueError(f"the shards at {place} are remote: name a local folder to cache them in (cache=)")
             self._remote = Remote(str(place), cache)
-            self._remote.download_manifest()
         self.directory = Path(place) if self._remote is None else self._remote.folder
         self._arguments = (place, verify, max_open, cache)
-        self.manifest = Manifest.load(self.directory)
+        self.manifest = Manifest.load(self.directory) if self._remote is None else self._remote.download_manifest()
         self.shard_rows: Int64 = np.array([entry.rows for entry in self.manifest.shards], dtype=np.int64)
         self._starts: Int64 = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self._verify = verify

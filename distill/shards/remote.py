@@ -39,13 +39,19 @@ class Remote:
         self.folder = Path(cache) / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def download_manifest(self) -> None:
-        """Downloads the current manifest and moments."""
-        for name in (MANIFEST, MOMENTS):
-            self._download(name, None)
-        manifest = Manifest.load(self.folder)
-        if sha256_of(self.folder / MOMENTS) != manifest.moments_sha256:
-            raise ShardError(f"{self.url}/{MOMENTS}: not the one that the manifest lists (sha256)")
+    def download_manifest(self) -> Manifest:
+        """Downloads the current manifest and its moments. They replace those in the cache only if they are valid."""
+        where = f"{self.url}/{MANIFEST}"
+        try:
+            with self._open(MANIFEST) as source:
+                raw = source.read()
+            manifest = Manifest.parse(raw)
+        except ValueError as error:
+            raise ShardError(f"{where}: {error}") from None
+        self._download(MOMENTS, manifest.moments_sha256)
+        with publish(self.folder / MANIFEST) as file:
+            file.write(raw)
+        return manifest
 
     def download(self, entry: ShardEntry) -> None:
         """Downloads the shard unless it is cached. Raises ShardError if it is not the one that the manifest lists."""
@@ -58,16 +64,18 @@ class Remote:
     def drop(self, entry: ShardEntry) -> None:
         (self.folder / entry.name).unlink(missing_ok=True)
 
-    def _download(self, name: str, sha256: str | None) -> None:
-        where = f"{self.url}/{name}"
+    def _open(self, name: str) -> Any:
         try:
-            source: Any = self._system.open(f"{self._root}/{name}", "rb")
+            return self._system.open(f"{self._root}/{name}", "rb")
         except FileNotFoundError:
-            raise ShardError(f"{where}: there is no such file") from None
-        with source, publish(self.folder / name) as target:
+            raise ShardError(f"{self.url}/{name}: there is no such file") from None
+
+    def _download(self, name: str, sha256: str) -> None:
+        with self._open(name) as source, publish(self.folder / name) as target:
             shutil.copyfileobj(source, target, 1 << 20)
             target.flush()
-            if sha256 is not None and sha256_of(Path(target.name)) != sha256:
+            if sha256_of(Path(target.name)) != sha256:
                 raise ShardError(
-                    f"{where}: not the shard that the manifest lists (sha256): it was damaged there or during the download"
+                    f"{self.url}/{name}: not the file that the manifest lists (sha256):"
+                    " it was damaged there or during the download"
                 )

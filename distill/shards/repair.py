@@ -8,8 +8,8 @@ from typing import Any
 
 from distill.run.files import sha256_of
 from distill.shards.blocks import inspect
-from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, read_sealed, tar_name
-from distill.shards.verify import Check, Progress, damage_beside, damaged, listed_check, present, unlisted
+from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, tar_name, unseal
+from distill.shards.verify import Check, Progress, check_origin, damage_beside, damaged, listed_check, present, unlisted
 from distill.shards.writer import finish
 
 
@@ -53,19 +53,16 @@ def _manifest(directory: Path) -> Manifest | None:
 
 def _recipe(directory: Path) -> dict[str, Any] | None:
     try:
-        return read_sealed(directory / RECIPE)
-    except (FileNotFoundError, ShardError):
+        return unseal((directory / RECIPE).read_bytes(), indent=1)
+    except (OSError, ValueError):
         return None
 
 
 def _unlisted_check(recipe: dict[str, Any] | None) -> Check:
     def check(data: mmap.mmap, number: int) -> None:
         index = inspect(data, number)
-        if recipe is None:
-            return
-        made_of = (index.teacher_fingerprint, index.text_fingerprint)
-        if made_of != (recipe["teacher_fingerprint"], recipe["text_fingerprints"][number]):
-            raise ShardError(f"{tar_name(number)}: foreign, made by another teacher or from another text")
+        if recipe is not None:
+            check_origin(index, number, recipe["teacher_fingerprint"], recipe["text_fingerprints"][number])
 
     return check
 

@@ -8,16 +8,7 @@ from pathlib import Path
 
 from distill.run.files import sha256_of
 from distill.shards.blocks import ShardIndex, inspect, open_map, scan
-from distill.shards.format import (
-    MOMENTS,
-    RECIPE,
-    TAR,
-    Manifest,
-    ShardError,
-    moments_name,
-    seal,
-    tar_name,
-)
+from distill.shards.format import MOMENTS, RECIPE, TAR, Manifest, ShardError, moments_name, seal, tar_name
 from distill.shards.moments import Moments
 
 Progress = Callable[[int], object]
@@ -37,16 +28,19 @@ def check_shard(data: mmap.mmap, path: Path, number: int, manifest: Manifest) ->
 def check_layout(index: ShardIndex, number: int, manifest: Manifest) -> None:
     """Raises ShardError unless the shard is of the manifest's teacher, text, width and rows."""
     entry = manifest.shards[number]
-    if index.teacher_fingerprint != manifest.teacher_fingerprint:
-        raise ShardError(
-            f"{entry.name}: foreign, made by teacher {index.teacher_fingerprint}, not {manifest.teacher_fingerprint}"
-        )
-    if index.text_fingerprint != entry.text_fingerprint:
-        raise ShardError(f"{entry.name}: foreign, made from text {index.text_fingerprint}, not {entry.text_fingerprint}")
+    check_origin(index, number, manifest.teacher_fingerprint, entry.text_fingerprint)
     expected = (entry.rows, manifest.dim, min(manifest.block_rows, entry.rows))
     if (index.rows, index.dim, index.block_rows) != expected:
         found = f"{index.rows} rows of {index.dim} in blocks of {index.block_rows}"
         raise ShardError(f"{entry.name}: {found}; the manifest says {expected[0]} of {expected[1]} in blocks of {expected[2]}")
+
+
+def check_origin(index: ShardIndex, number: int, teacher_fingerprint: str, text_fingerprint: str) -> None:
+    """Raises ShardError unless the shard was made by this teacher from this text chunk."""
+    if index.teacher_fingerprint != teacher_fingerprint:
+        raise ShardError(f"{tar_name(number)}: foreign, made by teacher {index.teacher_fingerprint}, not {teacher_fingerprint}")
+    if index.text_fingerprint != text_fingerprint:
+        raise ShardError(f"{tar_name(number)}: foreign, made from text {index.text_fingerprint}, not {text_fingerprint}")
 
 
 def verify_all(

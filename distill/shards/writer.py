@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from distill.shards.format import (
     tar_name,
 )
 from distill.shards.moments import Moments
+from distill.shards.verify import check_origin
 
 NORM_TOLERANCE = 2e-3
 Float16 = NDArray[np.float16]
@@ -73,7 +74,14 @@ def write_shard(
         digest.update(end)
         sidecar = directory / moments_name(index)
         Moments.of(*(vectors[start : start + block_rows] for start in starts), source=digest.hexdigest()).save(sidecar)
-    return ShardEntry(tar_name(index), len(texts), size, digest.hexdigest(), text_fingerprint, sha256_of(sidecar))
+    return ShardEntry(
+        name=tar_name(index),
+        rows=len(texts),
+        bytes=size,
+        sha256=digest.hexdigest(),
+        text_fingerprint=text_fingerprint,
+        moments_sha256=sha256_of(sidecar),
+    )
 
 
 def finish(
@@ -85,12 +93,11 @@ def finish(
     text_fingerprints: Sequence[str],
     rows: int,
     block_rows: int,
-    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Manifest:
     """Checks that every shard is there, valid, and of this teacher and text; then merges the moments and writes the manifest.
 
-    text_fingerprints[i]: of the text chunk that shard i was made from; their number is the number of shards. progress: called
-    with the bytes of each checked shard. Raises ShardError naming the first shard that is missing, damaged or foreign.
+    text_fingerprints[i]: of the text chunk that shard i was made from; their number is the number of shards.
+    Raises ShardError naming the first shard that is missing, damaged or foreign.
     """
     num_shards = len(text_fingerprints)
     if not 0 < num_shards <= MAX_SHARDS:
@@ -106,7 +113,6 @@ def finish(
             directory, index, teacher_fingerprint, text_fingerprints[index], rows=rows, block_rows=block_rows
         )
         entries.append(entry)
-        progress(entry.bytes)
         return moments
 
     moments = Moments.merge(map(checked_moments, range(num_shards)))
@@ -136,10 +142,7 @@ def _check_finished(
     try:
         data = open_map(path)
         shard = scan(data, index)
-        if shard.teacher_fingerprint != teacher_fingerprint:
-            raise ShardError(f"{path.name}: made by another teacher ({shard.teacher_fingerprint}, not {teacher_fingerprint})")
-        if shard.text_fingerprint != text_fingerprint:
-            raise ShardError(f"{path.name}: made from another text ({shard.text_fingerprint}, not {text_fingerprint})")
+        check_origin(shard, index, teacher_fingerprint, text_fingerprint)
         if shard.rows > rows or shard.block_rows != min(block_rows, shard.rows):
             raise ShardError(
                 f"{path.name}: {shard.rows} rows in blocks of {shard.block_rows}; the set has {rows} in blocks of {block_rows}"
@@ -156,7 +159,15 @@ def _check_finished(
         raise ShardError(
             f"{sidecar}: moments of {moments.count} rows of {moments.dim}, not {shard.rows} of {shard.dim}; delete it"
         )
-    return ShardEntry(path.name, shard.rows, len(data), sha256, text_fingerprint, sha256_of(sidecar)), moments
+    entry = ShardEntry(
+        name=path.name,
+        rows=shard.rows,
+        bytes=len(data),
+        sha256=sha256,
+        text_fingerprint=text_fingerprint,
+        moments_sha256=sha256_of(sidecar),
+    )
+    return entry, moments
 
 
 def _sidecar(path: Path, sha256: str) -> Moments | None:

@@ -8,7 +8,7 @@ import shutil
 import fsspec
 import numpy as np
 import pytest
-from shard_sets import make_set
+from shard_sets import flip, make_set
 
 from distill.shards import ShardError, ShardReader
 
@@ -50,7 +50,7 @@ def test_a_shard_that_is_damaged_there_is_named_and_not_kept(here, tmp_path):
     tar = bytearray((here / "000000.tar").read_bytes())
     tar[3000] ^= 1
     (here / "000000.tar").write_bytes(tar)
-    with pytest.raises(ShardError, match=r"file://.*000000\.tar: not the shard that the manifest lists"):
+    with pytest.raises(ShardError, match=r"file://.*000000\.tar: not the file that the manifest lists"):
         ShardReader(f"file://{here}", cache=tmp_path / "cache")[0]
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
@@ -64,6 +64,18 @@ def test_a_copy_that_was_damaged_here_is_dropped_and_fetched_again(here, tmp_pat
     with pytest.raises(ShardError, match="was deleted, try again"):
         ShardReader(f"file://{here}", cache=tmp_path / "cache")[0]
     assert ShardReader(f"file://{here}", cache=tmp_path / "cache")[0][0] == text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "moments.npz"])
+def test_a_damaged_remote_manifest_does_not_replace_the_valid_one_in_the_cache(here, tmp_path, name):
+    text = ShardReader(f"file://{here}", cache=tmp_path / "cache")[0][0]
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    flip(here / name, 150)
+    with pytest.raises(ShardError, match=rf"file://.*{name}: "):
+        ShardReader(f"file://{here}", cache=tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert ShardReader(folder)[0][0] == text
 
 
 @pytest.mark.parametrize("place", ["pipe:touch ran", "pipe://touch ran", "simplecache::file:///tmp", "nosuch://bucket/set"])

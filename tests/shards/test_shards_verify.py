@@ -94,7 +94,7 @@ def test_a_foreign_shard_is_found(whole: Path) -> None:
     problems = verify_all(whole)
     assert problems[0].startswith("000001.tar: foreign, made by teacher ")
     (whole / "manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"000001.tar: made by another teacher .*repair"):
+    with pytest.raises(ShardError, match=r"000001.tar: foreign, made by teacher .*repair"):
         finish_set(whole, 3)
 
 
