@@ -65,7 +65,7 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     open_run(config)
     stage = stage_of(config, "precompute")
     assert isinstance(stage, PrecomputeStage)
-    if stage.reason_to_run() is None:
+    if stage.reason_to_run() is None and (text_only or not stage.lacks_dev_score):
         print(f"precompute: done already ({config.shards_dir})")
         return 0
     if text_only:

@@ -20,28 +20,32 @@ logger = logging.getLogger(__name__)
 TEACHER_DEV = "teacher_dev.json"  # in precompute/: {"sts": evaluate.sts, "STSB-dev": ..}
 
 
+def lacks_dev_score(directory: Path, sts: str | None) -> bool:
+    """Whether the score on the dev set of `sts` has not been computed."""
+    return sts is not None and (read_json(directory / TEACHER_DEV) or {}).get("sts") != sts
+
+
 def keep_dev_score(directory: Path, sts: str | None, encode: Encode, device: torch.device) -> None:
-    """Writes <directory>/teacher_dev.json if `sts` has a dev set and the file is not there yet.
+    """Writes <directory>/teacher_dev.json if it lacks the score of `sts` and `sts` has a dev set; else `encode` is not called.
 
     One of several tasks does it; the ranks of a sharded teacher do it together.
     """
-    path = directory / TEACHER_DEV
     with (directory / ".teacher_dev.lock").open("w") as lock:
-        pairs = from_rank_0(_pairs(sts, path, lock) if rank() == 0 else None, device)
+        pairs = from_rank_0(_pairs(directory, sts, lock) if rank() == 0 else None, device)
         if pairs is None:
             return
         first, second, gold = pairs
         value = dev_score(encode, Pairs(first, second, np.array(gold)))
         if rank() == 0:
-            write_json(path, {"sts": sts, "STSB-dev": value})
+            write_json(directory / TEACHER_DEV, {"sts": sts, "STSB-dev": value})
 
 
-def _pairs(sts: str | None, path: Path, lock: IO[str]) -> tuple[list[str], list[str], list[float]] | None:
+def _pairs(directory: Path, sts: str | None, lock: IO[str]) -> tuple[list[str], list[str], list[float]] | None:
     """The dev set, JSON-able, if its score is missing and no other task computes it. Warns if it cannot be read."""
-    if sts is None or (read_json(path) or {}).get("sts") == sts:
-        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if sts is None or not lacks_dev_score(directory, sts):
+            return None
         pairs = read_sts_dev(sts)
     except BlockingIOError:
         return None

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distill.corpus import read_chunk, text_hash
+from distill.corpus import read_listed_chunk, text_hash
 from distill.run.collectives import from_rank_0, is_distributed, rank
-from distill.run.files import sha256_of
 from distill.run.throughput import Timing
 from distill.shards import missing, write_shard
 from distill.teacher.claims import Claims, claimed
@@ -48,7 +47,6 @@ class ShardSet(NamedTuple):
     """The training set or the held-out one: where its shards go, and the text chunks they are made from."""
 
     folder: Path
-    names: list[str]
     entries: list[dict[str, Any]]
 
 
@@ -65,8 +63,8 @@ def encode_missing(
 
     texts: the folder of the text chunks. Raises ValueError for a chunk whose content has changed.
     """
-    for folder, _, _ in sets:
-        folder.mkdir(parents=True, exist_ok=True)
+    for shards in sets:
+        shards.folder.mkdir(parents=True, exist_ok=True)
     timing = Timing(peak=peak)
     total = sum(entry["rows"] for shards in sets for entry in shards.entries)
 
@@ -122,16 +120,11 @@ def encode_missing(
 
 def _read_chunks(sets: list[ShardSet], texts: Path, source: Source, claims: Claims, timing: Timing) -> Iterator[Chunk]:
     """Claims missing shards and yields their chunks, read and tokenized."""
-    of_folder = {shards.folder: shards for shards in sets}
+    entries_of = {shards.folder: shards.entries for shards in sets}
     for folder, index, claim in _as_rank_0(claimed(claims, lambda: all_missing(sets))):
-        name, entry = of_folder[folder].names[index], of_folder[folder].entries[index]
+        entry = entries_of[folder][index]
         with timing.of("read"):
-            path = texts / f"{name}.txt"
-            if sha256_of(path) != entry["sha256"]:
-                raise ValueError(f"{path} is not as it was written (sha256): delete {texts} to cut the text again")
-            content = read_chunk(path)
-            numbers_path = texts / f"{name}.rows.npy"
-            numbers = np.load(numbers_path, allow_pickle=False) if numbers_path.exists() else None
+            content, numbers = read_listed_chunk(texts, entry)
         with timing.of("tokenize"):
             read = source.read(content, numbers)
         yield Chunk(folder, index, claim, content, entry["sha256"], read)
@@ -155,9 +148,9 @@ def _as_rank_0(items: Iterator[tuple[Path, int, Path]]) -> Iterator[tuple[Path, 
 
 def all_missing(sets: Sequence[ShardSet]) -> list[tuple[Path, int]]:
     """(folder, number) of each missing shard."""
-    return [(shards.folder, index) for shards in sets for index in missing(shards.folder, len(shards.names))]
+    return [(shards.folder, index) for shards in sets for index in missing(shards.folder, len(shards.entries))]
 
 
 def _rows_present(shards: ShardSet) -> int:
-    absent = set(missing(shards.folder, len(shards.names)))
+    absent = set(missing(shards.folder, len(shards.entries)))
     return sum(entry["rows"] for index, entry in enumerate(shards.entries) if index not in absent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.run.files import DigestCache
+from distill.run.files import DigestCache, fingerprint
 from distill.run.model_folders import model_files, resolve_model
 from distill.shards import Manifest
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
@@ -19,10 +19,8 @@ def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache
     configs and vocabularies; of a hub model, the commit of its revision."""
 
     def files_of(model: ModelConfig) -> dict[str, str]:
-        folder = Path(resolve_model(model.model or ""))
-        if not folder.is_dir():
-            return {"commit": _commit(str(folder), model.revision)}
-        return {str(path.relative_to(folder)): digests.sha256(path) for path in model_files(folder)}
+        path = resolve_model(model.model or "")
+        return _folder_files(Path(path), digests) or {"commit": _commit(path, model.revision)}
 
     identity = named_settings(config) | {"precision": precision}
     if config.vectors is not None:
@@ -31,6 +29,18 @@ def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache
     for entry, model in zip(identity["concat"], config.concat, strict=True):
         entry["files"] = files_of(model)
     return identity
+
+
+def model_digest(model: ModelConfig, digests: DigestCache) -> str:
+    """The fingerprint of a model folder's content; '' where there is none.
+
+    Of a hub name, too: its commit is known only once it is downloaded, and is part of the teacher's identity.
+    """
+    try:
+        files = _folder_files(Path(resolve_model(model.model or "")), digests)
+    except ValueError:
+        return ""
+    return fingerprint(files) if files else ""
 
 
 def check_teacher(config: TeacherConfig, shards_dir: Path, manifest: Manifest) -> None:
@@ -52,6 +62,11 @@ def check_teacher(config: TeacherConfig, shards_dir: Path, manifest: Manifest) -
 def named_settings(config: TeacherConfig) -> dict[str, Any]:
     """The part of the config that decides the vectors."""
     return config.model_dump(mode="json", include=set(NAMED))
+
+
+def _folder_files(folder: Path, digests: DigestCache) -> dict[str, str]:
+    """Path in the folder -> sha256, of all files that decide a model's vectors; {} for a hub name."""
+    return {str(path.relative_to(folder)): digests.sha256(path) for path in model_files(folder)}
 
 
 def _without_files(entry: dict[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,14 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _pooled(path: str, config: ModelConfig, arguments: dict[str, Any]) -> list[nn.Module]:
-    transformer = Transformer(path, model_kwargs={**arguments, "revision": config.revision}, max_seq_length=config.max_length)
+    where = {"revision": config.revision, "trust_remote_code": False}
+    transformer = Transformer(
+        path,
+        model_kwargs=arguments | where,
+        processor_kwargs=dict(where),
+        config_kwargs=dict(where),
+        max_seq_length=config.max_length,
+    )
     width = transformer.get_embedding_dimension()
     if config.pooling != "pooler":
         return [transformer, Pooling(width, pooling_mode=config.pooling)]

@@ -16,11 +16,13 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distill.corpus import can_resume, prepare_text
@@ -28,15 +30,14 @@ from distill.corpus.sources import source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import barrier, from_rank_0, rank
 from distill.run.files import fingerprint, read_json, sha256_of, write_json
-from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopAsked, differences
 from distill.run.throughput import Timing, matmul_peak
-from distill.shards import Manifest, finish, verify_all
-from distill.teacher.dev_score import keep_dev_score
+from distill.shards import HELD_OUT, Manifest, finish, verify_all
+from distill.teacher.dev_score import keep_dev_score, lacks_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
-from distill.teacher.identity import check_teacher, teacher_identity
+from distill.teacher.identity import check_teacher, model_digest, teacher_identity
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 
@@ -64,19 +65,24 @@ class PrecomputeStage(Stage):
         return self.context.section(TeacherConfig)
 
     def inputs(self) -> dict[str, str]:
-        """Digests of the text files and of the teacher's folder, or of its vectors; commits of hub data."""
+        """Digests of the text files and of the teacher's folders, or of its vectors; commits of hub datasets.
+
+        A hub model is not among them: `identify` records its commit in teacher.json.
+        """
         found = source_fingerprints(self.context.section(TextConfig), self.digests)
         for model in self.teacher.models:
-            if model.model is not None:
-                found[model.model] = model_fingerprint(model.model, model.revision, self.digests)
+            if digest := model_digest(model, self.digests):
+                found[str(model.model)] = digest
         if self.teacher.vectors is not None:
             found[self.teacher.vectors] = self.digest(Path(self.teacher.vectors))
         return found
 
     def is_product_missing(self) -> str | None:
-        manifest = self.shards_dir / "manifest.json"
+        results = (read_json(self.directory / "DONE.json") or {}).get("results", {})
+        folders = [self.shards_dir, *([self.shards_dir / HELD_OUT] if results.get("held_out") else [])]
+        manifests = (folder / "manifest.json" for folder in folders)
         # taken out by `python -m distill.shards repair`, or by hand
-        return None if manifest.exists() else f"{manifest} is missing"
+        return next((f"{manifest} is missing" for manifest in manifests if not manifest.exists()), None)
 
     def reason_to_run(self) -> str | None:
         manifest = self.shards_dir / "manifest.json"
@@ -108,26 +114,43 @@ class PrecomputeStage(Stage):
         if rank() == 0:
             barrier()
         timing = Timing()
-        if from_rank_0(bool(all_missing(self.shard_sets(text))), device):
+        source = cache(lambda: self.open_source(device, amp, text))  # loads the teacher when it is needed
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            return source().encode(source().read(list(texts), None), lambda rows: None)
+
+        has_missing, lacks_score = from_rank_0((bool(all_missing(self.shard_sets(text))), self.lacks_dev_score), device)
+        if has_missing or lacks_score:
             with session(self.directory, "embed", device):
-                source = self.open_source(device, amp, text)
-                timing = encode_missing(
-                    self.shard_sets(text),
-                    self.directory / "text",
-                    source,
-                    teacher_fingerprint=fingerprint(identity),
-                    block_rows=self.context.section(ShardsConfig).block_rows,
-                    peak=matmul_peak(device, amp),
-                )
-                if self.teacher.vectors is None:
-                    sts: str | None = self.context.value("evaluate.sts")
-                    keep_dev_score(
-                        self.directory, sts, lambda texts: source.encode(source.read(texts, None), lambda rows: None), device
+                if has_missing:
+                    timing = encode_missing(
+                        self.shard_sets(text),
+                        self.directory / "text",
+                        source(),
+                        teacher_fingerprint=fingerprint(identity),
+                        block_rows=self.context.section(ShardsConfig).block_rows,
+                        peak=matmul_peak(device, amp),
                     )
+                if lacks_score:
+                    keep_dev_score(self.directory, self.context.value("evaluate.sts"), encode, device)
             if timing.texts and rank() == 0:
                 self.log_task(timing)
                 logger.info("precompute: %s", timing)
-        return bool(from_rank_0(self.finish_set(text, identity, timing) if rank() == 0 else None, device))
+        return bool(from_rank_0(self._finish(text, identity, timing) if rank() == 0 else None, device))
+
+    def _finish(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
+        is_finished = not timing.texts and self.reason_to_run() is None  # only the dev score was missing
+        return is_finished or self.finish_set(text, identity, timing)
+
+    @property
+    def lacks_dev_score(self) -> bool:
+        """Whether the teacher's score on the dev set of evaluate.sts is still to be computed.
+
+        Precomputed vectors have none, and nothing is added to another run's finished precompute.
+        """
+        is_finished_elsewhere = self.directory.parent != self.context.run_dir and (self.directory / "DONE.json").exists()
+        has_score = self.teacher.vectors is None and not is_finished_elsewhere
+        return has_score and lacks_dev_score(self.directory, self.context.value("evaluate.sts"))
 
     def _verify_shards(self) -> None:
         """Raises ValueError unless the shards are intact and made by this teacher; records that they were verified.
@@ -138,7 +161,7 @@ class PrecomputeStage(Stage):
         text = {"text": done.get("config", {}).get("text")}
         if changes := differences(text, {"text": self.settings("result")["text"]}):
             logger.warning("precompute: %s was made with other settings of the text: %s", self.shards_dir, "; ".join(changes))
-        sets = [self.shards_dir, *([held_out] if (held_out := self.shards_dir / "held_out").is_dir() else [])]
+        sets = [self.shards_dir, *([held_out] if (held_out := self.shards_dir / HELD_OUT).is_dir() else [])]
         manifest = Manifest.load(self.shards_dir)
         check_teacher(self.teacher, self.shards_dir, manifest)
         for folder in sets:
@@ -189,7 +212,7 @@ class PrecomputeStage(Stage):
             try:
                 with session(self.directory, "text", torch.device("cpu"), alone=True):
                     config, rows = self.context.section(TextConfig), self.context.section(ShardsConfig).rows
-                    prepare_text(config, part, rows_per_chunk=rows, keep_row_numbers=keep_row_numbers)
+                    prepare_text(config, part, rows_per_chunk=rows, keep_row_numbers=keep_row_numbers, digests=self.digests)
             except BaseException:
                 if not can_resume(part):
                     shutil.rmtree(part, ignore_errors=True)
@@ -241,14 +264,14 @@ class PrecomputeStage(Stage):
         if all_missing(sets):
             return False
         config, manifests = self.context.section(ShardsConfig), []
-        for folder, names, entries in sets:
+        for folder, entries in sets:
             manifests.append(
                 finish(
                     folder,
                     teacher=identity,
                     teacher_fingerprint=fingerprint(identity),
                     text_fingerprint=text["fingerprint"],
-                    text_fingerprints=[entries[index]["sha256"] for index in range(len(names))],
+                    text_fingerprints=[entry["sha256"] for entry in entries],
                     rows=max(config.rows, max(entry["rows"] for entry in entries)),  # the held-out set is one shard
                     block_rows=config.block_rows,
                 )
@@ -267,11 +290,8 @@ class PrecomputeStage(Stage):
 
     def shard_sets(self, text: dict[str, Any]) -> list[ShardSet]:
         """The held-out set, if there is one, and the training set; the smaller first, so that encoding begins at once."""
-        shards = self.shards_dir
-        sets = [ShardSet(shards, [entry["name"] for entry in text["chunks"]], text["chunks"])]
-        if text["held_out"]["rows"]:
-            sets.insert(0, ShardSet(shards / "held_out", ["held_out"], [text["held_out"]]))
-        return sets
+        held_out = ShardSet(self.shards_dir / HELD_OUT, [text["held_out"]])
+        return [*([held_out] if text["held_out"]["rows"] else []), ShardSet(self.shards_dir, text["chunks"])]
 
     def log_task(self, timing: Timing) -> None:
         """Appends this task's work and durations to precompute/tasks.jsonl."""

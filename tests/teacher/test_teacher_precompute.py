@@ -12,7 +12,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_encoder, sentences, write_config
+from commands import launch
+from conftest import make_encoder, sentences, write_config, write_pairs
 from reference_times import hang_limit
 
 from distill.config import load_config, stage_of
@@ -20,6 +21,7 @@ from distill.corpus import HELD_OUT_MODULUS, text_hash
 from distill.shards import ShardReader, verify_all
 from distill.shards.__main__ import main as shards_command
 from distill.teacher import claims
+from distill.teacher import precompute as precompute_module
 
 CPU = torch.device("cpu")
 
@@ -159,7 +161,7 @@ def test_shards_of_two_teachers_are_never_mixed(tmp_path):
     with pytest.raises(ValueError, match="the teacher's files have changed"):
         stage_of(config, "precompute").identify(None)
     (config.run_dir / "precompute/BEGUN.json").unlink()
-    with pytest.raises(ValueError, match=r"0000\d\d\.tar: made by another teacher"):
+    with pytest.raises(ValueError, match=r"0000\d\d\.tar: foreign, made by teacher"):
         precompute(config)
     assert not (config.run_dir / "shards/manifest.json").exists()
 
@@ -168,6 +170,74 @@ def test_the_same_run_again_embeds_nothing(whole, tmp_path, tiny_encoder):
     before = {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")}
     assert precompute(whole)
     assert {path: path.stat().st_mtime_ns for path in (whole.run_dir / "shards").rglob("*.tar")} == before
+
+
+def test_changed_row_numbers_of_precomputed_vectors_are_found_and_named(tmp_path, tiny_encoder):
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(600, 12)))
+    teacher = f"teacher={{vectors: {tmp_path / 'v.npy'}}}"
+    config = config_of(tmp_path, tiny_encoder, teacher, f"student.init={tiny_encoder}")
+    stage_of(config, "precompute").prepare()
+    path = config.run_dir / "precompute/text/000001.rows.npy"
+    np.save(path, np.load(path)[::-1])
+    with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written"):
+        precompute(config)
+
+
+def dev_score(config):
+    return json.loads((config.run_dir / "precompute/teacher_dev.json").read_text())
+
+
+def test_a_dev_score_that_a_killed_task_did_not_compute_is_computed_at_the_next_start(tmp_path, tiny_encoder, monkeypatch):
+    sts = write_pairs(tmp_path / "sts", "stsb_dev")
+    config = config_of(tmp_path, tiny_encoder, f"evaluate.sts={sts}")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "keep_dev_score", killed)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(config)
+    assert not stage_of(config, "precompute").shards_dir.joinpath("manifest.json").exists()
+    assert precompute(config)
+    assert dev_score(config)["sts"] == str(sts)
+
+
+def test_a_dev_score_that_is_asked_for_later_is_added_to_a_finished_precompute(whole, tmp_path, tiny_encoder):
+    shutil.copytree(whole.run_dir, tmp_path / "runs/tiny")
+    path, sts = write_config(tmp_path, tiny_encoder), write_pairs(tmp_path / "sts", "stsb_dev")
+    path.write_text(path.read_text().replace(str(tmp_path / "text.txt"), str(whole.run_dir.parents[1] / "text.txt")))
+    config = load_config(path, [f"evaluate.sts={sts}"])
+    done = (config.run_dir / "precompute/DONE.json").read_bytes()
+    assert launch("precompute.py", "--config", path, f"evaluate.sts={sts}").returncode == 0
+    assert dev_score(config)["sts"] == str(sts)
+    assert (config.run_dir / "precompute/DONE.json").read_bytes() == done and digests(config) == digests(whole)
+    again = launch("precompute.py", "--config", path, f"evaluate.sts={sts}")
+    assert again.returncode == 0 and "done already" in again.stdout
+
+
+def test_a_held_out_set_that_repair_took_apart_is_made_again(whole, tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    assert precompute(config)
+    (config.run_dir / "shards/held_out/000000.tar").unlink()
+    shards_command(["repair", str(config.run_dir / "shards")])
+    assert "held_out/manifest.json is missing" in stage_of(config, "precompute").reason_to_run()
+    assert precompute(config)
+    assert digests(config) == digests(whole) and stage_of(config, "precompute").reason_to_run() is None
+
+
+def test_a_hub_teacher_whose_commit_is_known_only_after_the_start_is_continued(tmp_path, tiny_encoder, monkeypatch):
+    folder = tmp_path / "hub" / "models--owner--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (folder / "refs").mkdir(parents=True)
+    config = config_of(tmp_path, tiny_encoder, "teacher.model=owner/tiny", f"student.init={tiny_encoder}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    stage = stage_of(config, "precompute")
+    stage.prepare()
+    shutil.copytree(tiny_encoder, folder / "snapshots" / commit)
+    (folder / "refs/main").write_text(commit)
+    begun = json.loads((config.run_dir / "precompute/BEGUN.json").read_text())
+    assert "owner/tiny" not in begun["inputs"] and stage.changes_since(begun) == []
 
 
 def truncate(shards):
