@@ -22,17 +22,20 @@ import argparse
 import faulthandler
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command, slurm_job
-from launcher.rendezvous import rank_from_environment
+from launcher.rendezvous import num_cores, rank_from_environment, ranks_per_node
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
 
 GRACE = 5.0  # seconds after the timeout that a process which still runs is ended
 PRINT_SECONDS = 1.0  # in which rank 0 has printed
+IMPORTED = 0.45  # fraction of the timeout in which torch has to be imported
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-GPUS = "nvidia[0-9]*"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,19 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def diagnose(arguments: argparse.Namespace, started: float) -> int:
     """Examines this node together with the others; returns the exit code."""
-    from distill.config import load_config
-    from distill.doctor import examine, format_diagnosis
-
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the findings report what fails
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    context = context_of(
-        load_config(arguments.config, arguments.overrides), started, arguments.timeout, arguments.ranks_per_node
-    )
-    faulthandler.dump_traceback_later(
-        context.remaining() + GRACE, exit=True, file=2
-    )  # stderr; works even where the GIL is held
-    diagnosis = examine(context)
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(arguments.timeout + GRACE, exit=True, file=2)  # stderr; works even where the GIL is held
+    try:
+        with ending_after(IMPORTED * arguments.timeout):
+            from distill.doctor import examine, format_diagnosis
+        from distill.config import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+        context = context_of(config, started, arguments.timeout, arguments.ranks_per_node)
+        diagnosis = examine(context)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if diagnosis is None:
         return 0
     if context.rank == 0:
@@ -83,7 +86,25 @@ def diagnose(arguments: argparse.Namespace, started: float) -> int:
     return diagnosis.code
 
 
-def context_of(config: RunConfig, started: float, timeout: float, ranks_per_node: int | None) -> Context:
+@contextmanager
+def ending_after(seconds: float) -> Iterator[None]:
+    """Ends this process where what is imported inside, torch above all, is not there after so many seconds."""
+    message = f"`import torch` is not done after {seconds:.0f} s on {socket.gethostname()}: a slow file system, or a busy node"
+
+    def end() -> None:
+        print(f"error: {message}; if it is only slow, --timeout more", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def context_of(config: RunConfig, started: float, timeout: float, num_ranks: int | None) -> Context:
     """This process as its environment describes it."""
     from distill.doctor import Context
 
@@ -92,11 +113,9 @@ def context_of(config: RunConfig, started: float, timeout: float, ranks_per_node
     if in_slurm and world_size > 1 and "MASTER_ADDR" not in environment:
         environment |= slurm_job.rendezvous()
     here = processes_here()
-    ranks = ranks_per_node or (here if world_size > 1 else ranks_alone(config))
     threads = environment.get("OMP_NUM_THREADS", "")
     return Context(
         config,
-        launcher=Path(__file__).resolve().parent,
         started=started,
         timeout=timeout,
         run_id=run_id(),
@@ -105,10 +124,11 @@ def context_of(config: RunConfig, started: float, timeout: float, ranks_per_node
         local_rank=int(environment["LOCAL_RANK"]),
         local_world_size=here,
         hosts=slurm_hosts() if in_slurm and environment["RANK"] == "0" else (),
-        ranks_per_node=ranks,
+        ranks_per_node=num_ranks or (here if world_size > 1 else ranks_per_node(config)),
         master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
         master_port=int(environment.get("MASTER_PORT", "29500")),
         store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        cores=num_cores(here),
         threads=int(threads) if threads.isdigit() else None,
         interfaces={name: environment[name] for name in INTERFACES if environment.get(name)},
     )
@@ -128,12 +148,6 @@ def processes_here() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return slurm_counts()[int(os.environ["SLURM_NODEID"])] if "SLURM_STEP_TASKS_PER_NODE" in os.environ else 1
-
-
-def ranks_alone(config: RunConfig) -> int:
-    """The ranks that pipeline.py would start on this machine."""
-    gpus = len(list(Path("/dev").glob(GPUS)))
-    return min(config.engine.num_ranks or gpus, gpus) if gpus else config.engine.num_ranks or 2
 
 
 def slurm_counts() -> list[int]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command, slurm_job
-from launcher.rendezvous import check_batch, local_environments
+from launcher.rendezvous import check_batch, local_environments, num_cores, num_gpus, ranks_per_node
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -106,7 +106,7 @@ class Pipeline:
 
     def check_nodes(self) -> int:
         """Runs doctor.py on the nodes of this job before anything is begun on them; returns its exit code."""
-        ranks = self.ranks_per_node()
+        ranks = ranks_per_node(self.config)
         srun, cores = slurm_job.srun_python(1)
         doctor = [str(LAUNCHER / "doctor.py"), "--config", self.arguments.config, f"--ranks-per-node={ranks}"]
         environment = {"OMP_NUM_THREADS": str(max(1, cores // ranks))} | dict(os.environ)
@@ -161,13 +161,13 @@ class Pipeline:
         """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
         arguments, config = self.arguments, self.config
         same = ["--config", arguments.config, *(["--traceback"] if arguments.traceback else []), *arguments.overrides]
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cores()
         if name == "precompute":
             return self.precompute(same, cores, signals)
         if name not in config.training_stages:
             return self.run_all([[sys.executable, str(LAUNCHER / f"{name}.py"), *same]], signals, threads=cores)
         script = [str(LAUNCHER / "train.py"), *same, f"stage={name}"]
-        ranks = self.ranks_per_node()
+        ranks = ranks_per_node(self.config)
         if (config.engine.num_ranks or 0) > ranks:
             num_ranks = config.engine.num_ranks
             print(f"{name}: one rank for each of the {ranks} GPUs of this node, instead of {num_ranks}", flush=True)
@@ -237,10 +237,6 @@ class Pipeline:
         code = code if code >= 0 else 128 - code
         return command.STOPPED if passed_on and code in STOPPED_CODES else code
 
-    def ranks_per_node(self) -> int:
-        gpus, wanted = num_gpus(), self.config.engine.num_ranks
-        return min(wanted or gpus, gpus) if gpus else wanted or 2
-
 
 def stopped(signals: Signals) -> int:
     """The exit code, once nothing runs any more."""
@@ -253,12 +249,6 @@ def send(processes: list[subprocess.Popen[bytes]], signum: int) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(signum)
-
-
-def num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def summary(directory: Path) -> str:

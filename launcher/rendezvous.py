@@ -41,6 +41,26 @@ def local_environments(ranks: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
 
 
+def num_gpus() -> int:
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to it."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def ranks_per_node(config: RunConfig) -> int:
+    """The ranks that training starts on this machine: one per GPU, or fewer as configured; without a GPU, 2 by default."""
+    gpus, wanted = num_gpus(), config.engine.num_ranks
+    return min(wanted or gpus, gpus) if gpus else wanted or 2
+
+
+def num_cores(local_world_size: int = 1) -> int:
+    """The cores that the ranks of this machine share: those of this process, or of the Slurm step that binds each to a part."""
+    if local_world_size > 1 and "SLURM_CPUS_ON_NODE" in os.environ:
+        return int(os.environ["SLURM_CPUS_ON_NODE"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_batch(config: RunConfig, stage: str, world_size: int) -> None:
     """Raises ValueError if a stage's global batch does not have a row for each rank."""
     rows = config.train(stage).global_batch

@@ -1,31 +1,44 @@
-"""The findings on all nodes, and how they are printed."""
+"""The list of checks, the findings of all of them on all nodes, and how they are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from distill.doctor import all_reduce, checks, rendezvous
-from distill.doctor.all_reduce import AllReduce
-from distill.doctor.context import Context
-from distill.doctor.findings import Finding, shorten
+from distill.doctor import hardware, inputs, names, rendezvous, software, storage
+from distill.doctor.check import Check, Context, Facts, Finding, describe, shorten
+from distill.doctor.rendezvous import AllReduce
 from distill.run.formatting import format_bytes, format_table
 
-Report = dict[str, Any]  # of one rank: its host, its local_rank, and the facts by check if that is 0
+CHECKS = (
+    Check("software", software.collect, software.diagnose),
+    Check("deepspeed", software.collect_deepspeed, software.diagnose_deepspeed, imports="deepspeed"),
+    Check("devices", hardware.collect_devices, hardware.diagnose_devices),
+    Check("names", names.collect, names.diagnose),
+    Check("storage", storage.collect, storage.diagnose),
+    Check("shm", hardware.collect_shm, hardware.diagnose_shm),
+    Check("clocks", hardware.collect_clock, hardware.diagnose_clocks),
+    Check("limits", hardware.collect_limits, hardware.diagnose_limits),
+    Check("inputs", inputs.collect, inputs.diagnose),
+)
 RENDEZVOUS, NETWORK = "rendezvous", "network"
-ROWS = (RENDEZVOUS, NETWORK, *(check.name for check in checks.CHECKS))  # of the table
+ROWS = (RENDEZVOUS, NETWORK, *(check.name for check in CHECKS))  # of the table
 CONFIG_CHECKS = ("inputs", "deepspeed")
 FINE, WARNING, FAULT = "fine", "warning", "FAULT"
+Report = dict[str, Any]  # of one rank: its host, its local_rank, and the facts by check if that is 0
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """title: what was examined. summaries: by node, then by check. bandwidth: of the all-reduce in bytes per second, if any."""
+    """title: what was examined. summaries: by check, of the first node that has one. bandwidth: of the all-reduce in bytes per
+    second, if there was one."""
 
     title: str
+    nodes: tuple[str, ...]
     findings: tuple[Finding, ...]
-    summaries: dict[str, dict[str, str]]
+    summaries: dict[str, str]
     bandwidth: float | None = None
 
     @property
@@ -33,7 +46,7 @@ class Diagnosis:
         """The exit code. 2: the config names what no node has, so that neither other nodes nor another start would help."""
         faulty = {(finding.check, finding.node) for finding in self.findings if finding.is_fault}
         has_all_nodes = not any(check == RENDEZVOUS for check, _ in faulty)
-        if has_all_nodes and any(all((check, node) in faulty for node in self.summaries) for check in CONFIG_CHECKS):
+        if has_all_nodes and any(all((check, node) in faulty for node in self.nodes) for check in CONFIG_CHECKS):
             return 2
         return 1 if faulty else 0
 
@@ -41,24 +54,42 @@ class Diagnosis:
 def diagnose(
     context: Context, reports: Mapping[int, Report], error: str = "", reduced: AllReduce | None = None, waited: float = 0.0
 ) -> Diagnosis:
-    """reports: by rank. The others are as in rendezvous.diagnose and all_reduce.diagnose."""
+    """reports: by rank. The others are as in rendezvous.diagnose and rendezvous.diagnose_all_reduce."""
     reduced = reduced or AllReduce()
     labels = _labels(context, reports)
     collected = {labels[rank]: report["facts"] for rank, report in sorted(reports.items()) if report["facts"]}
-    missing = rendezvous.diagnose(context, labels, reports, error, waited)
-    findings = [replace(finding, check=RENDEZVOUS) for finding in missing]
-    findings += [replace(finding, check=NETWORK) for finding in all_reduce.diagnose(reduced, labels)]
-    findings += checks.diagnose(context, collected)
-    summaries = {node: checks.summarise(facts) for node, facts in collected.items()}
+    findings = [replace(each, check=RENDEZVOUS) for each in rendezvous.diagnose(context, labels, reports, error, waited)]
+    findings += [replace(each, check=NETWORK) for each in rendezvous.diagnose_all_reduce(reduced, labels)]
+    summaries: dict[str, str] = {}
     if reduced.bandwidth is not None:
-        for summary in summaries.values():
-            summary |= {RENDEZVOUS: context.store_address, NETWORK: f"{format_bytes(reduced.bandwidth)}/s"}
-    for finding in findings:
-        summaries.setdefault(finding.node, {})
-    title = f"{_count(len(summaries), 'node', 'nodes')}, {_count(context.world_size, 'process', 'processes')}"
+        summaries = {RENDEZVOUS: context.store_address, NETWORK: f"{format_bytes(reduced.bandwidth)}/s"}
+    for check in CHECKS:
+        found = {node: facts[check.name] for node, facts in collected.items()}
+        complete = {node: facts for node, facts in found.items() if "failed" not in facts}
+        findings += [_failure(check, node, facts) for node, facts in found.items() if "failed" in facts]
+        for facts in islice(complete.values(), 1):
+            summaries[check.name] = facts["summary"]
+        try:
+            findings += [replace(each, check=check.name) for each in check.diagnose(context, complete)]
+        except Exception as raised:  # the findings of the other checks are reported all the same
+            findings.append(_failure(check, labels[context.rank], {"failed": describe(raised), "cause": "error"}))
+    nodes = tuple(dict.fromkeys([*collected, *(finding.node for finding in findings)]))
+    title = f"{_count(len(nodes), 'node')}, {_count(context.world_size, 'process', 'processes')}"
     if context.rank > 0:
         title = f"rank {context.rank} on {labels[context.rank]}"
-    return Diagnosis(title, tuple(dict.fromkeys(findings)), summaries, reduced.bandwidth)
+    return Diagnosis(title, nodes, tuple(dict.fromkeys(findings)), summaries, reduced.bandwidth)
+
+
+def _failure(check: Check, node: str, facts: Facts) -> Finding:
+    """Why a check has no facts of a node, or no findings. It is a warning where a package is only slow to import."""
+    why, cause, fix = facts["failed"], facts["cause"], f"does every file system on {node} answer? else leave it out"
+    if cause == "error":
+        what, fix = f"the check {check.name} raised {why}", "the other checks hold; if only some nodes have it, leave them out"
+    elif cause == "import":
+        what = f"`import {check.imports}` is {why}: a slow file system, or a busy node"
+    else:
+        what = f"the check failed: {why}"
+    return Finding(node, what, f"{fix}: sbatch --exclude {node}", is_fault=cause != "import", check=check.name)
 
 
 def _labels(context: Context, reports: Mapping[int, Report]) -> dict[int, str]:
@@ -73,8 +104,8 @@ def _labels(context: Context, reports: Mapping[int, Report]) -> dict[int, str]:
     return labels
 
 
-def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
 
 
 def format_diagnosis(diagnosis: Diagnosis, *, with_table: bool) -> str:
@@ -84,7 +115,7 @@ def format_diagnosis(diagnosis: Diagnosis, *, with_table: bool) -> str:
         nodes.setdefault((each.is_fault, each.check, each.what, each.fix), []).append(each.node)
     faults = sum(finding.is_fault for finding in diagnosis.findings)
     counts = ((faults, "fault"), (len(diagnosis.findings) - faults, "warning"))
-    found = ", ".join(_count(number, noun, f"{noun}s") for number, noun in counts if number) or "all is well"
+    found = ", ".join(_count(number, noun) for number, noun in counts if number) or "all is well"
     speed = f" (all-reduce {format_bytes(diagnosis.bandwidth)}/s)" if diagnosis.bandwidth is not None else ""
     lines = [f"doctor: {diagnosis.title}: {found}{speed}"]
     if with_table:
@@ -101,5 +132,4 @@ def _row(diagnosis: Diagnosis, check: str) -> tuple[str, str, str]:
     if found:
         result = FAULT if any(finding.is_fault for finding in found) else WARNING
         return check, result, shorten(finding.node for finding in found)
-    summary = next((each[check] for each in diagnosis.summaries.values() if check in each), None)
-    return (check, "-", "") if summary is None else (check, FINE, summary)
+    return (check, FINE, diagnosis.summaries[check]) if check in diagnosis.summaries else (check, "-", "")

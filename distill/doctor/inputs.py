@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import constants, try_to_load_from_cache
+
 from distill.config import RunConfig
 from distill.corpus.sources import check_source, matching_files
-from distill.doctor.context import Context
-from distill.doctor.findings import Facts, Finding, Findings, Nodes, outliers, warning
+from distill.doctor.check import Context, Facts, Finding, Findings, Nodes, outliers, warning
 from distill.run.formatting import format_bytes
 from distill.run.model_folders import resolve_model
 from distill.teacher.teacher_config import ModelConfig
@@ -18,9 +19,6 @@ MAX_OPENED = 16  # files of one source; of more, the first and the last are open
 
 def collect(context: Context) -> Facts:
     """errors: what is not there, by its key. sizes: bytes of what is. hub: models that would be downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     config = context.config
     errors: dict[str, str] = {}
     sizes: dict[str, int] = {}
@@ -50,14 +48,14 @@ def collect(context: Context) -> Facts:
                 check_source(source.model_copy(update={"path": pattern}))
         except (OSError, ValueError) as error:
             errors[f"text.sources[{number}]"] = str(error)
-    return {"errors": errors, "sizes": sizes, "hub": hub, "offline": bool(HF_HUB_OFFLINE)}
+    summary = f"{len(sizes)} files and models, {format_bytes(sum(sizes.values()))}"
+    return {"errors": errors, "sizes": sizes, "hub": hub, "offline": bool(constants.HF_HUB_OFFLINE), "summary": summary}
 
 
 def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
-    if config.teacher.model is not None:
-        yield "teacher.model", config.teacher
-    for number, other in enumerate(config.teacher.concat):
-        yield f"teacher.concat[{number}]", other
+    for number, model in enumerate(config.teacher.models):
+        if number or model.model is not None:
+            yield f"teacher.concat[{number - 1}]" if number else "teacher.model", model
     if config.student.init != "teacher":
         yield "student.init", ModelConfig(model=config.student.init, revision=config.student.revision)
 
@@ -68,12 +66,11 @@ def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
     triplets = getattr(config.train("finetune"), "triplets", None)
     if "finetune" in config.stages and triplets is not None:
         yield "finetune.triplets", triplets
-    if "evaluate" in config.stages:
-        evaluate = config.evaluate
-        for key, folders in (("sts", [evaluate.sts]), ("retrieval", evaluate.retrieval), ("transfer", evaluate.transfer)):
-            for folder in folders or []:
-                if folder is not None and not folder.startswith("hub"):
-                    yield f"evaluate.{key}", folder
+    sets = {"sts": [config.evaluate.sts], "retrieval": config.evaluate.retrieval, "transfer": config.evaluate.transfer}
+    for key, folders in sets.items() if "evaluate" in config.stages else ():
+        for folder in folders or []:
+            if folder is not None and not folder.startswith("hub"):
+                yield f"evaluate.{key}", folder
 
 
 def diagnose(context: Context, nodes: Nodes) -> Findings:
@@ -89,11 +86,6 @@ def diagnose(context: Context, nodes: Nodes) -> Findings:
             fix = f"hf download {name}, with HF_HOME on a disk that all nodes see"
             yield Finding(node, what, fix) if facts["offline"] else warning(node, f"{what}, and would be downloaded", fix)
     for name in dict.fromkeys(name for facts in nodes.values() for name in facts["sizes"]):
-        sizes = {node: facts["sizes"][name] for node, facts in nodes.items() if name in facts["sizes"]}
-        for node, here, usual, where in outliers(sizes):
+        for node, here, usual, where in outliers(nodes, "sizes", name):
             fix = f"copy it from {where.partition(',')[0]}, or put it where all nodes see it"
             yield Finding(node, f"{name} is not the same as on {where}: {here:,} bytes here, {usual:,} there", fix)
-
-
-def summarise(facts: Facts) -> str:
-    return f"{len(facts['sizes'])} files and models, {format_bytes(sum(facts['sizes'].values()))}"

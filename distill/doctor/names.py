@@ -7,24 +7,16 @@ import socket
 
 import psutil
 
-from distill.doctor.context import Context
-from distill.doctor.findings import Facts, Finding, Findings, Nodes
+from distill.doctor.check import Context, Facts, Finding, Findings, Nodes
 
 
 def collect(context: Context) -> Facts:
-    families = (socket.AF_INET, socket.AF_INET6)
-    interfaces = {
-        name: [entry.address for entry in entries if entry.family in families]
-        for name, entries in psutil.net_if_addrs().items()
-    }
-    host = socket.gethostname()
-    return {
-        "host": host,
-        "addresses": _resolve(host),
-        "master": _resolve(context.master_addr),
-        "interfaces": interfaces,
-        "named_interfaces": context.interfaces,
-    }
+    host, ip = socket.gethostname(), (socket.AF_INET, socket.AF_INET6)
+    interfaces = {name: [e.address for e in entries if e.family in ip] for name, entries in psutil.net_if_addrs().items()}
+    facts: Facts = {"host": host, "addresses": _resolve(host), "master": _resolve(context.master_addr)}
+    named = context.interfaces.get("GLOO_SOCKET_IFNAME")
+    summary = f"interface {named}" if named else f"{host} = {next(iter(facts['addresses']), 'no address')}"
+    return facts | {"interfaces": interfaces, "named_interfaces": context.interfaces, "summary": summary}
 
 
 def _resolve(name: str) -> list[str]:
@@ -85,8 +77,3 @@ def _outward(facts: Facts) -> tuple[str, str]:
     """An interface that other nodes may reach, and its address; where there is none, names to be replaced."""
     pairs = ((name, addresses[0]) for name, addresses in facts["interfaces"].items() if addresses)
     return next(((name, address) for name, address in pairs if not _is_loopback(address)), ("NAME", "ADDRESS"))
-
-
-def summarise(facts: Facts) -> str:
-    named = facts["named_interfaces"].get("GLOO_SOCKET_IFNAME")
-    return f"interface {named}" if named else f"{facts['host']} = {next(iter(facts['addresses']), 'no address')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from distill.config import RunConfig
@@ -37,31 +38,26 @@ def _shard_bytes(config: RunConfig) -> int | None:
         width = sum(architecture_of(model.model or "", model.revision).dim for model in config.teacher.models)
     except ValueError:  # `inputs` names what is missing
         return None
-    return num and num * (
-        2 * SENTENCE_BYTES + 2 * width
-    )  # the text is stored by itself before it is embedded, and again in the shards
+    # the text is stored by itself before it is embedded, and again in the shards
+    return num and num * (2 * SENTENCE_BYTES + 2 * width)
 
 
 def num_sentences(config: RunConfig) -> int | None:
     """About how many sentences are embedded."""
     counts = [raw_count(source, SENTENCE_BYTES) for source in config.text.sources]
-    limits = [] if config.text.max_sentences is None else [config.text.max_sentences]
-    if None not in counts:
-        limits.append(sum(count or 0 for count in counts))
+    total = None if None in counts else sum(count or 0 for count in counts)
+    limits = [limit for limit in (total, config.text.max_sentences) if limit is not None]
     return min(limits) + config.text.held_out if limits else None
 
 
 def _training_bytes(config: RunConfig) -> int | None:
     stages = [stage for stage in config.training_stages if not (config.run_dir / stage / "DONE.json").exists()]
-    parameters = num_parameters(config)
-    if not stages:
-        return 0
+    parameters, total = num_parameters(config), 0
     if parameters is None:
-        return None
-    total = 0
+        return None if stages else 0
     for stage in stages:
         written = sum(path.stat().st_size for path in (config.run_dir / stage).glob("checkpoints/*/*.safetensors"))
-        checkpoints = (getattr(config, stage).keep + 1) * STATE_BYTES * parameters  # a new one is whole before an old one goes
+        checkpoints = (config.train(stage).keep + 1) * STATE_BYTES * parameters  # a new one is whole before an old one goes
         total += max(0, checkpoints - written) + 2 * 4 * parameters  # the stage's student, and its export
     return total
 
@@ -74,14 +70,12 @@ def num_parameters(config: RunConfig) -> int | None:
         return None
     if not folder.is_dir():
         return None
-    sizes: dict[int | None, int] = {}  # by layer
+    sizes: Counter[int | None] = Counter()  # by layer
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:  # safetensors' own reader would hold the GIL while a file system blocks it
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name in header.keys() - {"__metadata__"}:
             found = LAYER.search(f".{name}")
-            layer = int(found[1]) if found else None
-            sizes[layer] = sizes.get(layer, 0) + math.prod(header[name]["shape"])
+            sizes[int(found[1]) if found else None] += math.prod(header[name]["shape"])
     depth = len(sizes.keys() - {None})
-    kept = config.student.kept(depth) if depth else []
-    return sum(size for layer, size in sizes.items() if layer is None or layer in kept)
+    return sum(sizes[layer] for layer in [None, *(config.student.kept(depth) if depth else [])])

@@ -7,22 +7,20 @@ import fcntl
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
-from distill.doctor.context import Context
-from distill.doctor.findings import Facts, Finding, Findings, Nodes, warning
+from distill.doctor.check import Context, Facts, Finding, Findings, Nodes, warning
 from distill.doctor.needs import disk_needed
-from distill.run.files import publish
+from distill.run.files import publish, sweep
 from distill.run.formatting import format_bytes
 
-PREFIX = ".doctor-"  # of the doctor's files in the run directory
-OLD = 3600.0  # seconds after which they are those of a doctor that was killed
+PREFIX, SUFFIX = ".doctor-", ".part"  # of the doctor's files in the run directory; `sweep` deletes those of a killed doctor
 LITTLE = 1e9  # bytes
 FIXES = {
     errno.EROFS: "ssh {node} mount -o remount,rw {mount}; or runs_dir=DIR on another file system",
@@ -37,7 +35,7 @@ def collect(context: Context) -> Facts:
     facts: Facts = {"path": str(path), "error": "", "errno": 0, "lock": ""}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        trial = path / f"{PREFIX}{secrets.token_hex(8)}"
+        trial = path / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
         with publish(trial) as part:
             part.write(b"written")
         if trial.read_bytes() != b"written":
@@ -48,10 +46,11 @@ def collect(context: Context) -> Facts:
     except OSError as error:
         facts |= {"error": error.strerror or str(error), "errno": error.errno or 0}
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    facts["mount"], facts["kind"] = mount_of(existing)
-    facts["free"] = shutil.disk_usage(existing).free
-    facts["needed"], facts["estimate"] = disk_needed(context.config)
-    return facts
+    (mount, kind), free = mount_of(existing), shutil.disk_usage(existing).free
+    needed, estimate = disk_needed(context.config)
+    summary = f"{format_bytes(free)} free ({kind.split()[0]}), "
+    summary += "needs unknown" if needed is None else f"{format_bytes(needed)} needed"
+    return facts | {"mount": mount, "kind": kind, "free": free, "needed": needed, "estimate": estimate, "summary": summary}
 
 
 def _lock_error(file: IO) -> str:
@@ -64,41 +63,45 @@ def _lock_error(file: IO) -> str:
 
 def mount_of(path: Path) -> tuple[str, str]:
     """The mount point of a path, and what is mounted there: ("/home", "nfs4 server:/home")."""
-    resolved, found = path.resolve(), ("/", "unknown")
-    for mount in psutil.disk_partitions(all=True):
-        if resolved.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= len(found[0]):
-            found = (mount.mountpoint, f"{mount.fstype} {mount.device}")
-    return found
+    mounts = [each for each in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(each.mountpoint)]
+    deepest = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # the last of those at one point
+    return (deepest.mountpoint, f"{deepest.fstype} {deepest.device}") if deepest else ("/", "unknown")
+
+
+def temporary_file(context: Context) -> Any:
+    """An open binary file in the run directory, which is deleted when it is closed."""
+    return tempfile.NamedTemporaryFile(dir=context.config.run_dir, prefix=PREFIX, suffix=SUFFIX)
 
 
 @contextmanager
 def marker(context: Context, facts: Facts) -> Iterator[str]:
     """On rank 0: a file in the run directory, locked until the context ends. Yields its name, '' where it cannot be written."""
-    folder = context.config.run_dir
-    if facts.get("failed") or facts["error"]:
-        yield ""
-        return
-    for path in folder.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # its own process deletes it
-            if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX) as file:
-        _lock_error(file)
-        yield Path(file.name).name
+    file = None
+    if not facts.get("failed") and not facts["error"]:
+        with suppress(OSError):
+            sweep(context.config.run_dir)
+        with suppress(OSError):
+            file = temporary_file(context)
+            _lock_error(file)
+    with file or nullcontext():
+        yield Path(file.name).name if file else ""
 
 
 def check_marker(context: Context, name: str) -> Facts:
     """On another rank: whether it sees the marker of rank 0, and finds it locked; {} if there is none."""
-    path = context.config.run_dir / name
-    if not name or not path.exists():
-        return {"is_shared": False} if name else {}
-    with suppress(OSError), path.open("a") as file:
-        return {"is_shared": True, "is_locked": bool(_lock_error(file))}
-    return {"is_shared": True}  # but not writable, which is an error of its own
+    if not name:
+        return {}
+    try:
+        with (context.config.run_dir / name).open("r+") as file:
+            return {"is_shared": True, "is_locked": bool(_lock_error(file))}
+    except (FileNotFoundError, NotADirectoryError):
+        return {"is_shared": False}
+    except OSError:
+        return {"is_shared": True}  # but not writable, which is an error of its own
 
 
 def diagnose(context: Context, nodes: Nodes) -> Findings:
-    for number, (node, facts) in enumerate(nodes.items()):
+    for node, facts in nodes.items():
         path, kind, mount = facts["path"], facts["kind"], facts["mount"]
         if facts["error"]:
             fix = FIXES.get(facts["errno"], "runs_dir=DIR on a file system that all nodes can write to")
@@ -114,19 +117,10 @@ def diagnose(context: Context, nodes: Nodes) -> Findings:
         elif not facts.get("is_locked", True):
             fix = "mount it with locks that hold between nodes (Lustre: -o flock, not localflock; NFS: without nolock)"
             yield Finding(node, f"{path}: a lock that rank 0 holds is free here", fix)
-        if number == 0:
-            yield from _diagnose_space(node, facts)
-
-
-def _diagnose_space(node: str, facts: Facts) -> Findings:
-    free, needed = facts["free"], facts["needed"]
-    fix = f"free some space at {facts['mount']}, or runs_dir=DIR"
-    if needed is not None and free < needed:
-        yield Finding(node, f"{format_bytes(free)} free, and the run needs about {facts['estimate']}", fix)
-    elif needed is None and free < LITTLE:
-        yield warning(node, f"{format_bytes(free)} free; what the run needs is {facts['estimate']}", fix)
-
-
-def summarise(facts: Facts) -> str:
-    needed = "needs unknown" if facts["needed"] is None else f"{format_bytes(facts['needed'])} needed"
-    return f"{format_bytes(facts['free'])} free ({facts['kind'].split()[0]}), {needed}"
+    for node, facts in islice(nodes.items(), 1):  # all nodes have the same run directory
+        free, needed = facts["free"], facts["needed"]
+        fix = f"free some space at {facts['mount']}, or runs_dir=DIR"
+        if needed is not None and free < needed:
+            yield Finding(node, f"{format_bytes(free)} free, and the run needs about {facts['estimate']}", fix)
+        elif needed is None and free < LITTLE:
+            yield warning(node, f"{format_bytes(free)} free; what the run needs is {facts['estimate']}", fix)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import load_config
-from distill.doctor.all_reduce import AllReduce
-from distill.doctor.context import Context
+from distill.doctor.check import Context
 from distill.doctor.diagnosis import Diagnosis, Report, diagnose
+from distill.doctor.rendezvous import AllReduce
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "software": {
@@ -26,25 +26,34 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "config": "cc",
         "executable": "/opt/python",
         "root": "/home/distill",
+        "summary": "Python 3.12, torch 2.13.0",
     },
     "deepspeed": {
         "error": "",
         "settings_error": "",
-        "version": "0.19.8",
-        "stage": 1,
-        "offloads": False,
         "refuses_adamw": False,
         "needed": 1e9,
         "memory": 8e9,
         "holder": "the node",
+        "summary": "0.19.8, ZeRO 1, states 1 GB",
     },
-    "devices": {"gpus": [], "driver": None, "cuda": None, "bf16": True, "cores": 8, "ranks": 2, "threads": 4},
+    "devices": {
+        "gpus": [],
+        "driver": None,
+        "cuda": None,
+        "bf16": True,
+        "cores": 8,
+        "ranks": 2,
+        "threads": 4,
+        "summary": "8 cores, bf16",
+    },
     "names": {
         "host": "n1",
         "addresses": ["10.0.0.1"],
         "master": ["10.0.0.1"],
         "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
         "named_interfaces": {},
+        "summary": "n1 = 10.0.0.1",
     },
     "storage": {
         "path": "/shared/runs/x",
@@ -56,11 +65,18 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "free": 50_000_000_000,
         "needed": 1_000_000_000,
         "estimate": "1 GB",
+        "summary": "50 GB free (nfs4), 1 GB needed",
     },
-    "shm": {"free": 8_000_000_000, "leftovers": 0, "ranks": 2},
-    "clocks": {"ahead": 0.01},
-    "limits": {"files": 65536, "locked": -1, "has_gpus": False},
-    "inputs": {"errors": {}, "sizes": {"text.txt": 1000}, "hub": {}, "offline": False},
+    "shm": {"free": 8_000_000_000, "leftovers": 0, "ranks": 2, "summary": "8 GB free"},
+    "clocks": {"ahead": 0.01, "summary": "+0.01 s"},
+    "limits": {"files": 65536, "locked": -1, "has_gpus": False, "summary": "65536 files"},
+    "inputs": {
+        "errors": {},
+        "sizes": {"text.txt": 1000},
+        "hub": {},
+        "offline": False,
+        "summary": "1 files and models, 1 kB",
+    },
 }
 
 
@@ -81,7 +97,7 @@ def reports(num_nodes: int, **on_n2: dict[str, Any]) -> dict[int, Report]:
 
 def context_of(config: Path, num_nodes: int = 2, *overrides: str, **more: Any) -> Context:
     hosts = tuple(f"n{number + 1}" for number in range(num_nodes))
-    usual = {"launcher": config.parent, "started": 0.0, "world_size": num_nodes, "hosts": hosts, "master_addr": "n1"}
+    usual = {"started": 0.0, "world_size": num_nodes, "hosts": hosts, "master_addr": "n1"}
     return Context(load_config(config, list(overrides)), **(usual | more))
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModel
 
 from distill.config import load_config
 from distill.doctor import inputs, storage
-from distill.doctor.checks import CHECKS, collect
+from distill.doctor.diagnosis import CHECKS
+from distill.doctor.exchange import collect
 from distill.doctor.needs import disk_needed, num_parameters, num_sentences
 
 
@@ -37,11 +38,11 @@ def test_a_check_that_hangs_or_raises_leaves_the_others(config, monkeypatch):
     released = threading.Event()
     broken = {"limits": lambda context: released.wait(), "shm": lambda context: 1 / 0}
     changed = [replace(check, collect=broken.get(check.name, check.collect)) for check in CHECKS if not check.imports]
-    monkeypatch.setattr("distill.doctor.checks.CHECKS", changed)
+    monkeypatch.setattr("distill.doctor.exchange.CHECKS", changed)
     facts = collect(context_of(config, 1, started=time.monotonic(), timeout=10.0), 0.5)
     released.set()
-    failed = {name: found["failed"] for name, found in facts.items() if "failed" in found}
-    assert failed == {"limits": "not done after 5 s", "shm": "ZeroDivisionError: division by zero"}
+    failed = {name: (found["cause"], found["failed"]) for name, found in facts.items() if "failed" in found}
+    assert failed == {"limits": ("time", "not done after 5 s"), "shm": ("error", "ZeroDivisionError: division by zero")}
 
 
 def test_another_rank_finds_the_marker_of_rank_0_and_its_lock(config, tmp_path):
@@ -60,13 +61,13 @@ def test_another_rank_finds_the_marker_of_rank_0_and_its_lock(config, tmp_path):
 def test_old_files_of_a_killed_doctor_are_deleted(config):
     context = context_of(config)
     facts = storage.collect(context)
-    for name, age in ((".doctor-old", 7200), (".doctor-new", 0)):
+    for name, age in ((".doctor-old.part", 7200), (".doctor-new.part", 0)):
         path = context.config.run_dir / name
         path.touch()
         os.utime(path, (time.time() - age,) * 2)
     with storage.marker(context, facts):
         pass
-    assert [path.name for path in context.config.run_dir.iterdir()] == [".doctor-new"]
+    assert [path.name for path in context.config.run_dir.iterdir()] == [".doctor-new.part"]
 
 
 def test_a_file_system_without_locks_is_found(config, monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 from conftest import write_config
 from facts import HEALTHY, context_of, diagnosis_of, reports
 
-from distill.doctor.all_reduce import AllReduce
-from distill.doctor.diagnosis import diagnose
+from distill.doctor import diagnosis as diagnosis_module
+from distill.doctor.diagnosis import CHECKS, diagnose
+from distill.doctor.rendezvous import AllReduce
 
 H100, A100 = ["NVIDIA H100", 80], ["NVIDIA A100", 40]
 
@@ -27,7 +29,7 @@ def located(diagnosis):
 def test_healthy_nodes_that_are_alike_have_no_findings(config, num_nodes):
     diagnosis = diagnosis_of(config, reports(num_nodes))
     assert diagnosis.findings == () and diagnosis.code == 0
-    assert list(diagnosis.summaries) == [f"n{number + 1}" for number in range(num_nodes)]
+    assert list(diagnosis.nodes) == [f"n{number + 1}" for number in range(num_nodes)]
 
 
 PACKAGES = HEALTHY["software"]["packages"]
@@ -58,7 +60,8 @@ FAULTS = {
     "model": ({"inputs": {"errors": {"teacher.model": "no model at /m"}}}, "teacher.model: no model at /m"),
     "other text": ({"inputs": {"sizes": {"text.txt": 7}}}, "text.txt is not the same as on n1: 7 bytes here, 1,000 there"),
     "hub": ({"inputs": {"hub": {"teacher.model": "a/b"}, "offline": True}}, "a/b is not in this node's cache"),
-    "hangs": ({"inputs": {"failed": "not done after 33 s", "is_importing": False}}, "the check failed: not done after 33 s"),
+    "hangs": ({"inputs": {"failed": "not done after 33 s", "cause": "time"}}, "the check failed: not done after 33 s"),
+    "raises": ({"shm": {"failed": "KeyError: 'x'", "cause": "error"}}, "the check shm raised KeyError: 'x'"),
 }  # fmt: skip
 
 
@@ -72,6 +75,19 @@ def test_a_fault_is_reported_on_its_node(config, name):
     assert diagnosis.code == 1
 
 
+def test_an_error_in_a_check_is_reported_as_that_check_s_and_hides_no_other_finding(config, monkeypatch):
+    def broken(context, nodes):
+        raise KeyError("gone")
+        yield
+
+    changed = [replace(check, diagnose=broken) if check.name == "clocks" else check for check in CHECKS]
+    monkeypatch.setattr(diagnosis_module, "CHECKS", changed)
+    diagnosis = diagnosis_of(config, reports(2, shm={"free": 0}))
+    assert located(diagnosis) == [("shm", "n2", True), ("clocks", "n1", True)]
+    assert diagnosis.findings[1].what == "the check clocks raised KeyError: 'gone'"
+    assert "file system" not in diagnosis.findings[1].fix
+
+
 WARNINGS = {
     "threads": ({"devices": {"threads": 16}}, "2 ranks x 16 threads"),
     "no threads": ({"devices": {"threads": None}}, "OMP_NUM_THREADS is not set"),
@@ -82,7 +98,7 @@ WARNINGS = {
     "locked": ({"limits": {"locked": 65536, "has_gpus": True}}, "may lock 65.5 kB"),
     "memory": ({"deepspeed": {"needed": 9e9}}, "need 9 GB, and the node has 8 GB"),
     "download": ({"inputs": {"hub": {"teacher.model": "a/b"}}}, "would be downloaded"),
-    "slow import": ({"devices": {"failed": "not done after 33 s", "is_importing": True}}, "`import torch` is not done"),
+    "slow import": ({"deepspeed": {"failed": "not done after 33 s", "cause": "import"}}, "`import deepspeed` is not done"),
 }
 
 
@@ -184,7 +200,7 @@ def test_an_all_reduce_that_fails_is_reported_once_per_error(config):
 def test_two_nodes_of_one_host_name_are_two(config):
     both = reports(2)
     both[1]["host"] = "n1"
-    assert list(diagnosis_of(config, both).summaries) == ["n1", "n1 (rank 1)"]
+    assert diagnosis_of(config, both).nodes == ("n1", "n1 (rank 1)")
 
 
 def test_the_exit_code_tells_what_no_node_has_from_what_one_lacks(config):

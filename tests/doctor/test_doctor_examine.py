@@ -45,7 +45,7 @@ def examine_both(rank_0, rank_1):
 
 def test_rank_0_alone_reports_two_healthy_ranks(rank_0):
     diagnosis, of_rank_1 = examine_both(rank_0, replace(rank_0, rank=1, local_rank=1))
-    assert diagnosis.findings == () and diagnosis.bandwidth > 0 and len(diagnosis.summaries) == 1
+    assert diagnosis.findings == () and diagnosis.bandwidth > 0 and len(diagnosis.nodes) == 1
     assert of_rank_1 is None
     assert list(rank_0.config.run_dir.iterdir()) == []
 

@@ -14,6 +14,8 @@ from conftest import write_config
 from distributed_ranks import free_port
 from reference_times import hang_limit
 
+from distill.config import load_config
+
 
 @pytest.fixture
 def config(tmp_path, tiny_encoder):
@@ -60,6 +62,37 @@ def test_a_config_that_cannot_be_read(doctor, config, capsys):
 def test_processes_on_this_node(doctor, variables, processes):
     os.environ.update(variables)
     assert doctor.processes_here() == processes
+
+
+@pytest.mark.parametrize("gpus, wanted, ranks", [(0, None, 2), (0, 5, 5), (4, None, 4), (4, 2, 2), (4, 8, 4)])
+def test_ranks_alone_are_those_of_the_pipeline_on_the_gpus_that_torch_sees(doctor, config, monkeypatch, gpus, wanted, ranks):
+    from launcher import pipeline, rendezvous
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    run = load_config(config, [f"engine.num_ranks={'null' if wanted is None else wanted}"])
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert doctor.context_of(run, 0.0, 10.0, None).ranks_per_node == ranks
+    assert pipeline.ranks_per_node is rendezvous.ranks_per_node
+
+
+@pytest.mark.parametrize(
+    "variables, here, cores",
+    [({}, 1, 3), ({}, 2, 3), ({"SLURM_CPUS_ON_NODE": "16"}, 1, 3), ({"SLURM_CPUS_ON_NODE": "16"}, 4, 16)],
+)
+def test_cores_are_those_that_this_process_may_use_or_that_a_step_shares_among_its_ranks(
+    doctor, monkeypatch, variables, here, cores
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    os.environ.pop("SLURM_CPUS_ON_NODE", None)
+    os.environ.update(variables)
+    assert doctor.num_cores(here) == cores
+
+
+def test_an_import_that_takes_too_long_ends_the_process_with_its_reason():
+    slow = "import time; from launcher.doctor import ending_after\nwith ending_after(0.1): time.sleep(600)"
+    done = subprocess.run([sys.executable, "-c", slow], cwd=ROOT, capture_output=True, text=True, timeout=hang_limit())
+    assert done.returncode == 1 and done.stderr.startswith("error: `import torch` is not done after 0 s on "), done.stderr
 
 
 def launchers() -> dict[str, list[str]]:
