@@ -89,6 +89,7 @@ class Check:
 
 
 def describe(error: BaseException) -> str:
+    """The type of an exception and its message."""
     return f"{type(error).__name__}: {error}"
 
 

@@ -48,7 +48,7 @@ def collect(context: Context) -> Facts:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     (mount, kind), free = mount_of(existing), shutil.disk_usage(existing).free
     needed, estimate = disk_needed(context.config)
-    summary = f"{format_bytes(free)} free ({kind.split()[0]}), "
+    summary = f"{format_bytes(free)} free ({kind.partition(' ')[0]}), "
     summary += "needs unknown" if needed is None else f"{format_bytes(needed)} needed"
     return facts | {"mount": mount, "kind": kind, "free": free, "needed": needed, "estimate": estimate, "summary": summary}
 
@@ -63,7 +63,8 @@ def _lock_error(file: IO) -> str:
 
 def mount_of(path: Path) -> tuple[str, str]:
     """The mount point of a path, and what is mounted there: ("/home", "nfs4 server:/home")."""
-    mounts = [each for each in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(each.mountpoint)]
+    resolved = path.resolve()
+    mounts = [each for each in psutil.disk_partitions(all=True) if resolved.is_relative_to(each.mountpoint)]
     deepest = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # the last of those at one point
     return (deepest.mountpoint, f"{deepest.fstype} {deepest.device}") if deepest else ("/", "unknown")
 
