@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from distill.run.allocator import keep_freed_memory
@@ -25,6 +25,9 @@ except ModuleNotFoundError as missing:
         file=sys.stderr,
     )
     sys.exit(2)
+
+if TYPE_CHECKING:
+    import torch
 
 FIXABLE = (ValueError, OSError, FloatingPointError)  # by the user, as the message says
 CONTINUES = "the same command continues from here"
@@ -105,6 +108,18 @@ def run(work: Callable[[], int | None], *, rank: int = 0, show_traceback: bool =
             traceback.print_exc()
         print(f"{prefix}error: {describe(error)}", file=sys.stderr)
         return exit_code(error)
+
+
+def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) -> None:
+    """Runs a stage of the run that the arguments describe, unless it is finished and nothing it depends on has changed."""
+    from distill.config import load_config
+
+    stage = load_config(arguments.config, arguments.overrides).stage_of(name)
+    if stage.reason_to_run() is None:
+        print(f"{name}: done already; nothing it depends on has changed")
+        return
+    quiet_libraries()
+    stage.run(device)
 
 
 def log_to_terminal() -> None:

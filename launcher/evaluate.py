@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command
+from launcher.rank_log import RankLog
 from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
 
 if TYPE_CHECKING:
@@ -133,10 +135,12 @@ def measure(args: argparse.Namespace) -> ModelResults | None:
     else:
         from distill.run.collectives import rank
 
-        device = start_process_group(TIMEOUT)
-        heartbeats = args.out.with_name(f".{args.out.name}.ranks")
-        with exiting_together(heartbeats, device, TIMEOUT, lambda: "the same command begins again"):
-            first = rank() == 0
+        device, first = start_process_group(TIMEOUT), rank() == 0
+        folder = args.out.with_name(f".{args.out.name}.ranks")
+        with (
+            RankLog(folder / "logs", "evaluate", rank()),
+            exiting_together(folder / "heartbeats", device, TIMEOUT, lambda: "the same command begins again"),
+        ):
             read_here = read(args) if first else None
             progress = first and sys.stderr.isatty()
             encoder = encoder_of(args.model, device=args.device or str(device), progress=progress, **options)
@@ -144,6 +148,7 @@ def measure(args: argparse.Namespace) -> ModelResults | None:
             gathered = encode_over_ranks(encoder, texts, device)
         if read_here is None or gathered is None:
             return None
+        shutil.rmtree(folder, ignore_errors=True)
         tasks, vectors = read_here, gathered
     scores = tasks.measure(EncodedTexts(texts, vectors), bootstrap=args.bootstrap, seed=args.seed)
     return ModelResults(dim=encoder.dim, params=encoder.params, bytes_per_vector=4 * encoder.dim, **scores)
@@ -186,11 +191,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
         raise ValueError("a run is measured by one process: --config without torchrun or srun")
     import torch
 
-    from distill.config import load_config, stage_of
-
-    command.set_up_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage_of(load_config(args.config, args.overrides), "evaluate").run(device)
+    command.run_stage(args, "evaluate", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return 0
 
 

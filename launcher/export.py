@@ -4,7 +4,7 @@
     python launcher/export.py --config configs/quickstart.yaml [export.formats='[onnx, onnx-int8]']
 
 With export.formats the folder also holds onnx/model.onnx and onnx/model_int8.onnx. Every file is compared with the student on
-1,000 texts before it appears.
+1,000 texts before it appears. A finished stage whose inputs and config have not changed is skipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def export() -> int:
         import torch
 
-        from distill.config import load_config, stage_of
-
-        command.set_up_libraries()
-        stage_of(load_config(arguments.config, arguments.overrides), "export").run(torch.device("cpu"))
+        command.run_stage(arguments, "export", torch.device("cpu"))
         return 0
 
     return command.run(export, show_traceback=arguments.traceback)

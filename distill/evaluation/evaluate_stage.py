@@ -17,10 +17,12 @@ from distill.evaluation.neighbours import neighbours
 from distill.evaluation.passage_index import build_index
 from distill.evaluation.score_tables import format_results
 from distill.evaluation.tasks import read_tasks
+from distill.export.folder import exports_fingerprint
 from distill.metrics.results import TEACHER, ModelResults, read_results, write_results
 from distill.run.files import fingerprint, publish, read_json, sha256_of, write_json
-from distill.run.session_log import session
+from distill.run.session_log import device_name, session
 from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.student.fingerprint import check_recorded
 from distill.student.student_config import StudentConfig
 from distill.teacher.encoder import Teacher
 from distill.teacher.teacher_config import TeacherConfig
@@ -51,9 +53,10 @@ class EvaluateStage(Stage):
 
     def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
         section, students = self.section, self.context.training_stages
-        if not self.inputs()["export"]:
-            export = self.context.run_dir / "export"
+        export = self.context.run_dir / "export"
+        if not stage_fingerprint(export):
             raise ValueError(f"evaluate needs {export}, which is not finished: run the export stage first")
+        check_recorded(export, export, exports_fingerprint(export))
         sets = (section.sts, section.retrieval or (), section.transfer or ())
         tasks = read_tasks(*sets, precisions=section.precision or (), rescore=section.rescore)
         measurement = Measurement(tasks, self.context.shards_dir, section.num_held_out)
@@ -97,13 +100,20 @@ class EvaluateStage(Stage):
             yield Model(stage, _content(folder), load_student, **sizes)
 
     def _measured(self, model: Model, measurement: Measurement, device: torch.device) -> dict[str, ModelResults]:
-        name = f"{measurement.key(model, str(device))}.json"
-        for path in sorted(self.context.run_dir.parent.glob(f"*/measured/{name}")):
-            logger.info("%s: measured before, %s", model.name, path)
-            return read_results(path)
+        file = f"{measurement.key(model, device_name(device))}.json"
+        for path in sorted(self.context.run_dir.parent.glob(f"*/measured/{file}")):
+            try:
+                results = read_results(path)
+            except ValueError as error:
+                logger.warning("%s: an earlier measurement is ignored: %s", model.name, error)
+                continue
+            if results.keys() == set(model.result_names):
+                logger.info("%s: measured before, %s", model.name, path)
+                return {name: results[name] for name in model.result_names}
+            logger.warning("%s: an earlier measurement is ignored: %s is of %s", model.name, path, ", ".join(results))
         results = measurement.measure(model)
         (self.context.run_dir / "measured").mkdir(exist_ok=True)
-        write_results(self.context.run_dir / "measured" / name, results)
+        write_results(self.context.run_dir / "measured" / file, results)
         return results
 
     def _pca_sizes(self) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from distill.metrics.held_out import test_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
 from distill.run.files import fingerprint, sha256_of
 from distill.shards import ShardReader
+from distill.shards.format import HELD_OUT
 from distill.shards.moments import Moments
 
 SPEED_TEXTS, CALIBRATION_TEXTS, PCA_TEXTS = 512, 1000, 20_000  # of the training text
@@ -31,6 +32,12 @@ class Model(NamedTuple):
     nested: tuple[int, ...] = ()
     pca: tuple[int, ...] = ()
 
+    @property
+    def result_names(self) -> list[str]:
+        """NAME, NAME-64 for a nested size, NAME-pca-64 for a PCA, in the order in which they are measured."""
+        nested = [f"{self.name}-{size}" for size in self.nested]
+        return [self.name, *nested, *(f"{self.name}-pca-{size}" for size in self.pca)]
+
 
 class Measurement:
     """Measures models on `tasks` and on the texts of a shard set: the held-out ones for fidelity, the others for speed, for the
@@ -44,7 +51,7 @@ class Measurement:
     @cached_property
     def held_out(self) -> tuple[list[str], np.ndarray] | None:
         """Held-out texts and the teacher's vectors of them; None if there are fewer than 3."""
-        path = self.reader.directory / "held_out"
+        path = self.reader.directory / HELD_OUT
         if not (path / "manifest.json").exists():
             return None
         reader = ShardReader(path)
@@ -62,7 +69,7 @@ class Measurement:
         return f"{model.name}-{fingerprint({'measured': what})[:24]}"
 
     def measure(self, model: Model) -> dict[str, ModelResults]:
-        """The results by name: NAME at the model's full size, NAME-64 for a nested size, NAME-pca-64 for a PCA."""
+        """The results of each of the model's sizes by name."""
         encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
         vectors = encoder(texts) if texts else None
@@ -70,7 +77,8 @@ class Measurement:
         has_int8 = bool(self.tasks.sts) and "int8" in self.tasks.precisions
         calibration = encoder(self._training_texts(CALIBRATION_TEXTS)) if has_int8 else None
         results: dict[str, ModelResults] = {}
-        for name, size, project in self._sizes(model, encoder):
+        sizes = (encoder.dim, *model.nested, *model.pca)
+        for name, size, project in zip(model.result_names, sizes, self._projections(model, encoder), strict=True):
             scores: dict[str, Any] = {"texts_per_second": speed}
             if held_out and held_out_vectors is not None:
                 scores["fidelity"] = Fidelity(**fidelity(project(held_out_vectors), held_out[1]), texts=len(held_out[0]))
@@ -80,17 +88,17 @@ class Measurement:
             results[name] = ModelResults(dim=size, params=encoder.params, bytes_per_vector=4 * size, **scores)
         return results
 
-    def _sizes(self, model: Model, encoder: TextEncoder) -> Iterator[tuple[str, int, Project]]:
-        """Name, dimensions and projection of each size of a model."""
-        yield model.name, encoder.dim, lambda vectors: vectors
+    def _projections(self, model: Model, encoder: TextEncoder) -> Iterator[Project]:
+        """From the model's vectors to those of each of its sizes."""
+        yield lambda vectors: vectors
         for size in model.nested:
-            yield f"{model.name}-{size}", size, lambda vectors, size=size: vectors[:, :size]  # type: ignore[misc]
+            yield lambda vectors, size=size: vectors[:, :size]  # type: ignore[misc]
         if model.pca:
             known = model.name == TEACHER
             moments = self.reader.moments if known else Moments.of(encoder(self._training_texts(PCA_TEXTS)))
             components = moments.pca(max(model.pca))[0].astype(np.float32)
             for size in model.pca:
-                yield f"{model.name}-pca-{size}", size, lambda vectors, size=size: vectors @ components[:size].T  # type: ignore[misc]
+                yield lambda vectors, size=size: vectors @ components[:size].T  # type: ignore[misc]
 
     def _training_texts(self, count: int) -> list[str]:
         return self.reader.texts(np.arange(min(count, len(self.reader))))

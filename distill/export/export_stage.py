@@ -12,13 +12,14 @@ import torch
 from distill.corpus.text_config import TextConfig
 from distill.export.card import Provenance, model_card
 from distill.export.export_config import ExportConfig
-from distill.export.folder import export_student
+from distill.export.folder import export_student, exports_fingerprint
 from distill.export.formats import require_packages
 from distill.export.sentence_transformers import check_pooling
-from distill.run.files import fingerprint, read_json, sha256_of
+from distill.run.files import read_json
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopAsked, stage_fingerprint
 from distill.shards import ShardReader
+from distill.student.fingerprint import check_student
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.tasks import training_tasks
@@ -37,13 +38,14 @@ class ExportStage(Stage):
         return {stage: stage_fingerprint(self.context.run_dir / stage) for stage in self.context.training_stages}
 
     def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
-        """Raises ValueError before any work if a stage is missing, if a package that export.formats needs is, or if a pooling
-        cannot be exported; and if a written format does not agree with its student."""
+        """Raises ValueError before any work if a stage or a package that export.formats needs is missing, if a student's
+        weights changed or its pooling cannot be exported; and if a written format does not agree with its student."""
         formats = self.context.section(ExportConfig).formats
         require_packages(formats)
         for name, found in self.inputs().items():
             if not found:
                 raise ValueError(f"export needs {self.context.run_dir / name}, which is not finished: run that stage first")
+            check_student(self.context.run_dir / name)
             check_pooling((read_json(self._student(name) / "student.json") or {}).get("pooling", ""))
         reader = ShardReader(self.context.shards_dir)
         check_on = reader.texts(list(range(min(NUM_CHECKED, len(reader)))))
@@ -59,10 +61,8 @@ class ExportStage(Stage):
                 folders[name], nested[name] = str(out), provenance.nested
                 cosines[name] = {each: {"worst": found.worst, "mean": found.mean} for each, found in agreements.items()}
                 logger.info("%s: %s", name, out)
-        files = sorted(path for path in self.directory.rglob("*") if path.suffix in (".safetensors", ".onnx"))
-        weights = {str(path.relative_to(self.directory)): sha256_of(path) for path in files}
         results = {"folders": folders, "nested_sizes": nested, "cosines": cosines}
-        self.finish(results, fingerprint(weights))
+        self.finish(results, exports_fingerprint(self.directory))
         return True
 
     def provenance(self, stage: str) -> Provenance:

@@ -13,7 +13,7 @@ from distill.export.formats import FORMATS, require_packages
 from distill.export.int8 import int8_graph
 from distill.export.onnx import onnx_graph
 from distill.export.sentence_transformers import check_pooling, save_sentence_transformers
-from distill.run.files import flush
+from distill.run.files import fingerprint, flush, sha256_of
 from distill.student import Student
 
 DESCRIPTION = "export.json"
@@ -60,6 +60,12 @@ def export_student(
     part.rename(out)
     flush(out.parent)
     return agreements
+
+
+def exports_fingerprint(directory: Path) -> str:
+    """Of the weights and graphs in all exported folders of a run: what the export stage records in its DONE.json."""
+    files = sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".onnx"))
+    return fingerprint({str(path.relative_to(directory)): sha256_of(path) for path in files})
 
 
 def _save_onnx(student: Student, folder: Path, formats: Collection[str]) -> None:

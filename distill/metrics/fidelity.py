@@ -9,13 +9,13 @@ from distill.metrics.vectors import unit
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
-    """Three metrics in -1..1, 1 for a student whose cosines are ordered as its teacher's; widths and float types may differ.
+    """Three metrics, 1 for a student whose cosines are ordered as its teacher's; widths and float types may differ.
 
     student [n, d_s] and teacher [n, d_t] are vectors of the same n texts, normalised here.
 
-    spearman        Spearman of student's and teacher's cosines over all n(n-1)/2 pairs
-    spearman_top50  for each text, Spearman of both cosines over its 50 nearest by the teacher; the mean over texts
-    top10           for each text, the fraction of its 10 nearest by the teacher that the student has too; the mean
+    spearman        Spearman of student's and teacher's cosines over all n(n-1)/2 pairs, in -1..1
+    spearman_top50  for each text, Spearman of both cosines over its 50 nearest by the teacher; the mean over texts, in -1..1
+    top10           for each text, the fraction of its 10 nearest by the teacher that the student has too; the mean, in 0..1
 
     A text is not its own neighbour; with few texts, 50 and 10 become n - 1. Memory is 8 n^2 bytes a few times over.
     Raises ValueError if the vectors are not of the same texts, fewer than 3, or not finite.

@@ -31,7 +31,7 @@ class Resampled(BaseModel):
 
 
 class Fidelity(BaseModel):
-    """Agreement with the teacher's cosines on `texts` held-out texts, each 0..1: see metrics/fidelity.py."""
+    """Agreement with the teacher on `texts` held-out texts, see metrics/fidelity.py: correlations in -1..1, top10 in 0..1."""
 
     spearman: float
     spearman_top50: float

@@ -8,14 +8,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import write_pairs
+from conftest import write_config, write_pairs
 from retrieval_sets import write_folder
 
 from distill.config import load_config, stage_of
 from distill.evaluation import measure
 from distill.evaluation.measure import Measurement, Model
 from distill.evaluation.tasks import read_tasks
-from distill.metrics.results import read_results
+from distill.metrics.results import read_results, write_results
+from distill.run.files import read_json, write_json
+from distill.run.session_log import device_name
 from distill.shards import ShardReader
 
 CPU = torch.device("cpu")
@@ -59,6 +61,51 @@ def test_the_key_of_a_measurement_changes_with_the_model_its_sizes_and_the_sets(
     assert measurement().key(Model("a", "1", Letters), "cpu") not in keys
 
 
+@pytest.fixture
+def stage(tmp_path, tiny_encoder):
+    """The evaluate stage of a run in which nothing was measured yet."""
+    found = stage_of(load_config(write_config(tmp_path, tiny_encoder)), "evaluate")
+    found.context.run_dir.mkdir(parents=True)
+    return found
+
+
+MODEL = Model("hpd", "id", Letters, nested=(3,), pca=(2, 4, 1))
+
+
+def test_a_kept_measurement_keeps_the_order_of_its_sizes_and_is_of_the_named_device(measurement, stage, monkeypatch):
+    measured = stage._measured(MODEL, measurement(), CPU)
+    (path,) = (stage.context.run_dir / "measured").iterdir()
+    assert path.stem == measurement().key(MODEL, device_name(CPU))
+    monkeypatch.delattr(Measurement, "measure")
+    assert list(stage._measured(MODEL, measurement(), CPU).items()) == list(measured.items())
+
+
+def cut(path, results):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def no_json(path, results):
+    path.write_text("dim: 16")
+
+
+def other_version(path, results):
+    write_json(path, read_json(path) | {"version": 0})
+
+
+def other_sizes(path, results):
+    write_results(path, {"hpd": results["hpd"], "hpd-5": results["hpd-3"]})
+
+
+@pytest.mark.parametrize("damage", [cut, no_json, other_version, other_sizes])
+def test_a_kept_measurement_that_cannot_be_used_is_measured_again_with_one_warning(measurement, stage, caplog, damage):
+    measured = stage._measured(MODEL, measurement(), CPU)
+    (path,) = (stage.context.run_dir / "measured").iterdir()
+    damage(path, measured)
+    assert stage._measured(MODEL, measurement(), CPU) == measured == read_results(path)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert str(path) in warning
+
+
 @pytest.fixture(scope="module")
 def run(finished, tmp_path_factory):
     """A copy of a finished run and its config with `overrides`."""
@@ -93,6 +140,20 @@ def test_a_model_that_was_measured_on_the_same_sets_is_not_measured_again(run, m
     with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
         stage_of(other, "evaluate").run(CPU)
     shutil.rmtree(other.run_dir / "evaluate")
+
+
+def test_exported_weights_that_changed_after_the_export_stage_finished_are_not_measured(run):
+    config = run("evaluate.sts=/no/such/folder")  # the check comes before the sets are read
+    weights = config.run_dir / "export/ckd/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"export: its weights are not those .*; delete \S+/export and run that stage again"):
+        stage_of(config, "evaluate").run(CPU)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="no STS sets in /no/such/folder"):
+        stage_of(config, "evaluate").run(CPU)
 
 
 def test_the_stage_writes_its_own_directory_and_what_later_readers_need(run):

@@ -13,6 +13,7 @@ from distill.run.config import ConfigError
 from distill.run.files import read_json, write_json
 from distill.run.stage import stage_fingerprint
 from distill.shards import ShardReader
+from distill.student.fingerprint import student_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,8 @@ def run(embedded_copy, tmp_path, tiny_encoder):
         return load_config(write_config(tmp_path, tiny_encoder), ["stages=[ckd, export]", *overrides])
 
     make_student(load().run_dir / "ckd/student", tiny_encoder)
-    write_json(load().run_dir / "ckd/DONE.json", {"settings": {}, "inputs": {}, "fingerprint": "made"})
+    made = student_fingerprint(load().run_dir / "ckd/student")
+    write_json(load().run_dir / "ckd/DONE.json", {"settings": {}, "inputs": {}, "fingerprint": made})
     return load
 
 
@@ -63,8 +65,18 @@ def test_what_cannot_be_exported_is_refused_before_the_stage_begins(run, tiny_en
         patch.setattr(formats, "PACKAGES", ("onnx_that_nobody_has",))
         with pytest.raises(ValueError, match=r"onnx_that_nobody_has: bash launcher/install.sh quickstart,onnx"):
             export(run("export.formats=[onnx]"))
-    make_student(run().run_dir / "ckd/student", tiny_encoder, pooling="concat_last4_mean")
+    make_student(run().run_dir / "ckd/student", tiny_encoder, pooling="concat_last4_mean")  # of the same weights
     with pytest.raises(ValueError, match=r"student\.pooling concat_last4_mean cannot be exported"):
+        export(run())
+    assert not (run().run_dir / "export").exists()
+
+
+def test_a_student_whose_weights_changed_after_its_stage_finished_is_not_exported(run):
+    weights = run().run_dir / "ckd/student/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"ckd/student: its weights are not those .*; delete \S+/ckd and run that stage again"):
         export(run())
     assert not (run().run_dir / "export").exists()
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import LAUNCHER, ROOT, call, environment
 from conftest import WORDS
-from distributed_ranks import free_port
+from distributed_ranks import free_port, start_ranks
 from reference_times import hang_limit
+
+from distill.run.collectives import rank
 
 PLAIN = {"ndcg@10", "recall@10", "recall@100", "mrr@10"}
 
@@ -105,6 +113,39 @@ def test_two_ranks_give_the_results_of_one_and_rank_0_alone_prints(measured, mod
     assert done.stdout.count("results: ") == 1 and done.stdout.count("bytes/vector") >= 1
     assert done.stderr.count("STS16 is missing") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+
+
+def _measure_until_rank_1_is_killed(arguments: list[str]) -> str:
+    from distill.evaluation import model_encoder
+    from launcher import command, evaluate
+
+    if rank() == 1:
+        model_encoder.encode_over_ranks = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    printed = io.StringIO()
+    with redirect_stderr(printed), pytest.raises(command.Exit):
+        evaluate.measure(evaluate.parse_args(arguments))
+    return printed.getvalue()
+
+
+def test_a_lost_rank_is_reported_with_the_folder_of_the_log_files(model, data, tmp_path):
+    arguments = list(map(str, everything(model, data, tmp_path / "out.json")))
+    processes, (pipe, _) = start_ranks(2, _measure_until_rank_1_is_killed, arguments)
+    assert pipe.poll(hang_limit())
+    succeeded, printed = pipe.recv()
+    for process in processes:
+        process.kill()
+    assert succeeded and printed.startswith("error: lost rank 1 "), printed
+    logs = Path(re.search(r"logs: (\S+);", printed)[1])
+    assert [path.name for path in sorted(logs.iterdir())] == [f"evaluate-rank-0000{rank}.log" for rank in range(2)]
+    assert "lost rank 1" in (logs / "evaluate-rank-00000.log").read_text()
+
+
+@pytest.mark.parametrize("stage", ["export", "evaluate"])
+def test_a_finished_stage_is_skipped_with_one_line(finished, tmp_path, stage):
+    config, directory, _ = finished
+    shutil.copytree(directory, tmp_path / directory.name)
+    done = call(f"{stage}.py", "--config", config, f"runs_dir={tmp_path}")
+    assert (done.returncode, done.stdout) == (0, f"{stage}: done already; nothing it depends on has changed\n")
 
 
 @pytest.mark.slow
