@@ -123,8 +123,8 @@ def read(args: argparse.Namespace) -> Tasks:
 def measure(args: argparse.Namespace) -> ModelResults | None:
     """The results; None on ranks other than 0, which only encode."""
     from distill.evaluation.model_encoder import encode_over_ranks, encoder_of
-    from distill.evaluation.tasks import EncodedTexts
     from distill.metrics.results import ModelResults
+    from distill.metrics.vectors import EncodedTexts
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
     if not command.is_one_of_many_ranks():

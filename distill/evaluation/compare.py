@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.metrics.bootstrap import difference
+from distill.metrics.bootstrap import paired_difference
 from distill.metrics.results import Interval, ModelResults, read_results
 
 
@@ -43,13 +43,14 @@ def compare(first: ModelResults, second: ModelResults, names: tuple[str, str] = 
     for measure, one in first.resamples.items():
         if (other := second.resamples.get(measure)) is None:
             continue
-        if one.sample == other.sample and len(one.values) == len(other.values) > 0:
-            low, high = difference(one.values, other.values)
-            verdict = "not distinguishable from 0" if low <= 0 <= high else f"{names[low > 0]} is better"
-            found.append(Difference(measure, one.score, other.score, other.score - one.score, (low, high), verdict))
-        else:
+        if (within := paired_difference(one, other)) is None:
             verdict = "not comparable: other data, seed or --bootstrap"
-            found.append(Difference(measure, one.score, other.score, None, None, verdict))
+        elif within[0] <= 0 <= within[1]:
+            verdict = "not distinguishable from 0"
+        else:
+            verdict = f"{names[within[0] > 0]} is better"
+        change = None if within is None else other.score - one.score
+        found.append(Difference(measure, one.score, other.score, change, within, verdict))
     if not found:
         raise ValueError("the two results have no measure in common that resamples were kept of")
     return found

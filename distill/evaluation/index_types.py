@@ -22,6 +22,7 @@ from distill.metrics.quantise import Int8, Precision, bytes_per_vector, sign_bit
 Search = Literal["exact", "hnsw"]
 NEIGHBOURS, EF_CONSTRUCTION, EF_SEARCH = 32, 200, 128
 TIMED_QUERIES = 200
+FACTORY_NAMES: dict[Precision, str] = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}  # of faiss.index_factory
 RESCORED_FROM: dict[Precision, tuple[Precision, ...]] = {"int8": ("float32",), "binary": ("int8", "float32")}
 
 
@@ -117,18 +118,14 @@ class VectorIndex:
 
 def _empty_index(index_type: IndexType, dim: int) -> Any:
     faiss = import_faiss()
-    is_exact = index_type.search == "exact"
+    is_graph = index_type.search == "hnsw"
     if index_type.precision == "binary":
-        bits = 8 * bytes_per_vector("binary", dim)
-        index = faiss.IndexBinaryFlat(bits) if is_exact else faiss.IndexBinaryHNSW(bits, NEIGHBOURS)
-    elif index_type.precision == "float32":
-        dot = faiss.METRIC_INNER_PRODUCT
-        index = faiss.IndexFlatIP(dim) if is_exact else faiss.IndexHNSWFlat(dim, NEIGHBOURS, dot)
+        index = faiss.index_binary_factory(8 * bytes_per_vector("binary", dim), f"BHNSW{NEIGHBOURS}" if is_graph else "BFlat")
     else:
-        dot, quantiser = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer
-        kept = {"float16": quantiser.QT_fp16, "int8": quantiser.QT_8bit}[index_type.precision]
-        index = faiss.IndexScalarQuantizer(dim, kept, dot) if is_exact else faiss.IndexHNSWSQ(dim, kept, NEIGHBOURS, dot)
-    if not is_exact:
+        stored = FACTORY_NAMES[index_type.precision]
+        name = f"HNSW{NEIGHBOURS}_{stored}" if is_graph else stored
+        index = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
+    if is_graph:
         index.hnsw.efConstruction = EF_CONSTRUCTION
     return index
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill.evaluation.model_encoder import TextEncoder, throughput
-from distill.evaluation.tasks import EncodedTexts, Tasks
+from distill.evaluation.tasks import Tasks
 from distill.metrics.fidelity import fidelity
 from distill.metrics.held_out import test_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
+from distill.metrics.vectors import EncodedTexts
 from distill.run.files import fingerprint, sha256_of
 from distill.shards import ShardReader
 from distill.shards.format import HELD_OUT

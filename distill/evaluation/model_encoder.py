@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
-from distill.metrics.vectors import Encode
+from distill.metrics.vectors import Encode, EncodedTexts
 from distill.run.collectives import from_rank_0, gather_rows, rank, world_size
 from distill.run.model_folders import resolve_model
 from distill.student import Student
@@ -43,25 +43,23 @@ class ModelEncoder:
         self.batch_size = batch_size
         self.progress = progress
         self.params = sum(parameter.numel() for parameter in model.parameters())
-        self.dim = int(self._encode(["width"]).shape[1])
+        self.dim = len(model.encode("width", show_progress_bar=False))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors float32 [n, dim] in the order given; a text that occurs twice is encoded once.
 
         Raises ValueError if the model gives a number that is not finite.
         """
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        if not row_of:
+        if not len(texts):
             return np.empty((0, self.dim), np.float32)
-        vectors = self._encode(list(row_of), self.progress)
-        if not np.isfinite(vectors).all():
-            bad = list(row_of)[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
-            raise ValueError(f"the model gives a vector that is not finite, first for {bad!r}")
-        return vectors[[row_of[text] for text in texts]]
+        vectors = EncodedTexts.of(self._encode, texts)(texts)
+        if not (is_finite := np.isfinite(vectors).all(axis=1)).all():
+            raise ValueError(f"the model gives a vector that is not finite, first for {texts[int(is_finite.argmin())]!r}")
+        return vectors
 
-    def _encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
+    def _encode(self, texts: list[str]) -> np.ndarray:
         # sentence-transformers itself batches by length, longest first, and restores the order
-        vectors = self.model.encode(texts, batch_size=self.batch_size, show_progress_bar=progress, convert_to_numpy=True)
+        vectors = self.model.encode(texts, batch_size=self.batch_size, show_progress_bar=self.progress, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
 
@@ -99,7 +97,7 @@ def encoder_of(
         raise ValueError(f"truncate_dim {truncate_dim} is not a number of dimensions; it must be 1 or more")
     _check_device(device)
     options: dict[str, Any] = {"device": device, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
-    model = _load_folder(name, options) if Path(name).is_dir() else _load_from_hub(name, options)
+    model = _load(name, options)
     width = model.get_embedding_dimension()
     if truncate_dim is not None and width is not None and truncate_dim > width:
         raise ValueError(f"truncate_dim {truncate_dim} is more than the {width} dimensions of {path_or_name}")
@@ -150,25 +148,18 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"device {device} is requested, but there is no GPU that this torch can use")
 
 
-def _load_folder(folder: str, options: dict[str, Any]) -> SentenceTransformer:
+def _load(name: str, options: dict[str, Any]) -> SentenceTransformer:
+    is_folder = Path(name).is_dir()
+    is_reachable = not is_folder and _is_hub_reachable()
     try:
-        return SentenceTransformer(folder, local_files_only=True, **options)
+        return SentenceTransformer(name, local_files_only=not is_reachable, **options)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the model at {folder} does not load: {error}") from None
-
-
-def _load_from_hub(name: str, options: dict[str, Any]) -> SentenceTransformer:
-    reachable = _is_hub_reachable()
-    try:
-        return SentenceTransformer(name, local_files_only=not reachable, **options)
-    except OSError as error:
-        why = (
-            "the hub has no such model that loads"
-            if reachable
-            else "the hub cannot be reached, and its cache here has no such model"
-        )
-        detail = f": {str(error).splitlines()[0]}" if reachable and str(error) else ""
-        raise ValueError(f"no model {name}: there is no such folder, and {why}{detail}") from None
+        if is_folder:
+            raise ValueError(f"the model at {name} does not load: {error}") from None
+        why = "the hub cannot be reached, and its cache here has no such model"
+        if is_reachable:
+            why = ": ".join(["the hub has no such model that loads", *str(error).splitlines()[:1]])
+        raise ValueError(f"no model {name}: there is no such folder, and {why}") from None
 
 
 def _is_hub_reachable() -> bool:

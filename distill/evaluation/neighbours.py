@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.metrics.fidelity import cosines_between
+from distill.metrics.fidelity import cosines_between, num_common
 
 NEAREST = 10  # that count as shared or not
 SHOWN = 3
@@ -27,7 +27,7 @@ def neighbours(texts: Sequence[str], student: np.ndarray, teacher: np.ndarray, *
     count = min(NEAREST, len(texts) - 1)
     cosines = {"teacher": cosines_between(teacher), "student": cosines_between(student)}
     nearest = {side: np.argsort(-values, axis=1, kind="stable")[:, :count] for side, values in cosines.items()}
-    shared = (nearest["teacher"][:, :, None] == nearest["student"][:, None, :]).any(axis=2).sum(axis=1)
+    shared = num_common(nearest["teacher"], nearest["student"])
     own, found = (np.take_along_axis(cosines["teacher"], rows, axis=1).mean(axis=1) for rows in nearest.values())
     order = np.lexsort((own - found, -shared))  # most shared first; then by how much nearer the teacher's own are
 

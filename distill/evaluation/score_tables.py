@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from distill.evaluation.compare import Difference
 from distill.evaluation.retrieval import COMPARED, MEASURES
-from distill.metrics.bootstrap import difference
+from distill.metrics.bootstrap import paired_difference
 from distill.metrics.results import ModelResults
 from distill.run.formatting import format_table
 
@@ -148,5 +148,7 @@ def _transfer_rows(results: ModelResults) -> Iterator[Row]:
 def _to_float32(results: ModelResults, whole: str, quantised: str, form: str) -> Row:
     """The paired difference of a quantised score to that of float32."""
     first, second = results.resamples[whole], results.resamples[quantised]
-    within = difference(first.values, second.values) if first.values else None
-    return {"to float32": cell(second.score - first.score, form), "95% of that": cell(within, form)}
+    return {
+        "to float32": cell(second.score - first.score, form),
+        "95% of that": cell(paired_difference(first, second), form),
+    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,7 +40,10 @@ class Tasks(NamedTuple):
     @property
     def texts(self) -> list[str]:
         """Every text of every set, once."""
-        return list(dict.fromkeys(text for texts in self._texts() for text in texts))
+        parts = [pairs.texts for pairs in self.sts.values()]
+        parts += [[*found.queries.values(), *found.documents.values()] for found in self.retrieval.values()]
+        parts += [labelled.texts for labelled in self.transfer.values()]
+        return list(dict.fromkeys(chain.from_iterable(parts)))
 
     @property
     def fingerprint(self) -> str:
@@ -47,14 +51,6 @@ class Tasks(NamedTuple):
         sts = {name: [pairs.first, pairs.second, pairs.gold.tolist()] for name, pairs in self.sts.items()}
         content = [sts, self.retrieval, self.transfer, self.searches, self.precisions, self.rescore]
         return fingerprint({"tasks": content})
-
-    def _texts(self) -> Iterable[Iterable[str]]:
-        for pairs in self.sts.values():
-            yield from (pairs.first, pairs.second)
-        for found in self.retrieval.values():
-            yield from (found.queries.values(), found.documents.values())
-        for labelled in self.transfer.values():
-            yield labelled.texts
 
     def measure(
         self, encode: Encode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
@@ -70,17 +66,6 @@ class Tasks(NamedTuple):
         if self.transfer:
             results |= transfer_scores(encode, self.transfer, **options)
         return results
-
-
-class EncodedTexts:
-    """Vectors [n, d] of n texts as an Encode of these texts."""
-
-    def __init__(self, texts: Sequence[str], vectors: np.ndarray) -> None:
-        self._row_of = {text: row for row, text in enumerate(texts)}
-        self._vectors = vectors
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        return self._vectors[[self._row_of[text] for text in texts]]
 
 
 def read_tasks(

@@ -63,19 +63,19 @@ def _correct(encode: Encode, given: TransferSet, seed: int) -> tuple[np.ndarray,
         x, y = np.concatenate([x, dev_x]), np.concatenate([y, dev_y])
     if given.test is not None:
         test_x, test_y = _arrays(encode, given.test)
-        model = _fit(x, y, num_train, seed)
-        return model.predict(test_x) == test_y, _strength(model)
+        model, strength = _fit(x, y, num_train, seed)
+        return model.predict(test_x) == test_y, strength
     correct = np.empty(num_train, dtype=bool)
     strengths = []
     for rows, fold in KFold(FOLDS, shuffle=True, random_state=seed).split(x[:num_train]):
         kept = np.concatenate([rows, np.arange(num_train, len(y))])
-        model = _fit(x[kept], y[kept], len(rows), seed)
+        model, strength = _fit(x[kept], y[kept], len(rows), seed)
         correct[fold] = model.predict(x[fold]) == y[fold]
-        strengths.append(_strength(model))
+        strengths.append(strength)
     return correct, float(np.median(strengths))
 
 
-def _fit(x: np.ndarray, y: np.ndarray, num_train: int, seed: int) -> LogisticRegressionCV:
+def _fit(x: np.ndarray, y: np.ndarray, num_train: int, seed: int) -> tuple[LogisticRegressionCV, float]:
     """Fitted on all rows with the C that is best on the rows from num_train on, the dev set; if there are none, on a tenth."""
     is_dev = np.arange(len(y)) >= num_train
     if is_dev.any():
@@ -85,11 +85,8 @@ def _fit(x: np.ndarray, y: np.ndarray, num_train: int, seed: int) -> LogisticReg
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # where a weak penalty does not converge, another C is better
         warnings.simplefilter("ignore", FutureWarning)  # of attributes that are not used here
-        return LogisticRegressionCV(Cs=STRENGTHS, cv=split, scoring="accuracy", max_iter=500).fit(x, y)
-
-
-def _strength(model: LogisticRegressionCV) -> float:
-    return float(np.ravel(model.C_)[0])
+        model = LogisticRegressionCV(Cs=STRENGTHS, cv=split, scoring="accuracy", max_iter=500).fit(x, y)
+    return model, float(np.ravel(model.C_)[0])
 
 
 def _arrays(encode: Encode, part: Labelled) -> tuple[np.ndarray, np.ndarray]:

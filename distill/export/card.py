@@ -24,6 +24,13 @@ PURPOSES = {
     "export.json": "dimensions, longest input, and the cosines of each format to the trained student",
 }
 
+SENTENCE_TRANSFORMERS_SNIPPET = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("this/folder")
+vectors = model.encode(["a text", "another, somewhat longer text"])
+cosines = model.similarity(vectors, vectors)"""
+
 ONNX_SNIPPET = """\
 import numpy as np
 import onnxruntime
@@ -93,22 +100,19 @@ def _summary(provenance: Provenance, about: dict[str, Any]) -> str:
     teachers = " and ".join(f"`{public(name)}`" for name in provenance.teachers)
     sources = ", ".join(public(source) for source in provenance.sources)
     kept = (provenance.text or {}).get("counts", {}).get("kept", 0)
-    facts = []
-    if about:
-        facts = [
-            f"- dimensions: {about['dim']}, L2-normalised; similarity function: cosine",
-            f"- parameters: {about['parameters']:,}",
-            f"- longest input: {about['max_length']} tokens; longer texts are truncated",
-        ]
-    return "\n".join(
-        [
-            f"# {provenance.run}, after {provenance.method}",
-            "",
-            f"A student of {teachers}, trained by distill on {kept:,} texts from {sources}.",
-            "Its weights descend from its teacher's and its text's: their licences apply.",
-            *(["", *facts] if facts else []),
-        ]
-    )
+    summary = f"""\
+# {provenance.run}, after {provenance.method}
+
+A student of {teachers}, trained by distill on {kept:,} texts from {sources}.
+Its weights descend from its teacher's and its text's: their licences apply."""
+    if not about:
+        return summary
+    return f"""\
+{summary}
+
+- dimensions: {about["dim"]}, L2-normalised; similarity function: cosine
+- parameters: {about["parameters"]:,}
+- longest input: {about["max_length"]} tokens; longer texts are truncated"""
 
 
 def _files(folder: Path, about: dict[str, Any]) -> str:
@@ -133,30 +137,25 @@ def _files(folder: Path, about: dict[str, Any]) -> str:
 
 
 def _sentence_transformers(nested: list[int]) -> str:
-    lines = [
-        "## With sentence-transformers",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("this/folder")',
-        'vectors = model.encode(["a text", "another, somewhat longer text"])',
-        "cosines = model.similarity(vectors, vectors)",
-        "```",
-        "",
-        "It needs no prompts, neither for queries nor for documents.",
-    ]
-    if nested:
-        lines += [
-            "",
-            f"Sizes are nested: the first {' or '.join(map(str, nested))} dimensions of a vector are a vector of that size.",
-            "",
-            "```python",
-            f'small = SentenceTransformer("this/folder", truncate_dim={max(nested)})',
-            'vectors = small.encode(["a text"], normalize_embeddings=True)  # a prefix is shorter than 1',
-            "```",
-        ]
-    return "\n".join(lines)
+    section = f"""\
+## With sentence-transformers
+
+```python
+{SENTENCE_TRANSFORMERS_SNIPPET}
+```
+
+It needs no prompts, neither for queries nor for documents."""
+    if not nested:
+        return section
+    return f"""\
+{section}
+
+Sizes are nested: the first {" or ".join(map(str, nested))} dimensions of a vector are a vector of that size.
+
+```python
+small = SentenceTransformer("this/folder", truncate_dim={max(nested)})
+vectors = small.encode(["a text"], normalize_embeddings=True)  # a prefix is shorter than 1
+```"""
 
 
 def _onnxruntime(formats: list[str], about: dict[str, Any], nested: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from distill.export.formats import FORMATS, package
+from distill.export.formats import FORMATS
 
 BATCH_SIZES = (1, 32)  # of onnxruntime: alone, and beside texts of other lengths
 
@@ -64,7 +65,7 @@ def onnx_vectors(folder: Path, file: str, texts: Sequence[str], batch_size: int)
     """Vectors [n, dim] float32 of texts by onnxruntime, from the graph `file` and tokenizer.json."""
     from tokenizers import Tokenizer
 
-    onnxruntime = package("onnxruntime")
+    onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])

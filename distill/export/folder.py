@@ -16,8 +16,6 @@ from distill.export.sentence_transformers import check_pooling, save_sentence_tr
 from distill.run.files import fingerprint, flush, sha256_of
 from distill.student import Student
 
-DESCRIPTION = "export.json"
-
 
 def export_student(
     student_dir: Path,
@@ -49,8 +47,9 @@ def export_student(
             for name in FORMATS
             if name == "sentence-transformers" or name in formats
         }
-        _write(part / DESCRIPTION, json.dumps(_description(student, len(check_on), agreements), indent=1) + "\n")
-        _write(part / "README.md", card(part))
+        description = json.dumps(_description(student, len(check_on), agreements), indent=1)
+        (part / "export.json").write_text(description + "\n", encoding="utf-8")
+        (part / "README.md").write_text(card(part), encoding="utf-8")
         for path in part.rglob("*"):
             flush(path)
     except BaseException:
@@ -90,7 +89,3 @@ def _description(student: Student, num_texts: int, agreements: dict[str, Agreeme
             for name, found in agreements.items()
         },
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,3 @@ def require_packages(formats: Collection[str]) -> None:
             f"export.formats [{', '.join(formats)}] needs the packages {', '.join(missing)}:"
             " bash launcher/install.sh quickstart,onnx, or leave export.formats empty"
         )
-
-
-def package(name: str) -> Any:
-    """The module of one of the optional PACKAGES, untyped, since it may not be installed."""
-    return importlib.import_module(name)

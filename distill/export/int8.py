@@ -26,11 +26,10 @@ same mean to 1e-5.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
-
-from distill.export.formats import package
 
 BLOCK = 32
 DOMAIN = "com.microsoft"
@@ -38,7 +37,7 @@ DOMAIN = "com.microsoft"
 
 def int8_graph(model: Any) -> Any:
     """A new onnx.ModelProto: that of `onnx_graph` with the weights of its matrix products and its token table in 8 bits."""
-    onnx = package("onnx")
+    onnx = importlib.import_module("onnx")
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     tables = [node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in weights]

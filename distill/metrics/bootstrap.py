@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.metrics.results import Interval
+from distill.metrics.results import Interval, Resampled
 from distill.run.files import fingerprint
 
 
@@ -35,6 +35,12 @@ def interval(values: np.ndarray | Sequence[float]) -> Interval:
     """The central 95% of `values`."""
     low, high = np.percentile(values, [2.5, 97.5]).tolist()
     return low, high
+
+
+def paired_difference(first: Resampled, second: Resampled) -> Interval | None:
+    """The 95% interval of second - first; None if the two were not measured on the same resamples."""
+    are_same = first.sample == second.sample and len(first.values) == len(second.values) > 0
+    return difference(first.values, second.values) if are_same else None
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Interval:

@@ -29,12 +29,13 @@ def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
         raise ValueError("fidelity: the student or the teacher gives a vector that is not finite")
     cosines_s, cosines_t = cosines_between(student), cosines_between(teacher)
     pairs = np.triu_indices(num_texts, k=1)
-    nearest_t = _nearest(cosines_t, 50)
-    near_s, near_t = (np.take_along_axis(cosines, nearest_t, axis=1) for cosines in (cosines_s, cosines_t))
+    nearest_50 = _nearest(cosines_t, 50)
+    near_s, near_t = (np.take_along_axis(cosines, nearest_50, axis=1) for cosines in (cosines_s, cosines_t))
+    nearest_10_s, nearest_10_t = _nearest(cosines_s, 10), _nearest(cosines_t, 10)
     return {
         "spearman": spearman(cosines_s[pairs], cosines_t[pairs]),
         "spearman_top50": float(spearman_rows(near_s, near_t).mean()),
-        "top10": _overlap(_nearest(cosines_s, 10), _nearest(cosines_t, 10)),
+        "top10": float(num_common(nearest_10_s, nearest_10_t).sum() / nearest_10_t.size),
     }
 
 
@@ -52,6 +53,6 @@ def _nearest(cosines: np.ndarray, count: int) -> np.ndarray:
     return np.argpartition(cosines, -count, axis=1)[:, -count:]
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean fraction of common indices of the rows of a and b, [n, k] each."""
-    return float((a[:, :, None] == b[:, None, :]).any(axis=2).mean())
+def num_common(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Number [n] of the indices that each row of a has in common with the same row of b, [n, k] each."""
+    return (a[:, :, None] == b[:, None, :]).any(axis=2).sum(axis=1)

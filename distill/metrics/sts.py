@@ -7,6 +7,7 @@ pairs. STS13 is without SMT; SICK-R is its test set of 4,927 pairs (not MTEB's 9
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from distill.metrics.bootstrap import interval, sample_name
 from distill.metrics.quantise import Precision, quantised
 from distill.metrics.results import Resampled
 from distill.metrics.spearman import bootstrap_spearman, spearman
-from distill.metrics.vectors import Encode, unit
+from distill.metrics.vectors import Encode, EncodedTexts, unit
 
 PAIRS = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICKR": 4927}
 """The sets of the average in the usual order, each with its number of pairs that have gold."""
@@ -30,6 +31,10 @@ class Pairs(NamedTuple):
     first: list[str]
     second: list[str]
     gold: np.ndarray  # float64 [n]
+
+    @property
+    def texts(self) -> list[str]:
+        return [*self.first, *self.second]
 
 
 def sts_scores(
@@ -46,8 +51,8 @@ def sts_scores(
     precisions: vectors that are measured besides float32. calibration: vectors [m, dim] that int8 takes its ranges from; None
     takes those of the sets. bootstrap: number of resamples of the pairs. Missing sets are named in sts_warnings.
     """
-    texts = list(dict.fromkeys(text for pairs in sets.values() for side in (pairs.first, pairs.second) for text in side))
-    vectors, row_of = encode(texts), {text: row for row, text in enumerate(texts)}
+    encoded = EncodedTexts.of(encode, chain.from_iterable(pairs.texts for pairs in sets.values()))
+    ranges_from = encoded.vectors if calibration is None else calibration
     warnings = [f"{name} is missing: AVG is without it" for name in PAIRS if name not in sets]
     warnings += [
         f"{name} has {len(pairs.gold)} pairs, not the usual {PAIRS[name]}: not comparable with published results"
@@ -58,8 +63,8 @@ def sts_scores(
     sample = sample_name(seed, content)
     results: dict[str, Any] = {"sts_quantised": {}, "sts_resamples": {}, "sts_warnings": warnings}
     for precision in dict.fromkeys(["float32", *precisions]):
-        stored = quantised(vectors, precision, vectors if calibration is None else calibration)
-        scores, resampled = _scores(stored, row_of, sets, bootstrap, seed)
+        stored = EncodedTexts(encoded.texts, quantised(encoded.vectors, precision, ranges_from))
+        scores, resampled = _scores(stored, sets, bootstrap, seed)
         average = Resampled(score=scores["AVG"], sample=sample, values=resampled["AVG"].round(3).tolist())
         if precision == "float32":
             results["sts"] = scores
@@ -73,19 +78,17 @@ def sts_scores(
 
 def dev_score(encode: Encode, pairs: Pairs) -> float:
     """Spearman x 100 on one set."""
-    texts = list(dict.fromkeys([*pairs.first, *pairs.second]))
-    cosines = _cosines(encode(texts), {text: row for row, text in enumerate(texts)}, pairs)
-    return 100 * spearman(cosines, pairs.gold)
+    return 100 * spearman(_cosines(EncodedTexts.of(encode, pairs.texts), pairs), pairs.gold)
 
 
 def _scores(
-    vectors: np.ndarray, row_of: Mapping[str, int], sets: Mapping[str, Pairs], bootstrap: int, seed: int
+    encode: Encode, sets: Mapping[str, Pairs], bootstrap: int, seed: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The scores of the sets with AVG and AVG_OF, and the resampled scores of the sets and of AVG, [bootstrap] each."""
     scores: dict[str, Any] = {}
     resampled = {}
     for name, pairs in sets.items():
-        cosines = _cosines(vectors, row_of, pairs)
+        cosines = _cosines(encode, pairs)
         scores[name] = 100 * spearman(cosines, pairs.gold)
         # depends on nothing else, so that two models are measured on the same resamples
         rng = np.random.default_rng([seed, STREAMS[name]])
@@ -95,8 +98,8 @@ def _scores(
     return scores | {"AVG": float(np.mean([scores[name] for name in averaged])), "AVG_OF": averaged}, resampled
 
 
-def _cosines(vectors: np.ndarray, row_of: Mapping[str, int], pairs: Pairs) -> np.ndarray:
+def _cosines(encode: Encode, pairs: Pairs) -> np.ndarray:
     """Cosines [n] of the pairs, float64, from vectors of any length."""
-    first, second = (unit(vectors[[row_of[text] for text in side]]) for side in (pairs.first, pairs.second))
+    first, second = (unit(encode(side)) for side in (pairs.first, pairs.second))
     # beyond six decimals there is only float32's noise, which would rank pairs of identical texts among themselves
     return np.einsum("nd,nd->n", first, second).round(6)

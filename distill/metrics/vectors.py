@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 Encode = Callable[[list[str]], np.ndarray]
 """Texts [n] to their vectors, float32 [n, d], in the same order; not necessarily normalised."""
+
+
+class EncodedTexts:
+    """Vectors [n, d] of n distinct texts as an Encode of these texts."""
+
+    def __init__(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        self.texts, self.vectors = texts, vectors
+        self._row_of = {text: row for row, text in enumerate(texts)}
+
+    @classmethod
+    def of(cls, encode: Encode, texts: Iterable[str]) -> EncodedTexts:
+        """Each text encoded once, all of them in one call."""
+        distinct = list(dict.fromkeys(texts))
+        return cls(distinct, encode(distinct))
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self.vectors[[self._row_of[text] for text in texts]]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

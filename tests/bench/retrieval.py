@@ -32,9 +32,9 @@ import torch
 from distill.evaluation.index_types import IndexType, index_types, timed_search
 from distill.evaluation.retrieval import COMPARED, exact_search, retrieval_scores
 from distill.evaluation.score_tables import cell, table_of
-from distill.evaluation.tasks import EncodedTexts, Tasks, read_tasks
+from distill.evaluation.tasks import Tasks, read_tasks
 from distill.metrics.bootstrap import difference
-from distill.metrics.vectors import unit
+from distill.metrics.vectors import EncodedTexts, unit
 from distill.run.allocator import keep_freed_memory
 from distill.run.files import publish, sha256_of
 from distill.run.precision import autocast_dtype

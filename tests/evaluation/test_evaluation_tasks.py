@@ -7,7 +7,8 @@ from distributed_ranks import on_ranks
 from retrieval_sets import write_folder
 
 from distill.evaluation.model_encoder import encode_over_ranks
-from distill.evaluation.tasks import EncodedTexts, read_tasks
+from distill.evaluation.tasks import read_tasks
+from distill.metrics.vectors import EncodedTexts
 from distill.run.collectives import rank
 
 

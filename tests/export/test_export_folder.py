@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from students import TEXTS, cosines, export, make_student
 from distill.export import folder, formats, int8
 from distill.export.card import Provenance, model_card
 from distill.export.check import check_format
-from distill.export.formats import FORMATS, package
+from distill.export.formats import FORMATS
 
 WITHOUT_US = """
 import json, sys
@@ -121,7 +122,7 @@ def test_a_file_that_is_not_the_students_is_found(exported, tmp_path, name):
         weights["embeddings.LayerNorm.bias"][0] += 3
         save_file(weights, copy / "model.safetensors")
     else:
-        onnx = package("onnx")
+        onnx = importlib.import_module("onnx")
         model = onnx.load(str(copy / FORMATS[name].file))
         bias = next(each for each in model.graph.initializer if each.name.endswith("embeddings.LayerNorm.bias"))
         changed = onnx.numpy_helper.to_array(bias).copy()
@@ -136,7 +137,7 @@ def test_weights_that_are_rounded_too_coarsely_never_appear(exported, tmp_path, 
     _, student_dir, there = exported
     rounded = int8.in_rows
     monkeypatch.setattr(int8, "in_rows", lambda rows: (rounded(rows)[0] // 64 * 64, rounded(rows)[1]))
-    monkeypatch.setattr(folder, "onnx_graph", lambda _: package("onnx").load(str(there / FORMATS["onnx"].file)))
+    monkeypatch.setattr(folder, "onnx_graph", lambda _: importlib.import_module("onnx").load(str(there / FORMATS["onnx"].file)))
     with pytest.raises(ValueError, match="as onnx-int8 does not agree with the student"):
         export(student_dir, tmp_path / "export", "onnx", "onnx-int8")
     assert names(tmp_path) == []

@@ -119,11 +119,13 @@ def _measure_until_rank_1_is_killed(arguments: list[str]) -> str:
     from distill.evaluation import model_encoder
     from launcher import command, evaluate
 
+    args = evaluate.parse_args(arguments)
     if rank() == 1:
         model_encoder.encode_over_ranks = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        evaluate.measure(args)
     printed = io.StringIO()
     with redirect_stderr(printed), pytest.raises(command.Exit):
-        evaluate.measure(evaluate.parse_args(arguments))
+        evaluate.measure(args)
     return printed.getvalue()
 
 
