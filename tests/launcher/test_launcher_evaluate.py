@@ -136,7 +136,7 @@ def test_a_lost_rank_is_reported_with_the_folder_of_the_log_files(model, data, t
     succeeded, printed = pipe.recv()
     for process in processes:
         process.kill()
-    assert succeeded and printed.startswith("error: lost rank 1 "), printed
+    assert succeeded and printed.startswith("error: ") and "lost rank 1 " in printed, printed
     logs = Path(re.search(r"logs: (\S+);", printed)[1])
     assert [path.name for path in sorted(logs.iterdir())] == [f"evaluate-rank-0000{rank}.log" for rank in range(2)]
     assert "lost rank 1" in (logs / "evaluate-rank-00000.log").read_text()
