@@ -118,7 +118,7 @@ def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) ->
     if stage.reason_to_run() is None:
         print(f"{name}: done already; nothing it depends on has changed")
         return
-    quiet_libraries()
+    set_up_libraries()
     stage.run(device)
 
 
