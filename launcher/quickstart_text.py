@@ -35,7 +35,8 @@ THIS_PROJECT = Path(distill.__file__).resolve().parent
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 PROSE_SECTION = re.compile(
-    r"(?:notes?|description|details|background|overview|introduction|summary|warnings?|discussion|usage|important|tips?)\s*:?:?",
+    r"(?:notes?|description|details|background|overview|introduction|summary|warnings?|discussion|usage"
+    r"|important|tips?)\s*:?:?",
     re.IGNORECASE,
 )
 OTHER_SECTION = re.compile(
