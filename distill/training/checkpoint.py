@@ -1,15 +1,18 @@
 """Checkpoints: complete or absent, written in the background, the last N kept, read by any number of ranks and any ZeRO stage.
 
     checkpoints/step-00000100/rank-00000.safetensors ...    what each rank owned (fragments.py)
-    checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file, the loop's state, what the
-                                                            run is made of; then the folder loses its suffix .part
+    checkpoints/step-00000100/student/                      the best student so far: hard links to the files of STAGE/student
+    checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file and of this one, the loop's
+                                                            state, what the run is made of; then the folder loses its suffix
+                                                            .part
 
 `save` copies to host memory and returns. A thread on each rank writes, flushes and hashes; rank 0's commits once all files are
-there. Rank 0 decides which checkpoint is read, and broadcasts it.
+there. Rank 0 decides which checkpoint is read, and broadcasts it; a damaged one is renamed to step-00000100.damaged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -24,10 +27,12 @@ from distill.run.collectives import FailedElsewhere, add_over_ranks, barrier, fr
 from distill.run.files import flush, publish, sha256_of, write_json
 from distill.run.stage import differences
 from distill.training.fragments import copy_owned, load_fragments, shapes, steps_taken, write_tensors
+from distill.training.student_store import flush_folder, link_folder, restore_folder
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 MOST_NAMED = 8
+STUDENT = "student"
 
 
 class Checkpoints:
@@ -43,16 +48,19 @@ class Checkpoints:
         self.made_of = made_of
         self._writer: _Writer | None = None
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+    def save(self, engine: Any, step: int, state: dict[str, Any], student: Path | None = None) -> None:
         """Begins the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`.
 
-        Waits for the one before, and raises what went wrong with it.
+        student: the folder of the best student, if there is one yet. Waits for the checkpoint before, and raises what went wrong
+        with it.
         """
         self.wait()
         part = self.directory / f"step-{step:08d}.part"
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            if student is not None and student.exists():
+                link_folder(student, part / STUDENT)
         barrier()
         tensors = copy_owned(engine)
         described = {
@@ -84,21 +92,26 @@ class Checkpoints:
         finally:
             writer.abandoned.set()
 
-    def load(self, engine: Any) -> dict[str, Any] | None:
+    def load(self, engine: Any, student: Path | None = None) -> dict[str, Any] | None:
         """Restores the newest checkpoint whose checksums hold and returns its `state`; None if there is none.
 
-        Raises ValueError if it is of a run that was made of something else, and names what changed.
+        student: the folder that then holds the best student of that checkpoint, or is absent. Raises ValueError if the
+        checkpoint is of a run that was made of something else, and names what changed.
         """
         described = from_rank_0(self._newest_valid() if rank() == 0 else None, self.device)
-        if described is None:
-            return None
-        folder = self.directory / f"step-{described['step']:08d}"
-        if changed := differences(described["made_of"], self._made_of(engine)):
+        folder = self.directory / f"step-{described['step']:08d}" if described else None
+        if described and (changed := differences(described["made_of"], self._made_of(engine))):
             more = f"; and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
             raise ValueError(
                 f"{folder} was taken by a run made of other things ({'; '.join(changed[:MOST_NAMED])}{more}):"
                 f" put them back to continue it, use another name=, or delete {self.directory} to begin the stage again"
             )
+        if student is not None:
+            if rank() == 0:
+                restore_folder(student, folder / STUDENT if folder else None)
+            barrier()
+        if folder is None or described is None:
+            return None
         load_fragments(engine, [folder / name for name in sorted(described["files"])], described["adam_steps"])
         return described["state"]
 
@@ -124,7 +137,10 @@ class Checkpoints:
             damage = _damage(folder)
             if damage is None:
                 return json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
-            logger.warning("%s is damaged and is passed over: %s", folder, damage)
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s is damaged and is passed over: %s; it is now %s", folder, damage, aside.name)
         return None
 
 
@@ -158,7 +174,7 @@ class _Writer(threading.Thread):
             self.written.set()
 
     def _commit(self) -> None:
-        """Waits for every rank's file, then gives the folder its name and deletes what is older than the last `keep`."""
+        """Waits for every rank's file, then gives the folder its name and deletes what is older than the last `keep` up to it."""
         reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
         while not all(report.exists() for report in reports):
             if self.abandoned.wait(POLL_SECONDS):
@@ -167,17 +183,30 @@ class _Writer(threading.Thread):
         for report in reports:
             files[f"{report.stem}.safetensors"] = json.loads(report.read_text(encoding="utf-8"))["sha256"]
             report.unlink()
-        write_json(self.part / "COMPLETE.json", self.described | {"files": files})
+        described = self.described | {"files": files, "student": _student_digests(self.part / STUDENT)}
+        write_json(self.part / "COMPLETE.json", described | {"sha256": checksum(described)})
         final = self.part.with_suffix("")
         _delete(final)
         self.part.rename(final)
         flush(final.parent)
-        for old in _complete(final.parent)[: -self.keep]:
+        complete = _complete(final.parent)
+        for old in complete[: complete.index(final) + 1][: -self.keep]:  # a later one is damaged, and counts for nothing
             _delete(old)
 
 
+def checksum(described: dict[str, Any]) -> str:
+    """The sha256 of a COMPLETE.json without its own: of its JSON with sorted keys, in which a score may be -Infinity."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _student_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a student that is on disk from now on."""
+    flush_folder(folder)
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def _complete(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob("step-*") if p.suffix != ".part" and (p / "COMPLETE.json").is_file())
+    return sorted(p for p in directory.glob("step-*") if not p.suffix and (p / "COMPLETE.json").is_file())
 
 
 def _delete(folder: Path) -> None:
@@ -189,9 +218,15 @@ def _delete(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     try:
-        files = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, LookupError):
+        described = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
+        claimed = described.pop("sha256", None)
+    except (OSError, ValueError, AttributeError):
         return "COMPLETE.json cannot be read"
+    if checksum(described) != claimed:
+        return "COMPLETE.json does not match its checksum"
+    if folder.name != f"step-{described['step']:08d}":
+        return f"COMPLETE.json is of step {described['step']}"
+    files = described["files"] | {f"{STUDENT}/{name}": digest for name, digest in described["student"].items()}
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -88,7 +88,7 @@ class Trainer:
         self.num_steps = self._num_steps()
         self.progress = Progress()
         self.store = StudentStore(student_dir, engine, merge=train.merge)
-        restored = checkpoints.load(engine)
+        restored = checkpoints.load(engine, student_dir)
         if restored is not None:
             self.progress = Progress(**restored)
             task.restore(self.progress.step)
@@ -136,7 +136,7 @@ class Trainer:
             if progress.step % self.train.save_every == 0 or last or stops_early or stop_requested:
                 with clock.of("checkpoint"):
                     self.tensorboard.flush()  # first: points of steps before a checkpoint are never written again
-                    self.checkpoints.save(self.engine, progress.step, asdict(progress))
+                    self.checkpoints.save(self.engine, progress.step, asdict(progress), self.store.directory)
             if stops_early or stop_requested:
                 break
         batches.close()

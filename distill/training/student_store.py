@@ -1,8 +1,14 @@
-"""The best student of a training stage on disk: replaced as a whole, after every dev evaluation that improved."""
+"""The best student of a training stage on disk: replaced as a whole, after every dev evaluation that improved.
+
+Every checkpoint holds hard links to its files, and a run that continues from a checkpoint takes it from there: whenever a run is
+killed, the student is that of the restored `best_step`.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +36,6 @@ class StudentStore:
         self.merge = merge
         self._engine = engine
         self._initial = whole_state(engine) if merge is not None else {}
-        self._old = directory.with_suffix(".old")
-        if rank() == 0 and self._old.exists():  # a kill between the two renames of `keep`
-            if directory.exists():
-                shutil.rmtree(self._old)
-            else:
-                self._old.rename(directory)
-        barrier()
 
     def keep(self, student: Student) -> None:
         """Writes the engine's weights as the best student."""
@@ -58,9 +57,45 @@ class StudentStore:
         own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
         extra = {name: value.contiguous() for name, value in state.items() if not name.startswith(PREFIX)}
         student.save(part, own, extra)
-        for path in part.rglob("*"):
-            flush(path)
-        if self.directory.exists():
-            self.directory.rename(self._old)
-        part.rename(self.directory)
-        shutil.rmtree(self._old, ignore_errors=True)
+        flush_folder(part)
+        _put_in_place(part, self.directory)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Makes `target` a copy of a folder: hard links, or copies where the file system has none."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def restore_folder(folder: Path, kept: Path | None) -> None:
+    """Makes `folder` a copy of `kept`, or absent; removes what a kill left of it."""
+    for left in (folder, folder.with_suffix(".old"), folder.with_suffix(".part")):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(left)
+    if kept is not None and kept.exists():
+        part = folder.with_suffix(".part")
+        link_folder(kept, part)
+        flush_folder(part)
+        _put_in_place(part, folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until a folder and everything in it is on disk."""
+    for path in [*folder.rglob("*"), *([folder] if folder.exists() else [])]:
+        flush(path)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    """Gives the finished `part` the name `folder`, which is deleted once the new one is on disk."""
+    old = folder.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

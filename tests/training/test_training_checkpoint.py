@@ -14,7 +14,7 @@ from distributed_ranks import on_ranks
 from engines import CELLS, CPU, embed_text, new_engine, train_stage, train_steps, whole
 
 from distill.run.collectives import barrier, rank
-from distill.training.checkpoint import Checkpoints
+from distill.training.checkpoint import Checkpoints, checksum
 from distill.training.fragments import copy_owned
 
 MADE_OF = {"seed": 0, "ckd": {"global_batch": 12}}
@@ -78,6 +78,22 @@ def test_a_resumed_engine_continues_as_if_it_had_never_stopped(copy):
         assert state == {"step": 6, "best_score": 0.5} and same(found, states[8])
 
 
+def save_below_a_later_one(directory):
+    engine = new_engine(CELL, directory)
+    checkpoints = checkpoints_in(directory / "checkpoints")
+    for step in (2, 4, 6):
+        checkpoints.save(engine, step, {"step": step})
+    checkpoints.wait()
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_count_among_those_that_are_kept(tmp_path):
+    for step in (8, 10):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step:08d}/COMPLETE.json").write_text("{}")
+    on_ranks(1, save_below_a_later_one, tmp_path)
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6, 8, 10]
+
+
 def damage(folder, how):
     files = sorted(folder.glob("*.safetensors"))
     if how == "flipped":
@@ -90,6 +106,12 @@ def damage(folder, how):
         files[1].unlink()
     elif how == "description":
         (folder / "COMPLETE.json").write_text((folder / "COMPLETE.json").read_text()[:-20])
+    elif how == "value":
+        text = (folder / "COMPLETE.json").read_text()
+        (folder / "COMPLETE.json").write_text(text.replace('"best_score": 0.5', '"best_score": 0.7'))
+    elif how == "step":
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("step-00000004"), folder)
     elif how == "incomplete":
         (folder / "COMPLETE.json").unlink()
 
@@ -99,6 +121,8 @@ MESSAGES = {
     "truncated": "step-00000006 is damaged and is passed over: rank-00001.safetensors does not match its checksum",
     "missing": "step-00000006 is damaged and is passed over: rank-00001.safetensors is missing",
     "description": "step-00000006 is damaged and is passed over: COMPLETE.json cannot be read",
+    "value": "step-00000006 is damaged and is passed over: COMPLETE.json does not match its checksum",
+    "step": "step-00000006 is damaged and is passed over: COMPLETE.json is of step 4",
     "incomplete": "",
 }
 
@@ -111,6 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_older_one(copy, h
         assert state["step"] == 4 and same(found, states[8])
     printed = capfd.readouterr().err
     assert printed.count("passed over") == bool(MESSAGES[how]) and MESSAGES[how] in printed
+    assert (directory / "step-00000006.damaged").exists() == bool(MESSAGES[how])
 
 
 def test_without_a_valid_checkpoint_the_stage_begins_again(copy):
@@ -138,9 +163,46 @@ def test_a_run_made_of_other_things_is_refused_and_they_are_named(copy):
         on_ranks(2, resume, directory, other)
     changed = json.loads((directory / "step-00000006/COMPLETE.json").read_text())
     changed["made_of"]["parameters"]["projection.bias"] = [4]
-    (directory / "step-00000006/COMPLETE.json").write_text(json.dumps(changed))
+    del changed["sha256"]
+    (directory / "step-00000006/COMPLETE.json").write_text(json.dumps(changed | {"sha256": checksum(changed)}))
     with pytest.raises(AssertionError, match=r"\(parameters.projection.bias: \[4\] -> \[3\]\)"):
         on_ranks(2, resume, directory)
+
+
+def keep_students(directory):
+    """Checkpoints after 2, 4 and 6 steps, of which the second and third name the same best student; a later one after them."""
+    engine, student = new_engine(CELL, directory), directory / "student"
+    checkpoints = checkpoints_in(directory / "checkpoints")
+    for step, best in ((2, 2), (4, 4), (6, 4), (8, 8)):
+        if step == best:
+            shutil.rmtree(student, ignore_errors=True)
+            (student / "tokenizer").mkdir(parents=True)
+            (student / "tokenizer/words.txt").write_text(f"of step {best}")
+        if step < 8:
+            checkpoints.save(engine, step, {"step": step, "best_step": best}, student)
+    checkpoints.wait()
+
+
+def student_after_a_load(directory):
+    state = checkpoints_in(directory / "checkpoints").load(new_engine(CELL, directory), directory / "student")
+    words = directory / "student/tokenizer/words.txt"
+    return state and state["best_step"], words.read_text() if words.exists() else None
+
+
+def test_a_checkpoint_restores_its_best_student_and_the_one_before_it_if_that_is_damaged(tmp_path):
+    on_ranks(1, keep_students, tmp_path)
+    words = "student/tokenizer/words.txt"
+    newest, older = (tmp_path / f"checkpoints/step-0000000{step}" for step in (6, 4))
+    assert (newest / words).samefile(older / words), "a student takes its place on disk once"
+    (tmp_path / "student").rename(tmp_path / "student.old")  # a kill between the two renames
+    assert on_ranks(1, student_after_a_load, tmp_path) == [(4, "of step 4")]
+    assert not list(tmp_path.glob("student.*")) and (tmp_path / words).samefile(older / words)
+    (newest / words).unlink()
+    (newest / words).write_text("of step 5")
+    assert on_ranks(1, student_after_a_load, tmp_path) == [(4, "of step 4")]
+    assert newest.with_suffix(".damaged").exists()
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert on_ranks(1, student_after_a_load, tmp_path) == [(None, None)], "a stage that begins again has no student yet"
 
 
 def changes_in_two_steps(directory, cell):

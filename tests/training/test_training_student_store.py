@@ -1,4 +1,4 @@
-"""A student interpolated with what the stage began with: which weights are kept, and whose metrics are reported."""
+"""The best student: after a kill, and interpolated with what the stage began with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from distill.config import load_config, stage_of
 from distill.student import Student
+from distill.training.checkpoint import Checkpoints
+from distill.training.loop import Trainer
 
 STEPS = ("ckd.global_batch=16", "ckd.micro_batch=8", "ckd.queue=32", "ckd.max_steps=4", "ckd.lr=1e-2", "ckd.dev_every=4",
          "ckd.projection=linear", "engine.precision=fp32")  # fmt: skip
@@ -58,3 +60,31 @@ def test_the_reported_metrics_are_those_of_the_merged_student(embedded_copy):
     metrics = evaluation(Student.load(run.parent / "merged/ckd/student").eval())
     fidelity = [value for name, value in metrics.items() if name.startswith("fidelity/")]
     assert results["best_score"] == pytest.approx(sum(fidelity) / len(fidelity), abs=1e-3)
+
+
+def train_with_scores(config, overrides, scores, killed_at=None):
+    """A CKD run whose dev evaluations give these scores by step, and that fails before the checkpoint of `killed_at`."""
+    save = Checkpoints.save
+
+    def fail(checkpoints, engine, step, *more):
+        checkpoints.wait()
+        if step == killed_at:
+            raise InterruptedError("killed before this checkpoint")
+        save(checkpoints, engine, step, *more)
+
+    Checkpoints.save = fail
+    Trainer._score = lambda trainer, metrics: scores[trainer.progress.step]
+    return train_stage(config, "ckd", overrides)
+
+
+def test_a_student_of_an_evaluation_that_a_kill_undid_is_not_kept(embedded_copy):
+    """As where a resumed run rounds differently: the evaluation after the checkpoint is not the best any more."""
+    config, run = embedded_copy
+    overrides = [*STEPS, "ckd.max_steps=6", "ckd.dev_every=2", "ckd.save_every=2", "ckd.keep=3"]
+    with pytest.raises(AssertionError, match="killed before this checkpoint"):
+        on_ranks(1, train_with_scores, config, overrides, {2: 0.5, 4: 0.6}, 4)
+    of_step_2 = weights(run / "ckd/checkpoints/step-00000002/student")
+    assert not weights(run / "ckd/student")["projection.weight"].equal(of_step_2["projection.weight"])
+    (results,) = on_ranks(1, train_with_scores, config, overrides, {4: 0.4, 6: 0.3})
+    kept = weights(run / "ckd/student")
+    assert results["best_step"] == 2 and all(kept[name].equal(value) for name, value in of_step_2.items())
