@@ -166,7 +166,7 @@ class Student(nn.Module):
         encoder = load_encoder(str(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         student = cls(encoder, tokenizer, pooling=description["pooling"], max_length=description["max_length"])
-        student.is_aligned = description["is_aligned"]
+        student.is_aligned = description.get("is_aligned", False)  # absent: an earlier version's, whose vectors may be anything
         if description["head"] is not None:
             student.add_head(description["dim"], description["head"], seed=0)
             assert student.head is not None

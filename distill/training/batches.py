@@ -18,8 +18,6 @@ from distill.run.sampling import CHUNK_ROWS, GlobalOrder, assign_rows, length_or
 from distill.shards import ShardReader
 from distill.student.student import Chunk, PooledVectors, Tokens
 
-Tokenize = Callable[[list[str]], Tokens]
-
 
 class Tokenizer(Protocol):
     """The part of a Student that the loader uses."""

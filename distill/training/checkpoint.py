@@ -51,8 +51,8 @@ class Checkpoints:
     def save(self, engine: Any, step: int, state: dict[str, Any], student: Path | None = None) -> None:
         """Begins the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`.
 
-        student: the folder of the best student, if there is one yet. Waits for the checkpoint before, and raises what went wrong
-        with it.
+        student: the folder of the best student, if there is one yet. Waits for the checkpoint before, and raises what went
+        wrong with it.
         """
         self.wait()
         part = self.directory / f"step-{step:08d}.part"
@@ -174,7 +174,7 @@ class _Writer(threading.Thread):
             self.written.set()
 
     def _commit(self) -> None:
-        """Waits for every rank's file, then gives the folder its name and deletes what is older than the last `keep` up to it."""
+        """Waits for every rank's file, then gives the folder its name and deletes those before the last `keep` up to it."""
         reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
         while not all(report.exists() for report in reports):
             if self.abandoned.wait(POLL_SECONDS):

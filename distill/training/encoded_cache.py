@@ -1,9 +1,9 @@
 """A frozen encoder reads each sentence once: its vectors of the whole text, before any head, on disk.
 
-    <directory>/<fingerprint>/000000.npy ...    float16 [rows, d_s], in the shards' order
+    <directory>/<fingerprint>/000000.npy ...    float16 [rows, d_s], in the shards' order, each with its checksum
 
-Ranks take blocks in turn. What is there is not computed again, whatever the number of ranks; the fingerprint is of the weights
-and of the text, so that nothing else's vectors are taken for these.
+Ranks take blocks in turn. What is there and valid is not computed again, whatever the number of ranks; the fingerprint is of
+the weights and of the text, so that nothing else's vectors are taken for these.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.run.collectives import barrier, from_rank_0, rank, world_size
-from distill.run.files import publish
+from distill.run.collectives import barrier, rank, world_size
 from distill.shards import ShardReader, fingerprint
 from distill.student import Student
 from distill.student.student import PooledVectors
+from distill.training.recorded_array import is_saved, save_array
 
 BLOCK = 4096
 
@@ -64,17 +64,16 @@ def encode_all(student: Student, reader: ShardReader, directory: Path, amp: torc
     paths = [folder / f"{number:06d}.npy" for number in range(-(-len(reader) // BLOCK))]
     folder.mkdir(parents=True, exist_ok=True)
     device = next(student.parameters()).device
-    missing = from_rank_0([number for number, path in enumerate(paths) if not path.exists()], device)
     quiet = None if rank() == 0 else True
-    for first in tqdm(range(0, len(missing), world_size()), "encode once", unit=f"x {BLOCK * world_size()}", disable=quiet):
-        for number in missing[first : first + world_size()][rank() : rank() + 1]:
+    for first in tqdm(range(0, len(paths), world_size()), "encode once", unit=f"x {BLOCK * world_size()}", disable=quiet):
+        number = first + rank()
+        if number < len(paths) and not is_saved(paths[number]):
             rows = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(reader)))
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 vectors = student.encode(reader.texts(rows), normalize=False).astype(np.float16)
             if not np.isfinite(vectors).all():
                 raise ValueError("the frozen encoder's vectors are beyond float16: use hpd.freeze_encoder=false")
-            with publish(paths[number]) as file:
-                np.lib.format.write_array(file, vectors, allow_pickle=False)
+            save_array(paths[number], vectors)
         barrier()  # so that no rank waits longer than for a block
     return Encoded([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
 

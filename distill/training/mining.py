@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from distill.run.files import publish
 from distill.run.sampling import permutation
 from distill.shards import ShardReader
+from distill.training.recorded_array import save_array
 
 ANCHORS_PER_BLOCK = 1024
 
@@ -65,6 +65,5 @@ def mine_triplets(reader: ShardReader, config: MiningOptions, seed: int, path: P
             f"mining found {len(triplets)} triplets with a positive of cosine {low} to {high}, less than one global batch of"
             f" {config.global_batch}: widen finetune.positive_range or lower finetune.global_batch"
         )
-    with publish(path) as file:
-        np.lib.format.write_array(file, triplets, allow_pickle=False)
+    save_array(path, triplets)
     return len(triplets)

@@ -21,7 +21,8 @@ def describe_run(
     context: RunContext, stage: str, settings: dict[str, Any], device: torch.device
 ) -> tuple[dict[str, str], list[Summary]]:
     """Markdown by name, and summaries. Of a sweep, the hparams columns that differ are the fields that were swept."""
-    row = {"stage": stage, "ranks": world_size(), **inherited_settings(context, settings)}
+    teacher = context.value("teacher.model")
+    row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
     return description(context.run_dir, device), [layout(), settings_row(row, f"{context.name}/{stage}")]
 
 

@@ -1,7 +1,7 @@
 """The best student of a training stage on disk: replaced as a whole, after every dev evaluation that improved.
 
-Every checkpoint holds hard links to its files, and a run that continues from a checkpoint takes it from there: whenever a run is
-killed, the student is that of the restored `best_step`.
+Every checkpoint holds hard links to its files, and a run that continues from a checkpoint takes it from there: whenever a run
+is killed, the student is that of the restored `best_step`.
 """
 
 from __future__ import annotations

@@ -159,6 +159,11 @@ class TeacherKeysModule(TrainingModule):
     def _term_inputs(self, projected_bd: Tensor, micro: MicroBatch, scale: Tensor, context: StepContext) -> TermInputs:
         def all_keys() -> Tensor:
             assert context.keys is not None
+            if context.keys.sharded:
+                task = self.config.task
+                raise ValueError(
+                    f"a loss term of {task}.weights needs all keys on every rank: set {task}.queue_placement=replicated"
+                )
             return torch.cat([context.keys.vectors, context.keys.queue.keys])
 
         return TermInputs(

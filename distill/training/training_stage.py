@@ -17,6 +17,7 @@ from distill.metrics.held_out import dev_rows
 from distill.run.collectives import barrier, rank, world_size
 from distill.run.config import Effect, Section
 from distill.run.files import read_json, sha256_of
+from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.run.session_log import session
@@ -123,6 +124,14 @@ class TrainingStage(Stage):
         found = {"shards": sha256_of(manifest) if manifest.is_file() else ""}
         if self.init != "student":
             found[self.init] = stage_fingerprint(self.context.run_dir / self.init)
+        else:
+            encoder = self.section(StudentConfig).init
+            try:
+                is_folder = encoder != "teacher" and Path(resolve_model(encoder)).is_dir()
+            except ValueError:  # no longer there: `check_inputs` says so
+                is_folder = True
+            if is_folder:
+                found["student.init"] = model_fingerprint(encoder, None, self.digests)
         return found
 
     def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
@@ -180,11 +189,18 @@ class TrainingStage(Stage):
         """Checks, before anything expensive, that the inputs are there and fit. Raises ValueError naming what to run first."""
         reader = ShardReader(self.context.shards_dir, verify=False)
         check_teacher(self.section(TeacherConfig), self.context.shards_dir, reader.manifest)
-        for name, fingerprint in self.inputs().items():
+        if self.init != "student":
+            folder = self.context.run_dir / self.init
+            fingerprint = stage_fingerprint(folder)
             if not fingerprint:
+                raise ValueError(f"{self.name} needs {folder}, which is not finished: run that stage first")
+            if student_fingerprint(folder / "student") != fingerprint:
                 raise ValueError(
-                    f"{self.name} needs {self.context.run_dir / name}, which is not finished: run that stage first"
+                    f"{folder / 'student'} is not the student that {self.init} has finished with, or is damaged:"
+                    f" delete {folder} and run that stage again"
                 )
+        elif (encoder := self.section(StudentConfig).init) != "teacher":
+            resolve_model(encoder)
         self.check(reader)
 
     def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:
@@ -226,12 +242,17 @@ class TrainingStage(Stage):
         return DevEvaluation(held_out, rows, pairs, batch_size=batch_size, amp=amp, teacher_sts=teacher_sts)
 
     def _finish(self, results: dict[str, Any], device: torch.device) -> None:
-        shutil.rmtree(self.cache_dir, ignore_errors=True)
         student = self.directory / "student"
         held_out = self.context.shards_dir / "held_out"
         if (held_out / "manifest.json").exists():
             kept = Student.load(student).to(device).eval()
             sources = held_out_sources(self.context.precompute_dir / "text")
             write_projector(self.tensorboard_dir, kept, ShardReader(held_out), sources)
-        digests = [sha256_of(path) for path in sorted(student.glob("*.safetensors"))]
-        self.finish(results, "-".join(digest[:32] for digest in digests))
+        made = student_fingerprint(student)
+        shutil.rmtree(self.cache_dir, ignore_errors=True)  # last: a stage that is killed before may need it again
+        self.finish(results, made)
+
+
+def student_fingerprint(folder: Path) -> str:
+    """The fingerprint of a training stage's product, the student in `folder`."""
+    return "-".join(sha256_of(path)[:32] for path in sorted(folder.glob("*.safetensors")))

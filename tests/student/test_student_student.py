@@ -129,3 +129,14 @@ def test_precomputed_vectors_go_to_the_head_as_those_of_the_encoder_do(tiny_enco
     assert torch.equal(student(*vectors), torch.cat([each.vectors for each in vectors]))
     student.add_head(8, "tanh", seed=0)
     assert torch.allclose(student(*vectors), student(*chunks), atol=1e-6)
+
+
+def test_a_student_that_does_not_say_whether_it_is_aligned_is_not(tiny_encoder, tmp_path):
+    student = build(tiny_encoder)
+    student.is_aligned = True
+    student.save(tmp_path / "student", whole_state(student))
+    assert Student.load(tmp_path / "student").is_aligned
+    description = json.loads((tmp_path / "student/student.json").read_text())
+    del description["is_aligned"]
+    (tmp_path / "student/student.json").write_text(json.dumps(description))
+    assert not Student.load(tmp_path / "student").is_aligned

@@ -73,6 +73,23 @@ def test_what_a_killed_run_has_encoded_is_kept_but_not_used_for_another_encoder(
     np.testing.assert_allclose(other, student.encode(reader.texts(np.arange(NUM_ROWS)), normalize=False), rtol=2e-3, atol=1e-3)
 
 
+def test_a_damaged_block_is_named_and_made_again_and_one_without_a_record_too(
+    shards, tiny_encoder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(encoded_cache, "BLOCK", BLOCK)
+    student, reader = new_student(tiny_encoder), ShardReader(shards)
+    encode_all(student, reader, tmp_path, None)
+    damaged, unrecorded, *_ = paths = sorted(tmp_path.rglob("*.npy"))
+    blocks = [path.read_bytes() for path in paths]
+    damaged.write_bytes(blocks[0][:-1] + b"?")
+    unrecorded.write_bytes(b"half")
+    unrecorded.with_suffix(".json").unlink()
+    encode_all(student, reader, tmp_path, None)
+    assert [path.read_bytes() for path in paths] == blocks
+    assert [path.name for path in tmp_path.rglob("*.damaged")] == ["000000.npy.damaged"]
+    assert caplog.text.count("does not match its checksum") == 1 and str(damaged) in caplog.text
+
+
 def test_a_step_has_the_same_rows_in_the_same_places_with_vectors_for_tokens(shards, tiny_encoder):
     student, reader = new_student(tiny_encoder), ShardReader(shards)
     vectors = student.encode(reader.texts(np.arange(NUM_ROWS)), normalize=False).astype(np.float16)

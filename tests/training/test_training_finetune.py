@@ -1,14 +1,15 @@
-"""Fine-tuning reads triplets from a file or a dataset alike."""
+"""Fine-tuning reads triplets from a file or a dataset alike, or mines them; and what it refuses before it begins."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from conftest import write_config
 from engines import embed_text
 
-from distill.config import load_config
+from distill.config import load_config, stage_of
 from distill.shards import ShardReader
 from distill.training.tasks.finetune import load_triplets
 
@@ -43,3 +44,43 @@ def test_mined_triplets_are_texts_of_the_shards(config_path, tmp_path):
     known = set(reader.texts(range(len(reader))))
     assert len(triplets.triplets) == 64
     assert all(len(set(triplet)) == 3 and known.issuperset(triplet) for triplet in triplets.triplets)
+
+
+def test_mined_triplets_are_read_again_and_made_again_where_they_are_damaged(config_path, tmp_path, caplog):
+    config = load_config(config_path)
+    reader, path = ShardReader(config.shards_dir), tmp_path / "triplets.npy"
+    triplets = load_triplets(config.finetune, reader, tmp_path, 0).triplets
+    written = path.stat().st_mtime_ns
+    load_triplets(config.finetune, reader, tmp_path, 0)
+    assert path.stat().st_mtime_ns == written
+    rows = np.load(path)
+    rows[0, 0] += 1
+    np.save(path, rows)
+    assert load_triplets(config.finetune, reader, tmp_path, 0).triplets == triplets
+    assert f"{path} does not match its checksum" in caplog.text
+    assert np.array_equal(np.load(tmp_path / "triplets.npy.damaged"), rows)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["finetune.triplets=away.jsonl"], "finetune.triplets: no file at away.jsonl"),
+        (["finetune.fields=[anchor, positive, negative]"], "line 1: no field 'negative'"),
+    ],
+)
+def test_triplets_that_cannot_be_read_are_refused_before_anything_expensive(config_path, overrides, message):
+    given = [f"finetune.triplets={config_path.parent / 'triplets.jsonl'}", "finetune.init=student", *overrides]
+    with pytest.raises(ValueError, match=message):
+        stage_of(load_config(config_path, given), "finetune").check_inputs()
+
+
+def test_a_dataset_is_an_input_by_its_name_subset_and_split_and_the_content_of_its_folder(config_path):
+    def dataset(*overrides):
+        return stage_of(load_config(config_path, [*overrides]), "finetune").inputs()["dataset"]
+
+    assert dataset("finetune.dataset=owner/pairs") == "owner/pairs@default/train"
+    assert dataset("finetune.dataset=owner/pairs", "finetune.subset=en", "finetune.split=dev") == "owner/pairs@en/dev"
+    folder = config_path.parent / "data"
+    before = dataset(f"finetune.dataset={folder}")
+    (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text() + "\n")
+    assert dataset(f"finetune.dataset={folder}") != before

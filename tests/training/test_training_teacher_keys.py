@@ -19,6 +19,7 @@ from cells import errors_within_rounding, every_pair, results_of, write_set
 from conftest import sentences
 from torch.nn.functional import cross_entropy, normalize
 
+from distill.objectives.queue import KeyQueue
 from distill.run.collectives import rank, reduce_sums, world_size
 from distill.run.precision import autocast_dtype
 from distill.run.sampling import GlobalOrder
@@ -26,8 +27,10 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.student_config import StudentConfig
-from distill.training.batches import ShardBatches
+from distill.training.batches import MicroBatch, ShardBatches
+from distill.training.keys import Keys
 from distill.training.projection import build_projection
+from distill.training.task import StepContext
 from distill.training.tasks.ckd import CkdConfig
 from distill.training.teacher_keys import TeacherKeysModule, TeacherKeysTask
 
@@ -256,3 +259,16 @@ def test_repetitions_and_equal_meanings_matter(sets, references, tiny_encoder):
     vectors = reader.vectors(np.arange(len(reader))).astype(np.float64)
     fraction = (vectors @ vectors.T >= SAME_MEANING).mean() - 1 / len(reader)
     assert 0.001 < fraction < 0.2
+
+
+def test_a_term_that_needs_all_keys_is_refused_where_the_queue_is_sharded(sets, tiny_encoder):
+    module, _, _ = new_module(sets[False], tiny_encoder, "ckd")
+    vectors, hashes = torch.zeros(2, DIM, dtype=torch.float16), torch.arange(2)
+    micro = MicroBatch([], torch.arange(2), vectors, hashes, 2)
+    for sharded in (False, True):
+        context = StepContext(0, keys=Keys(vectors, hashes, KeyQueue(4, DIM), sharded))
+        inputs = module._term_inputs(torch.ones(2, DIM), micro, torch.ones(1), context)
+        if not sharded:
+            assert len(inputs.all_keys()) == 2
+    with pytest.raises(ValueError, match=r"a loss term of ckd\.weights needs all keys .* set ckd\.queue_placement=replicated"):
+        inputs.all_keys()

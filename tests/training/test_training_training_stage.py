@@ -1,15 +1,21 @@
-"""How a stage begins: its modules' mode, and dropout that a stop does not change."""
+"""How a stage begins and ends: its inputs, its modules' mode, dropout that a stop does not change, its cache."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
+from conftest import write_config
 from distributed_ranks import on_ranks
 from engines import train_stage
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
+from distill.run.files import write_json
+from distill.training.run_description import describe_run
+from distill.training.training_stage import student_fingerprint
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",
           "simcse.lr=1e-3", "simcse.dev_every=100", "engine.precision=fp32")  # fmt: skip
@@ -37,3 +43,48 @@ def test_a_stage_with_dropout_that_was_stopped_gives_the_same_student(embedded_c
         weights = run.parent / name / "simcse/student/model.safetensors"
         students.append(hashlib.sha256(weights.read_bytes()).hexdigest())
     assert students[0] == students[1]
+
+
+def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_training(embedded_copy):
+    config, run = embedded_copy
+    folder = run / "ckd/student"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_json(run / "ckd/DONE.json", {"fingerprint": student_fingerprint(folder)})
+    stage = stage_of(load_config(config), "finetune")
+    stage.check_inputs()
+    (folder / "model.safetensors").write_bytes(b"weighus")
+    with pytest.raises(ValueError, match=rf"{folder} is not the student .* delete {run}/ckd and run that stage again$"):
+        stage.check_inputs()
+
+
+def test_the_content_of_a_local_encoder_is_an_input_of_the_stage_that_begins_with_it(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    stage = stage_of(load_config(config, [f"student.init={encoder}"]), "ckd")
+    before = stage.inputs()["student.init"]
+    (encoder / "config.json").write_text((encoder / "config.json").read_text() + " ")
+    assert before and stage.inputs()["student.init"] not in ("", before)
+    shutil.rmtree(encoder)
+    assert stage.inputs()["student.init"] == ""
+    for covered in ("student.init=teacher", "student.init=owner/model"):
+        assert "student.init" not in stage_of(load_config(config, [covered]), "ckd").inputs()
+
+
+def test_the_cache_stays_until_nothing_else_is_left_to_do(tmp_path, tiny_encoder):
+    stage = stage_of(load_config(write_config(tmp_path, tiny_encoder)), "hpd")
+    held_out = stage.context.shards_dir / "held_out"
+    held_out.mkdir(parents=True)
+    (held_out / "manifest.json").touch()
+    stage.cache_dir.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no student at"):
+        stage._finish({}, torch.device("cpu"))
+    assert stage.cache_dir.exists()
+
+
+def test_the_row_of_the_hparams_table_names_the_teacher(tmp_path, tiny_encoder):
+    stage = stage_of(load_config(write_config(tmp_path, tiny_encoder)), "ckd")
+    _, (_, row) = describe_run(stage.context, "ckd", stage.settings("result"), torch.device("cpu"))
+    data = HParamsPluginData.FromString(row.value[0].metadata.plugin_data.content)
+    hparams = data.session_start_info.hparams
+    assert hparams["teacher"].string_value == str(tiny_encoder) and hparams["stage"].string_value == "ckd"

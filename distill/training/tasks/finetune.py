@@ -10,10 +10,12 @@ import numpy as np
 from distill.corpus import read_dataset, read_rows
 from distill.run.collectives import barrier, rank
 from distill.run.config import result
+from distill.run.files import fingerprint
 from distill.shards import ShardReader
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
 from distill.training.contrast_rows import Triplets
 from distill.training.mining import mine_triplets
+from distill.training.recorded_array import is_saved
 from distill.training.training_stage import Setup, TrainingStage
 
 
@@ -43,8 +45,21 @@ class FinetuneStage(TrainingStage):
     selects_by_sts = True
 
     def inputs(self) -> dict[str, str]:
-        triplets = self.section(FinetuneConfig).triplets
-        return super().inputs() | ({triplets: self.digest(Path(triplets))} if triplets else {})
+        found, config = super().inputs(), self.section(FinetuneConfig)
+        if config.triplets:
+            found[config.triplets] = self.digest(Path(config.triplets))
+        elif config.dataset:
+            files = sorted(path for path in Path(config.dataset).rglob("*") if path.is_file())  # none, of a dataset on the hub
+            content = fingerprint({str(path): self.digest(path) for path in files}) if files else ""
+            found["dataset"] = f"{config.dataset}@{config.subset or 'default'}/{config.split} {content}".strip()
+        return found
+
+    def check(self, reader: ShardReader) -> None:
+        config = self.section(FinetuneConfig)
+        if config.triplets:
+            if not Path(config.triplets).is_file():
+                raise ValueError(f"finetune.triplets: no file at {config.triplets}")
+            next(read_rows(config.triplets, config.fields), None)  # names a field that is not there
 
     def build(self, setup: Setup) -> ContrastTask:
         config = self.section(FinetuneConfig)
@@ -61,7 +76,7 @@ def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, 
             found = read_dataset(str(config.dataset), config.fields, config.split, config.subset)
         return Triplets(list(islice(found, config.limit)))
     path = directory / "triplets.npy"
-    if rank() == 0 and not path.exists():
+    if rank() == 0 and not is_saved(path):
         mine_triplets(reader, config, seed, path)
     barrier()
     rows = np.load(path, allow_pickle=False)

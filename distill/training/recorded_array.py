@@ -1,0 +1,42 @@
+"""Arrays on disk with their size and sha256 beside them, verified before they are read back.
+
+triplets.npy is an array; triplets.json is written after it. An array without a record is not complete.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from distill.run.files import publish, read_json, sha256_of, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Publishes an .npy file and its record."""
+    with publish(path) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+    write_json(path.with_suffix(".json"), _record(path))
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `save_array` completed and the file is what it wrote; one that is not is renamed to *.npy.damaged."""
+    try:
+        record = read_json(path.with_suffix(".json"))
+    except ValueError:
+        record = {}
+    if record is None or not path.is_file():
+        return False
+    if record == _record(path):
+        return True
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    logger.warning("%s does not match its checksum: it is made again, and is now %s", path, aside.name)
+    return False
+
+
+def _record(path: Path) -> dict[str, int | str]:
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
