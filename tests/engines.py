@@ -18,7 +18,7 @@ from distill.run.stage import StopAsked
 from distill.run.stopping import Stopped
 from distill.training.engine import build_engine, learning_rate, set_learning_rate
 from distill.training.fragments import stored_parameters
-from distill.training.temperature import Temperature
+from distill.training.task import Temperature
 from distill.training.train_config import EngineConfig, TemperatureConfig, TrainConfig
 
 CELLS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

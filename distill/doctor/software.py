@@ -22,7 +22,7 @@ from distill.doctor.needs import num_parameters
 from distill.run.config import dump_config
 from distill.run.files import sha256_of
 from distill.run.formatting import format_bytes
-from distill.training.deepspeed_config import find_deepspeed_config
+from distill.training.engine import find_deepspeed_config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "webdataset")
 

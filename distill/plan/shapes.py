@@ -18,11 +18,11 @@ from distill.student import Student
 from distill.student.encoder import keep_layers, set_dropout
 from distill.training.contrast import ContrastConfig
 from distill.training.projection import build_projection
-from distill.training.step_clock import num_passes
+from distill.training.step_metrics import num_passes
+from distill.training.task import Temperature
 from distill.training.tasks.finetune import FinetuneConfig
 from distill.training.tasks.hpd import HpdConfig
 from distill.training.teacher_keys import KeysConfig
-from distill.training.temperature import Temperature
 from distill.training.train_config import TemperatureConfig
 
 Chunks = Sequence[tuple[int, float]]  # (texts, tokens that each is padded to) of each forward pass

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from distill.plan.shapes import Parameter
-from distill.training.deepspeed_config import find_deepspeed_config
+from distill.training.engine import find_deepspeed_config
 
 
 class ZeroSettings(BaseModel):

@@ -4,15 +4,16 @@ training_stage.py   a stage: assembles a task from the config and runs it
 tasks/              the stages, one file each: ckd, finetune, hpd, simcse; an installed package may add others
 task.py             what differs between tasks: the module whose forward is the loss, its data, the context of a step
 teacher_keys.py     tasks that compare students with the teacher's vectors, by the terms of objectives/loss_terms (ckd, hpd)
-contrast.py         tasks that compare students with each other (finetune, simcse);  contrast_rows.py, mining.py  their rows
+contrast.py         tasks that compare students with each other (finetune, simcse)
 keys.py             the teacher's vectors of a step and of the queue, which may be sharded over ranks
 batches.py          a step's rows: those of this rank, tokenized ahead of time;  encoded_cache.py  vectors of a frozen encoder
-projection.py       linear maps between the student's and the teacher's space;  temperature.py  the learnable one
-engine.py           DeepSpeed: ZeRO, precision, parameter groups, the learning rate of a step;  deepspeed_config.py  its JSON
+projection.py       linear maps between the student's and the teacher's space
+engine.py           DeepSpeed: its JSON, ZeRO, precision, parameter groups, the learning rate of a step
 loop.py             step, log, dev evaluation, checkpoint;  student_store.py  the best student, merged if asked
 checkpoint.py       complete or absent, written in the background, verified before it is opened
 fragments.py        parameters and optimizer state of a rank, to files and back, for any world size and ZeRO stage
 dev_evaluation.py   fidelity and STS of the student in training, on all ranks together
-step_metrics.py     throughput, time and memory of a logged step;  step_clock.py  where the time goes, FLOPs
-tensorboard.py      every step once;  dashboard.py, run_description.py, projector.py  its charts, texts and points
+recorded_array.py   arrays on disk that are verified before they are read back
+step_metrics.py     throughput, FLOPs, time and memory of a logged step
+tensorboard.py      every step once;  dashboard.py, projector.py  its charts, texts and points
 """

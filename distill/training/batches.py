@@ -8,36 +8,18 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distill.run.collectives import gather_rows
 from distill.run.sampling import CHUNK_ROWS, GlobalOrder, assign_rows, length_order
 from distill.shards import ShardReader
+from distill.student import Student
 from distill.student.student import Chunk, PooledVectors, Tokens
-
-
-class Tokenizer(Protocol):
-    """The part of a Student that the loader uses."""
-
-    def token_ids(self, sentences: list[str]) -> list[list[int]]: ...
-
-    def pad(self, token_ids: list[list[int]]) -> Tokens: ...
-
-
-class Inputs(Protocol):
-    """The source of a student's inputs."""
-
-    def read(self, rows: np.ndarray) -> list[Any]:
-        """For each row [n], an input that has a length."""
-        ...
-
-    def pad(self, read: list[Any]) -> Chunk:
-        """A chunk of some of what `read` returned; of a placeholder where there is none."""
-        ...
-
+from distill.training.encoded_cache import Encoded
 
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
@@ -71,18 +53,24 @@ def _to(chunk: Chunk, device: torch.device) -> Chunk:
     return {name: value.to(device, non_blocking=True) for name, value in chunk.items()}
 
 
+def gather_in_order(micro: Sequence[MicroBatch], parts: Sequence[Tensor], global_batch: int) -> Tensor:
+    """The rows of all ranks in length-sorted order, [G, ...], from those of this rank's micro-batches; no gradient."""
+    order = torch.cat([part.positions for part in micro]).argsort()
+    return gather_rows(torch.cat(list(parts))[order], global_batch)
+
+
 class Tokenized:
     """Tokens, of texts that are read and tokenized as they are needed."""
 
-    def __init__(self, reader: ShardReader, tokenizer: Tokenizer) -> None:
+    def __init__(self, reader: ShardReader, student: Student) -> None:
         self._reader = reader
-        self._tokenizer = tokenizer
+        self._student = student
 
     def read(self, rows: np.ndarray) -> list[list[int]]:
-        return self._tokenizer.token_ids(self._reader.texts(rows))
+        return self._student.token_ids(self._reader.texts(rows))
 
     def pad(self, read: list[list[int]]) -> Tokens:
-        return self._tokenizer.pad(read or self._tokenizer.token_ids([PLACEHOLDER]))
+        return self._student.pad(read or self._student.token_ids([PLACEHOLDER]))
 
 
 class ShardBatches:
@@ -95,17 +83,17 @@ class ShardBatches:
         self,
         reader: ShardReader,
         order: GlobalOrder,
-        tokenizer: Tokenizer,
+        student: Student,
         *,
         micro_batch: int,
         rank: int,
         world_size: int,
         chunk_rows: int = CHUNK_ROWS,
-        encoded: Inputs | None = None,
+        encoded: Encoded | None = None,
     ) -> None:
         self.reader = reader
         self.order = order
-        self._inputs = encoded or Tokenized(reader, tokenizer)
+        self._inputs = encoded or Tokenized(reader, student)
         self._assign = partial(assign_rows, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
         most = -(-order.global_batch // world_size)
         self._most_rows = [len(rows) for rows in np.array_split(np.arange(most), -(-most // micro_batch))]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,14 +33,29 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.student.student import Tokens, load_projection
-from distill.training.batches import PLACEHOLDER, MicroBatch
-from distill.training.contrast_rows import Rows
-from distill.training.task import StepContext, Task, TrainingModule
-from distill.training.temperature import Temperature
+from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order
+from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 from distill.training.training_stage import Setup, TrainingStage
 
 VIEW_ROWS = 32  # of a chunk, in one forward pass: views are of similar length only as far as their rows are
+
+
+class Rows(Protocol):
+    """Numbered rows of V views each. shard_rows: how many lie together on disk."""
+
+    num_views: int
+
+    @property
+    def shard_rows(self) -> np.ndarray: ...
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """A length of each row, [n] int64, by which rows are sorted before they are assigned to ranks."""
+        ...
+
+    def views(self, rows: np.ndarray) -> list[list[str]]:
+        """The texts of the rows: V lists of n, the first of them the anchors."""
+        ...
 
 
 class ContrastConfig(TrainConfig):
@@ -176,10 +192,8 @@ class ContrastModule(TrainingModule):
                 torch.manual_seed(seed)
                 kept.append(self.split(self.embed(part), len(part.positions))[0])
             scale = self.temperature().detach().requires_grad_()
-        order = torch.cat([part.positions for part in micro]).argsort()
-        views = torch.cat(kept, dim=1).transpose(0, 1)[order]  # [b of all micro-batches, V, d]
-        hashes_gv = gather_rows(torch.cat([part.hashes for part in micro])[order], total_rows)
-        gathered = gather_rows(views[:, 1:].contiguous(), total_rows)  # [G, V-1, d]
+        hashes_gv = gather_in_order(micro, [part.hashes for part in micro], total_rows)
+        gathered = gather_in_order(micro, [views[1:].transpose(0, 1) for views in kept], total_rows)  # [G, V-1, d]
         candidates = gathered.transpose(0, 1).flatten(0, 1).requires_grad_()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for part, of_part in zip(micro, kept, strict=True):

@@ -1,10 +1,14 @@
-"""Summaries for TensorBoard's plugins: the layout of the custom-scalars page, and the hparams table."""
+"""What describes a stage in TensorBoard: the layout of its charts, its row of the hparams table, and texts."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
@@ -15,6 +19,11 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+from distill.run.collectives import world_size
+from distill.run.files import read_json
+from distill.run.session_log import device_name, versions
+from distill.run.stage import RunContext
 
 CHARTS: dict[str, dict[str, list[str]]] = {
     "Loss and reference loss": {
@@ -48,6 +57,42 @@ CHARTS: dict[str, dict[str, list[str]]] = {
     },
 }
 CLOSED = {"Queue, memory, communication"}
+
+
+def describe_run(
+    context: RunContext, stage: str, settings: dict[str, Any], device: torch.device
+) -> tuple[dict[str, str], list[Summary]]:
+    """Markdown by name, and summaries. Of a sweep, the hparams columns that differ are the fields that were swept."""
+    teacher = context.value("teacher.model")
+    row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
+    return description(context.run_dir, device), [layout(), settings_row(row, f"{context.name}/{stage}")]
+
+
+def inherited_settings(context: RunContext, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage and of those whose students it was trained from."""
+    merged = dict(settings)
+    for name in reversed(context.training_stages):
+        begun = read_json(context.run_dir / name / "DONE.json")
+        if begun is not None and any(section.get("init") == name for section in merged.values() if isinstance(section, dict)):
+            merged = begun["settings"] | merged
+    return merged
+
+
+def description(run_dir: Path, device: torch.device) -> dict[str, str]:
+    """The resolved config, the versions and the command, as Markdown by name."""
+    made_with = versions() | {"ranks": str(world_size()), "device": device_name(device)}
+    table = "\n".join(f"| {package} | {number} |" for package, number in made_with.items())
+    config = run_dir / "config.yaml"
+    return {
+        "config": _block(config.read_text(encoding="utf-8") if config.is_file() else ""),
+        "versions": f"| what | version |\n| --- | --- |\n{table}",
+        "command": _block(" \\\n    ".join(shlex.quote(word) for word in [Path(sys.executable).name, *sys.orig_argv[1:]])),
+    }
+
+
+def _block(text: str) -> str:
+    """Indented, so that Markdown leaves it as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def layout() -> Summary:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from distill.run.collectives import barrier, rank, world_size
@@ -36,7 +35,7 @@ class Encoded:
         return int(self._blocks[0].shape[1])
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """float16 [d_s] of each of rows [n]."""
+        """float16 [d_s] of each of rows [n]; as tokens have, an input has a length."""
         vectors = np.empty((len(rows), self.width), dtype=np.float16)
         numbers, within = np.divmod(rows, BLOCK)
         for number in np.unique(numbers):
@@ -82,9 +81,5 @@ def _digest(student: Student) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

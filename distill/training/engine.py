@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.training.deepspeed_config import find_deepspeed_config
+import distill
 from distill.training.train_config import EngineConfig, TrainConfig
 
 OWN_LR_PREFIX = "logit_scale"
@@ -71,6 +71,16 @@ def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, n
 
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def find_deepspeed_config(path: Path) -> Path:
+    """`path` from here, or from the root of the project. Raises ValueError naming those there are."""
+    shipped = Path(distill.__file__).parents[1]
+    for candidate in (path, shipped / path):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.name for p in (shipped / "configs" / "deepspeed").glob("*.json")))
+    raise ValueError(f"engine.deepspeed: no DeepSpeed configuration at {path}; configs/deepspeed has {known}")
 
 
 def _check_checkpoints_can_read(zero: dict[str, Any], path: Path) -> None:

@@ -20,17 +20,6 @@ from distill.training.batches import MicroBatch
 
 
 @dataclass(frozen=True)
-class Masking:
-    """False-negative mask of the masked queries: same text hash, or teacher cosine >= same_meaning."""
-
-    same_meaning: float | None
-
-    def options(self, hashes: Tensor, key_ids: Tensor, teacher: Tensor) -> dict[str, Any]:
-        options: dict[str, Any] = {"query_ids": hashes, "key_ids": key_ids}
-        return options if self.same_meaning is None else options | {"teacher": teacher, "same_meaning": self.same_meaning}
-
-
-@dataclass(frozen=True)
 class Keys:
     """What every micro-batch of a step sees.
 
@@ -43,12 +32,19 @@ class Keys:
     sharded: bool
 
     def attend(
-        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking, tile: int, *, num_masked: int
+        self,
+        queries: Tensor,
+        scales: Tensor,
+        micro: MicroBatch,
+        *,
+        tile: int,
+        num_masked: int,
+        same_meaning: float | None,
     ) -> tuple[Tensor, Tensor]:
         """The softmax of `objectives.key_softmax.attend` over batch and queue: lse [k, b], attended [k, b, d_t].
 
-        queries [k, b, d_t]: k query sets of the micro-batch's b rows; scales [k]. masking applies to the first `num_masked`
-        sets. A collective where the queue is sharded.
+        queries [k, b, d_t]: k query sets of the micro-batch's b rows; scales [k]. In the first `num_masked` sets, keys of the
+        row's text are masked, and those of a teacher cosine >= same_meaning. A collective where the queue is sharded.
         """
         num_sets, rows, width = queries.shape
         flat, scale = queries.reshape(-1, width), scales.repeat_interleave(rows)
@@ -56,12 +52,13 @@ class Keys:
         def masked(key_ids: Tensor) -> dict[str, Any]:
             if not num_masked:
                 return {}
-            return masking.options(micro.hashes.repeat(num_masked), key_ids, micro.teacher.repeat(num_masked, 1))
+            alike = {"teacher": micro.teacher.repeat(num_masked, 1), "same_meaning": same_meaning}
+            return {"query_ids": micro.hashes.repeat(num_masked), "key_ids": key_ids, **alike}
 
         own: dict[str, Any] = {"positives": micro.positions.repeat(num_masked)} if num_masked else {}
         parts = [attend(flat, self.vectors, scale, tile=tile, **masked(self.hashes), **own)]
         if self.sharded:
-            parts += self._over_ranks(queries, scales, micro, masking, tile, num_masked)
+            parts += self._over_ranks(queries, scales, micro, tile, num_masked, same_meaning)
         elif len(self.queue):
             parts.append(attend(flat, self.queue.keys, scale, tile=tile, **masked(self.queue.ids)))
         lse, attended = parts[0]
@@ -70,7 +67,7 @@ class Keys:
         return lse.view(num_sets, rows), attended.view(num_sets, rows, width)
 
     def _over_ranks(
-        self, queries: Tensor, scales: Tensor, micro: MicroBatch, masking: Masking, tile: int, num_masked: int
+        self, queries: Tensor, scales: Tensor, micro: MicroBatch, tile: int, num_masked: int, same_meaning: float | None
     ) -> list[tuple[Tensor, Tensor]]:
         """For each rank's part of the queue, its (lse, attended) of this rank's queries."""
         num_sets, rows, width = queries.shape
@@ -80,27 +77,24 @@ class Keys:
         masked: dict[str, Any] = {}
         if num_masked:
             hashes = gather(_padded(micro.hashes, most)).flatten().repeat(num_masked)
-            teacher = micro.teacher
-            if masking.same_meaning is not None:
+            masked = {"query_ids": hashes, "key_ids": self.queue.ids}
+            if same_meaning is not None:
                 teacher = gather(_padded(micro.teacher, most)).flatten(0, 1).repeat(num_masked, 1)
-            masked = masking.options(hashes, self.queue.ids, teacher)
+                masked |= {"teacher": teacher, "same_meaning": same_meaning}
         scale = scales.repeat_interleave(size * most)
         lse, attended = attend(everyone, self.queue.keys, scale, tile=tile, **masked)
         answers = torch.cat([lse[:, None], attended], dim=1).view(num_sets, size, most, width + 1).transpose(0, 1).contiguous()
         mine = exchange(answers)[:, :, :rows].reshape(size, num_sets * rows, width + 1)
         return [(part[:, 0], part[:, 1:]) for part in mine]
 
-    def negatives(self, queries: Tensor, micro: MicroBatch, masking: Masking | None, tile: int) -> tuple[Tensor, Tensor]:
+    def negatives(self, queries: Tensor, micro: MicroBatch, *, tile: int, same_meaning: float | None) -> tuple[Tensor, Tensor]:
         """Of each row's keys among those that this rank holds: the largest cosine to one of another text, [b] float32, and the
         fraction that is masked, [b] float32."""
         none = torch.full_like(micro.positions, -1)
-        meaning: dict[str, Any] = {}
-        if masking is not None and masking.same_meaning is not None:
-            meaning = {"teacher": micro.teacher, "same_meaning": masking.same_meaning}
-        own = micro.positions, micro.hashes, self.hashes
-        parts = [survey_negatives(queries, self.vectors, *own, tile=tile, **meaning)]
+        options: dict[str, Any] = {"tile": tile, "teacher": micro.teacher, "same_meaning": same_meaning}
+        parts = [survey_negatives(queries, self.vectors, micro.positions, micro.hashes, self.hashes, **options)]
         if len(self.queue):
-            parts.append(survey_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, tile=tile, **meaning))
+            parts.append(survey_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, **options))
         hardest, masked = (torch.stack([part[number] for part in parts]) for number in range(2))
         num_keys = len(self.vectors) + len(self.queue) - 1  # without the row's own
         return hardest.amax(dim=0), masked.sum(dim=0) / max(num_keys, 1)

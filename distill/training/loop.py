@@ -21,6 +21,7 @@ from tqdm import tqdm
 from distill.run.collectives import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
 from distill.run.stage import StopAsked
 from distill.run.stopping import Stopped
+from distill.student import Student
 from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import session_end
@@ -50,6 +51,7 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass
 class Trainer:
     """One training stage, from its last checkpoint; after `run`, the best student lies in `student_dir`.
 
@@ -57,48 +59,32 @@ class Trainer:
     stop_asked: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
     """
 
-    def __init__(
-        self,
-        name: str,
-        task: Task,
-        engine: Any,
-        train: TrainConfig,
-        dev: DevEvaluation | None,
-        metrics: StepMetrics,
-        checkpoints: Checkpoints,
-        *,
-        student_dir: Path,
-        tensorboard: Path,
-        device: torch.device,
-        max_skipped: int,
-        stop_asked: StopAsked,
-        selects_by_sts: bool,
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.engine = engine
-        self.train = train
-        self.dev = dev
-        self.metrics = metrics
-        self.checkpoints = checkpoints
-        self.device = device
-        self.max_skipped = max_skipped
-        self.stop_asked = stop_asked
-        self.selects_by_sts = selects_by_sts
-        self.num_steps = self._num_steps()
-        self.progress = Progress()
-        self.store = StudentStore(student_dir, engine, merge=train.merge)
-        restored = checkpoints.load(engine, student_dir)
+    name: str
+    task: Task
+    engine: Any
+    train: TrainConfig
+    dev: DevEvaluation | None
+    metrics: StepMetrics
+    checkpoints: Checkpoints
+    student_dir: Path
+    tensorboard_dir: Path
+    device: torch.device
+    max_skipped: int
+    stop_asked: StopAsked
+    selects_by_sts: bool
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        steps = math.ceil(self.train.epochs * self.task.steps_per_epoch)
+        self.num_steps = min(steps, self.train.max_steps or steps)
+        self.store = StudentStore(self.student_dir, self.engine, merge=self.train.merge)
+        restored = self.checkpoints.load(self.engine, self.student_dir)
         if restored is not None:
             self.progress = Progress(**restored)
-            task.restore(self.progress.step)
+            self.task.restore(self.progress.step)
             if rank() == 0:
-                logger.info("%s: continuing after step %d of %d", name, self.progress.step, self.num_steps)
-        self.tensorboard = TensorBoard(tensorboard if rank() == 0 else None, first_step=self.progress.step + 1)
-
-    def _num_steps(self) -> int:
-        steps = math.ceil(self.train.epochs * self.task.steps_per_epoch)
-        return min(steps, self.train.max_steps or steps)
+                logger.info("%s: continuing after step %d of %d", self.name, self.progress.step, self.num_steps)
+        self.tensorboard = TensorBoard(self.tensorboard_dir if rank() == 0 else None, first_step=self.progress.step + 1)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once a stop was requested."""
@@ -136,7 +122,7 @@ class Trainer:
             if progress.step % self.train.save_every == 0 or last or stops_early or stop_requested:
                 with clock.of("checkpoint"):
                     self.tensorboard.flush()  # first: points of steps before a checkpoint are never written again
-                    self.checkpoints.save(self.engine, progress.step, asdict(progress), self.store.directory)
+                    self.checkpoints.save(self.engine, progress.step, asdict(progress), self.student_dir)
             if stops_early or stop_requested:
                 break
         batches.close()
@@ -213,7 +199,7 @@ class Trainer:
         """Writes the metrics of the student that was kept. All ranks call it. deferred: see _evaluate."""
         progress = self.progress
         if self.train.merge is not None and self.dev is not None:
-            progress.best_metrics = self.dev(self.store.load(self.device))
+            progress.best_metrics = self.dev(Student.load(self.student_dir).to(self.device))
             progress.best_score = self._score(progress.best_metrics)
             self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_metrics)
         if deferred and self.tensorboard.has("best/score", progress.step):

@@ -1,24 +1,69 @@
-"""What a logged step shows besides its losses: throughput, fractions of the time, memory, bytes received."""
+"""What a logged step shows besides its losses: throughput, FLOPs, fractions of the time, memory, bytes received."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.run.collectives import bytes_received, rank, world_size
 from distill.run.throughput import matmul_peak
+from distill.student import Student
 from distill.student.student import PooledVectors
 from distill.training.batches import MicroBatch
-from distill.training.step_clock import StepClock, forward_flops, num_passes
 from distill.training.task import TrainingModule
 
 GIB = 2**30
 APART = ("evaluation", "checkpoint")  # part of the time, but not of the throughput of training
 PARTS = ("input wait", "gather", "forward and backward", "optimizer", "logging", *APART)
+WIDTHS = (8, 16, 32)  # tokens of the texts whose FLOPs are counted
 WHOLE_STEP, KEYS = "bytes_received/step", "bytes_received/keys"
+
+
+class StepClock:
+    """Seconds since the last `take`, by named part; the rest has no name.
+
+    A GPU works asynchronously, so that parts that are `on_device` are timed there by CUDA events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._has_events = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def of(self, what: str, *, on_device: bool = False) -> Iterator[None]:
+        if on_device and self._has_events:
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((what, begun, ended))
+            return
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - started
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """All seconds, and those that have a name. On a GPU, once the host has waited for what was timed."""
+        for what, begun, ended in self._events:
+            self._seconds[what] += begun.elapsed_time(ended) / 1000
+        now = time.perf_counter()
+        whole, named = now - self._since, dict(self._seconds)
+        self._since, self._events = now, []
+        self._seconds.clear()
+        return whole, named
 
 
 class StepMetrics:
@@ -68,7 +113,7 @@ class StepMetrics:
         metrics = {
             "texts_per_second": self._steps * global_batch / training,
             "tokens_per_second": tokens / training,
-            "memory/resident": _resident() / GIB,
+            "memory/resident": psutil.Process().memory_info().rss / GIB,
         }
         if self._peak:
             metrics["mfu"] = (self._linear * tokens + self._square * squares) / training / self._peak
@@ -82,8 +127,22 @@ class StepMetrics:
         return metrics
 
 
-def _resident() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+@torch.no_grad()
+def forward_flops(student: Student) -> tuple[float, float]:
+    """(a, b): a text of w tokens takes a w + b w^2 FLOPs (2 x multiply-adds) in one forward pass, without its head's."""
+    was_training = student.training
+    student.eval()
+    device, counts = next(student.parameters()).device, []
+    for width in WIDTHS:
+        tokens = {name: torch.ones((1, width), dtype=torch.int64, device=device) for name in ("input_ids", "attention_mask")}
+        with FlopCounterMode(display=False) as counter:
+            student(tokens)
+        counts.append(counter.get_total_flops())
+    student.train(was_training)
+    square, linear, _ = np.polyfit(WIDTHS, counts, 2).tolist()
+    return linear, square
+
+
+def num_passes(encoder: nn.Module) -> int:
+    """The FLOPs of a step in forward passes: backward counts twice, where there is anything to train."""
+    return 3 if any(parameter.requires_grad for parameter in encoder.parameters()) else 1

@@ -47,9 +47,6 @@ class StudentStore:
             self._write(student, state)
         barrier()
 
-    def load(self, device: torch.device) -> Student:
-        return Student.load(self.directory).to(device)
-
     def _write(self, student: Student, state: dict[str, Tensor]) -> None:
         part = self.directory.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)

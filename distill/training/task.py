@@ -5,6 +5,7 @@ A task is one file of training/tasks/ (or of an installed package): its config s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from distill.student import Student
 from distill.training.batches import MicroBatch
 from distill.training.keys import Keys
+from distill.training.train_config import TemperatureConfig
 
 
 @dataclass
@@ -40,6 +42,20 @@ class StepContext:
     def observations(self) -> dict[str, Tensor]:
         """All observed rows of this rank, by name."""
         return {name: torch.cat(parts) for name, parts in self.observed.items()}
+
+
+class Temperature(nn.Module):
+    """exp(logit_scale), never above `max_scale`; the clamp passes the gradient, so that it can come down again."""
+
+    def __init__(self, config: TemperatureConfig) -> None:
+        super().__init__()
+        # shape (1,): DeepSpeed cannot partition a parameter without dimensions
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.scale)), requires_grad=config.learnable)
+        self.log_max = math.log(config.max_scale)
+
+    def forward(self) -> Tensor:
+        above = (self.logit_scale - self.log_max).clamp(min=0).detach()
+        return (self.logit_scale - above).exp()
 
 
 class TrainingModule(nn.Module):

@@ -29,10 +29,9 @@ from distill.run.collectives import add_over_ranks, gather_rows, gather_with_gra
 from distill.run.config import result, speed
 from distill.run.sampling import seed_of
 from distill.student import Student
-from distill.training.batches import MicroBatch, ShardBatches
-from distill.training.keys import Keys, Masking
-from distill.training.task import StepContext, Task, TrainingModule
-from distill.training.temperature import Temperature
+from distill.training.batches import MicroBatch, ShardBatches, gather_in_order
+from distill.training.keys import Keys
+from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 
 REFERENCE_ROWS = 128  # rows of a global batch that reference losses are measured on: a second pass over all keys is expensive
@@ -193,16 +192,12 @@ class TeacherKeysModule(TrainingModule):
             torch.stack([query.vectors for query in flat]),
             torch.cat([query.scale.flatten() for query in flat]),
             micro,
-            self._masking,
-            self.config.tile,
+            tile=self.config.tile,
             num_masked=sum(len(queries[name]) for name in names if self.key_terms[name].masks_same_text),
+            same_meaning=self.config.same_meaning,
         )
         found = iter(map(Attention, lse, attended))
         return {name: [next(found) for _ in queries[name]] for name in names}
-
-    @property
-    def _masking(self) -> Masking:
-        return Masking(self.config.same_meaning)
 
     def _batch_losses(self, vectors_bd: Tensor, micro: MicroBatch, context: StepContext) -> dict[str, Tensor]:
         """The losses [b] of the batch terms: from the first pass where there was one, else from vectors gathered here."""
@@ -228,11 +223,10 @@ class TeacherKeysModule(TrainingModule):
         taken at them; forward then computes them again, and its surrogate has that gradient.
         """
         total = self.config.global_batch
-        order = torch.cat([part.positions for part in micro]).argsort()
         with torch.no_grad():
-            own = torch.cat([self.embed(part)[: len(part.positions)] for part in micro])
-        vectors_gd = gather_rows(own[order], total).requires_grad_()
-        teacher_gd = gather_rows(torch.cat([part.teacher for part in micro])[order], total)
+            own = [self.embed(part)[: len(part.positions)] for part in micro]
+        vectors_gd = gather_in_order(micro, own, total).requires_grad_()
+        teacher_gd = gather_in_order(micro, [part.teacher for part in micro], total)
         found: list[dict[str, BatchLosses]] = [{} for _ in micro]
         for name, term in self.batch_terms.items():
             gradient_gd = torch.zeros_like(vectors_gd)
@@ -254,10 +248,9 @@ class TeacherKeysModule(TrainingModule):
         keys = context.keys
         if keys is None:
             return
-        masks = any(term.masks_same_text for term in self.key_terms.values())
-        hardest_b, masked_b = keys.negatives(queries_bd, micro, self._masking if masks else None, self.config.tile)
+        hardest_b, masked_b = keys.negatives(queries_bd, micro, tile=self.config.tile, same_meaning=self.config.same_meaning)
         context.observe({"similarity/hardest_negative": hardest_b})
-        if masks:
+        if any(term.masks_same_text for term in self.key_terms.values()):
             context.observe({"negatives/masked": masked_b})
         context.observe(self._reference_losses(inputs, micro, keys))
 
@@ -314,9 +307,9 @@ class TeacherKeysTask(Task):
             context.first_pass = self.module.first_pass(micro)
         if self.module.config.needs_keys:
             total = self.batches.order.global_batch
-            order = torch.cat([part.positions for part in micro]).argsort()
-            vectors = gather_rows(self.module.as_keys(torch.cat([part.teacher for part in micro]))[order], total)
-            hashes = gather_rows(torch.cat([part.hashes for part in micro])[order], total)
+            own = self.module.as_keys(torch.cat([part.teacher for part in micro]))
+            vectors = gather_in_order(micro, [own], total)
+            hashes = gather_in_order(micro, [part.hashes for part in micro], total)
             context.keys = Keys(vectors, hashes, self.queue, self.sharded)
         return context
 

@@ -29,13 +29,14 @@ from distill.student.student_config import StudentConfig
 from distill.teacher.dev_score import TEACHER_DEV
 from distill.teacher.identity import check_teacher
 from distill.teacher.teacher_config import TeacherConfig
-from distill.training.batches import Inputs, ShardBatches
+from distill.training.batches import ShardBatches
 from distill.training.checkpoint import Checkpoints
+from distill.training.dashboard import describe_run
 from distill.training.dev_evaluation import DevEvaluation
+from distill.training.encoded_cache import Encoded
 from distill.training.engine import build_engine
 from distill.training.loop import Trainer
 from distill.training.projector import write_projector
-from distill.training.run_description import describe_run
 from distill.training.step_metrics import StepMetrics
 from distill.training.task import Task
 from distill.training.train_config import EngineConfig, TrainConfig
@@ -58,7 +59,7 @@ class Setup:
     def chunk_rows(self) -> int:
         return CHUNK_ROWS if self.device.type == "cpu" else CHUNK_ROWS_ON_GPU
 
-    def shard_batches(self, train: TrainConfig, encoded: Inputs | None = None) -> ShardBatches:
+    def shard_batches(self, train: TrainConfig, encoded: Encoded | None = None) -> ShardBatches:
         """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens."""
         order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed)
         part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
@@ -166,15 +167,15 @@ class TrainingStage(Stage):
         settings, inputs = self.settings("result"), self.inputs()
         made_of = {"settings": settings, "inputs": inputs, "steps_per_epoch": task.steps_per_epoch}
         return Trainer(
-            self.name,
-            task,
-            engine,
-            train,
-            self.dev_evaluation(amp),
-            metrics,
-            Checkpoints(self.directory / "checkpoints", keep=train.keep, device=device, made_of=made_of),
+            name=self.name,
+            task=task,
+            engine=engine,
+            train=train,
+            dev=self.dev_evaluation(amp),
+            metrics=metrics,
+            checkpoints=Checkpoints(self.directory / "checkpoints", keep=train.keep, device=device, made_of=made_of),
             student_dir=self.directory / "student",
-            tensorboard=self.tensorboard_dir,
+            tensorboard_dir=self.tensorboard_dir,
             device=device,
             max_skipped=engine_config.max_skipped,
             stop_asked=stop_asked,

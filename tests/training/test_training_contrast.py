@@ -28,9 +28,8 @@ from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.student_config import StudentConfig
 from distill.training.contrast import ContrastModule, ContrastTask, TeacherMap
-from distill.training.contrast_rows import TextPairs, Triplets
-from distill.training.tasks.finetune import FinetuneConfig
-from distill.training.tasks.simcse import SimcseConfig
+from distill.training.tasks.finetune import FinetuneConfig, Triplets
+from distill.training.tasks.simcse import SimcseConfig, TextPairs
 from distill.training.train_config import TemperatureConfig
 
 GLOBAL_BATCH, STEPS, LR, DIM = 33, 3, 0.05, 24

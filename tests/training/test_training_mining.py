@@ -9,8 +9,7 @@ from engines import embed_text
 
 from distill.run.sampling import permutation
 from distill.shards import ShardReader
-from distill.training.mining import mine_triplets
-from distill.training.tasks.finetune import FinetuneConfig
+from distill.training.tasks.finetune import FinetuneConfig, mine_triplets
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,7 @@ from distill.student import Student
 from distill.student.encoder import load_encoder
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.keys import Keys
-from distill.training.step_clock import StepClock, forward_flops, num_passes
-from distill.training.step_metrics import APART, StepMetrics
+from distill.training.step_metrics import APART, StepClock, StepMetrics, forward_flops, num_passes
 from distill.training.task import StepContext
 from distill.training.tasks.ckd import CkdConfig
 from distill.training.teacher_keys import TeacherKeysModule, TeacherKeysTask

@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
 from distill.run.files import write_json
-from distill.training.run_description import describe_run
+from distill.training.dashboard import describe_run
 from distill.training.training_stage import student_fingerprint
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",

@@ -1,22 +1,29 @@
-"""finetune: supervised contrastive fine-tuning on triplets, given or mined from the shards."""
+"""finetune: supervised contrastive fine-tuning on triplets.
+
+Where a user has no labels, triplets are mined from the shards: the teacher's near neighbours are positives, mid-rank ones hard
+negatives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from distill.corpus import read_dataset, read_rows
 from distill.run.collectives import barrier, rank
 from distill.run.config import result
 from distill.run.files import fingerprint
+from distill.run.sampling import permutation
 from distill.shards import ShardReader
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
-from distill.training.contrast_rows import Triplets
-from distill.training.mining import mine_triplets
-from distill.training.recorded_array import is_saved
+from distill.training.recorded_array import is_saved, save_array
 from distill.training.training_stage import Setup, TrainingStage
+
+ANCHORS_PER_BLOCK = 1024
 
 
 class FinetuneConfig(ContrastConfig):
@@ -36,6 +43,23 @@ class FinetuneConfig(ContrastConfig):
     mining_pool: int = result(50_000, gt=0, description="texts among which neighbours are mined")
     positive_range: tuple[float, float] = result((0.6, 0.98), description="teacher cosine of a mined positive")
     negative_rank: int = result(50, gt=1, description="a mined hard negative is the neighbour of this rank")
+
+
+class Triplets:
+    """(anchor, positive, hard negative) in memory."""
+
+    num_views = 3
+
+    def __init__(self, triplets: Sequence[tuple[str, ...]]) -> None:
+        self.triplets = triplets
+        self.shard_rows = np.array([len(triplets)])
+        self._lengths = np.array([sum(len(text) for text in triplet) for triplet in triplets])
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self._lengths[rows]
+
+    def views(self, rows: np.ndarray) -> list[list[str]]:
+        return [[self.triplets[row][view] for row in rows] for view in range(self.num_views)]
 
 
 class FinetuneStage(TrainingStage):
@@ -82,3 +106,38 @@ def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, 
     rows = np.load(path, allow_pickle=False)
     columns = [reader.texts(rows[:, column]) for column in range(Triplets.num_views)]
     return Triplets(list(zip(*columns, strict=True)))
+
+
+def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: Path) -> int:
+    """Writes rows of the shard set, int64 [n, 3] (anchor, positive, hard negative), to `path`; returns n.
+
+    Among `mining_pool` random texts, an anchor's positive is its nearest neighbour by teacher cosine, if that lies in
+    `positive_range`; its hard negative is the neighbour of rank `negative_rank`. Raises ValueError if fewer than one global
+    batch is found.
+    """
+    pool = permutation(len(reader), seed, 0)[: config.mining_pool]
+    if len(pool) <= config.negative_rank + 1:
+        raise ValueError(f"finetune.negative_rank {config.negative_rank} needs more than {len(pool)} texts to mine from")
+    vectors = torch.from_numpy(reader.vectors(pool)).float()
+    low, high = config.positive_range
+    found: list[np.ndarray] = []
+    num_found = 0
+    for start in range(0, len(pool), ANCHORS_PER_BLOCK):
+        anchors = torch.arange(start, min(start + ANCHORS_PER_BLOCK, len(pool)))
+        cosines = vectors[anchors] @ vectors.T
+        cosines[torch.arange(len(anchors)), anchors] = -torch.inf
+        nearest = cosines.topk(config.negative_rank, dim=1)
+        good = ((nearest.values[:, 0] >= low) & (nearest.values[:, 0] <= high)).numpy()
+        rows = torch.stack([anchors, nearest.indices[:, 0], nearest.indices[:, -1]], dim=1).numpy()[good]
+        found.append(pool[rows])
+        num_found += len(rows)
+        if num_found >= config.num_mined:
+            break
+    triplets = np.concatenate(found)[: config.num_mined]
+    if len(triplets) < config.global_batch:
+        raise ValueError(
+            f"mining found {len(triplets)} triplets with a positive of cosine {low} to {high}, less than one global batch of"
+            f" {config.global_batch}: widen finetune.positive_range or lower finetune.global_batch"
+        )
+    save_array(path, triplets)
+    return len(triplets)

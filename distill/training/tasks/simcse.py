@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from pydantic import model_validator
 
 from distill.run.config import result
+from distill.shards import ShardReader
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
-from distill.training.contrast_rows import TextPairs
 from distill.training.training_stage import Setup, TrainingStage
 
 
@@ -25,6 +26,25 @@ class SimcseConfig(ContrastConfig):
         if self.dropout == 0:
             raise ValueError("simcse.dropout is 0: the two views of a sentence would be the same")
         return self
+
+
+class TextPairs:
+    """Each text of a shard set, twice."""
+
+    num_views = 2
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    @property
+    def shard_rows(self) -> np.ndarray:
+        return self.reader.shard_rows
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.reader.lengths(rows)
+
+    def views(self, rows: np.ndarray) -> list[list[str]]:
+        return [self.reader.texts(rows)] * self.num_views
 
 
 class SimcseStage(TrainingStage):
