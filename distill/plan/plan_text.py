@@ -55,24 +55,21 @@ def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
         f"one step: {format_duration(total)}: {parts}",
         f"memory of a rank with micro_batch {rows} and {config.student.max_length} tokens in every text; > marks the config's:",
     ]
-    categories = [category.replace("_", " ") for category in stage.chosen.memory_bytes]
-    header = ["deepspeed", *categories, "largest micro_batch", "received/step", "between nodes", "average rate", "step"]
-    marks = {key: ">" if key == stage.deepspeed else " " for key in stage.variants}
-    table = [[f"{marks[key]} {key}", *_variant(variant)] for key, variant in stage.variants.items()]
-    lines.append(format_table(header, table))
-    return "\n".join(lines)
+    marked = {f"{'>' if key == stage.deepspeed else ' '} {key}": _columns(variant) for key, variant in stage.variants.items()}
+    header = ["deepspeed", *_columns(stage.chosen)]
+    return "\n".join([*lines, format_table(header, [[key, *columns.values()] for key, columns in marked.items()])])
 
 
-def _variant(variant: Variant) -> list[str | None]:
+def _columns(variant: Variant) -> dict[str, str | None]:
+    """A line of the table, by the columns' names."""
     received, seconds = variant.bytes_received_per_step, variant.seconds_per_step["total"]
-    return [
-        *(_bytes(each) for each in variant.memory_bytes.values()),
-        f"{variant.largest_micro_batch:,}",
-        _bytes(received["total"]),
-        _bytes(received["between_nodes"]),
-        _bytes(received["total"] / seconds, "/s"),
-        format_duration(seconds),
-    ]
+    return {category.replace("_", " "): _bytes(size) for category, size in variant.memory_bytes.items()} | {
+        "largest micro_batch": f"{variant.largest_micro_batch:,}",
+        "received/step": _bytes(received["total"]),
+        "between nodes": _bytes(received["between_nodes"]),
+        "average rate": _bytes(received["total"] / seconds, "/s"),
+        "step": format_duration(seconds),
+    }
 
 
 def _assumptions(plan: Plan) -> list[str]:
