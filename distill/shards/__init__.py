@@ -18,7 +18,7 @@
 The held-out texts are a set like this one, in the folder held_out/ beside the tars.
 """
 
-from distill.shards.format import HELD_OUT, Manifest, ShardEntry, ShardError, fingerprint
+from distill.shards.format import HELD_OUT, Manifest, ShardError, fingerprint
 from distill.shards.moments import Moments
 from distill.shards.reader import ShardReader
 from distill.shards.repair import repair
@@ -29,7 +29,6 @@ __all__ = [
     "HELD_OUT",
     "Manifest",
     "Moments",
-    "ShardEntry",
     "ShardError",
     "ShardReader",
     "fingerprint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,32 +62,29 @@ class ShardReader:
     """`reader[i]` is (text, embedding [d] float16) of text i of the whole set; its methods take index arrays, in any order.
 
     A shard is opened at its first access; its sha256 is then verified against the manifest, once per process and shard, unless
-    `verify` is False. At most `max_open` shards are mapped at a time. Raises ShardError naming what is damaged and the fix.
+    `verify` is False. At most MAX_OPEN shards are mapped at a time. Raises ShardError naming what is damaged and the fix.
 
     place: a folder or the URL of one (any file system of fsspec); a shard behind a URL is downloaded into the folder `cache`
     at its first access.
     """
 
-    def __init__(
-        self, place: str | Path, *, verify: bool = True, max_open: int = MAX_OPEN, cache: str | Path | None = None
-    ) -> None:
+    def __init__(self, place: str | Path, *, verify: bool = True, cache: str | Path | None = None) -> None:
         self._remote: Remote | None = None
         if is_remote(place):
             if cache is None:
                 raise ValueError(f"the shards at {place} are remote: name a local folder to cache them in (cache=)")
             self._remote = Remote(str(place), cache)
         self.directory = Path(place) if self._remote is None else self._remote.folder
-        self._arguments = (place, verify, max_open, cache)
+        self._reopen = partial(ShardReader, place, verify=verify, cache=cache)
         self.manifest = Manifest.load(self.directory) if self._remote is None else self._remote.download_manifest()
         self.shard_rows: Int64 = np.array([entry.rows for entry in self.manifest.shards], dtype=np.int64)
         self._starts: Int64 = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self._verify = verify
-        self._max_open = max_open
         self._indices: dict[int, ShardIndex] = {}
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, self._arguments
+        return self._reopen, ()
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -161,7 +158,7 @@ class ShardReader:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self._open[number] = self._open_shard(number)
-        if len(self._open) > self._max_open:
+        if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
         return shard
 
@@ -187,7 +184,3 @@ class ShardReader:
                 raise ShardError(f"{self._remote.url}: {error}; the copy in {path.parent} was deleted, try again") from None
             raise ShardError(f"{self.directory}: {error}; {repair_hint(self.directory)}") from None
         return _OpenShard(data, self._indices[number])
-
-
-def _reopen(place: str | Path, verify: bool, max_open: int, cache: str | Path | None) -> ShardReader:
-    return ShardReader(place, verify=verify, max_open=max_open, cache=cache)

@@ -21,8 +21,7 @@ def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -
     directory = Path(directory)
     if not directory.is_dir():
         raise ShardError(f"no folder at {directory}")
-    manifest = _manifest(directory)
-    recipe = manifest.recipe() if manifest else _recipe(directory)
+    manifest, recipe = _descriptions(directory)
     num_shards = len(recipe["text_fingerprints"]) if recipe else None
     numbers = present(directory) if num_shards is None else range(num_shards)
     check = listed_check(directory, manifest) if manifest else _unlisted_check(recipe)
@@ -44,18 +43,16 @@ def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -
     return actions, True
 
 
-def _manifest(directory: Path) -> Manifest | None:
+def _descriptions(directory: Path) -> tuple[Manifest | None, dict[str, Any] | None]:
+    """The manifest, and the arguments of `finish` from it or from their own file; None for what is missing or damaged."""
     try:
-        return Manifest.load(directory)
+        manifest = Manifest.load(directory)
+        return manifest, manifest.recipe()
     except ShardError:
-        return None
-
-
-def _recipe(directory: Path) -> dict[str, Any] | None:
-    try:
-        return unseal((directory / RECIPE).read_bytes(), indent=1)
-    except (OSError, ValueError):
-        return None
+        try:
+            return None, unseal((directory / RECIPE).read_bytes(), indent=1)
+        except (OSError, ValueError):
+            return None, None
 
 
 def _unlisted_check(recipe: dict[str, Any] | None) -> Check:

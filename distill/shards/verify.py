@@ -43,20 +43,18 @@ def check_origin(index: ShardIndex, number: int, teacher_fingerprint: str, text_
         raise ShardError(f"{tar_name(number)}: foreign, made from text {index.text_fingerprint}, not {text_fingerprint}")
 
 
-def verify_all(
-    directory: str | Path, shards: Iterable[int] | None = None, progress: Progress = lambda num_bytes: None
-) -> list[str]:
+def verify_all(directory: str | Path, progress: Progress = lambda num_bytes: None) -> list[str]:
     """One line for each file of the set that is not as it was written; empty if every byte is.
 
-    shards: the numbers of the tars to read, all by default; progress: called with the bytes of each. Without a valid manifest
-    the tars that are there are verified against their own checksums alone.
+    progress: called with the bytes of each tar. Without a valid manifest the tars that are there are verified against their
+    own checksums alone.
     """
     directory = Path(directory)
     try:
         manifest = Manifest.load(directory)
     except ShardError as error:
         return [str(error), *(problem for _, problem in damaged(directory, present(directory), inspect, progress))]
-    numbers = range(len(manifest.shards)) if shards is None else shards
+    numbers = range(len(manifest.shards))
     problems = [problem for _, problem in damaged(directory, numbers, listed_check(directory, manifest), progress)]
     return problems + unlisted(directory, len(manifest.shards)) + damage_beside(directory, manifest)
 

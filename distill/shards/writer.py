@@ -46,7 +46,7 @@ def write_shard(
     block_rows: int,
     teacher_fingerprint: str,
     text_fingerprint: str,
-) -> ShardEntry:
+) -> None:
     """Publishes the moments' sidecar and then the tar of shard `index`, replacing any that are there.
 
     hashes [n] int64, vectors [n, d] float16, L2-normalised. The same input gives the same bytes.
@@ -70,18 +70,10 @@ def write_shard(
             size += file.write(data)
             digest.update(data)
         end = tar_end(size)
-        size += file.write(end)
+        file.write(end)
         digest.update(end)
-        sidecar = directory / moments_name(index)
-        Moments.of(*(vectors[start : start + block_rows] for start in starts), source=digest.hexdigest()).save(sidecar)
-    return ShardEntry(
-        name=tar_name(index),
-        rows=len(texts),
-        bytes=size,
-        sha256=digest.hexdigest(),
-        text_fingerprint=text_fingerprint,
-        moments_sha256=sha256_of(sidecar),
-    )
+        moments = Moments.of(*(vectors[start : start + block_rows] for start in starts), source=digest.hexdigest())
+        moments.save(directory / moments_name(index))
 
 
 def finish(

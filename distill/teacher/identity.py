@@ -10,8 +10,7 @@ from distill.run.model_folders import model_files, resolve_model
 from distill.shards import Manifest
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
-MODEL = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name")
-NAMED = (*MODEL, "vectors", "vectors_field", "concat")
+NAMED = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name", "vectors", "vectors_field", "concat")
 
 
 def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache) -> dict[str, Any]:

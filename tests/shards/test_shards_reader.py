@@ -8,6 +8,7 @@ import pytest
 from shard_sets import DIM, flip, make_set, make_texts, text_hashes, unit_vectors
 
 from distill.shards import ShardError, ShardReader
+from distill.shards import reader as reader_module
 
 SHARD_ROWS = (50, 50, 21)
 
@@ -49,12 +50,14 @@ def test_any_width_can_be_read(tmp_path: Path, dim: int) -> None:
     assert np.array_equal(ShardReader(tmp_path).vectors(np.arange(33)), unit_vectors(33, dim))
 
 
-def test_more_shards_than_may_be_open_read_the_same(tmp_path: Path) -> None:
+def test_more_shards_than_may_be_open_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_set(tmp_path)
     wanted = np.random.default_rng(1).permutation(121)
-    few, many = ShardReader(tmp_path, max_open=1), ShardReader(tmp_path)
+    few, many = ShardReader(tmp_path), ShardReader(tmp_path)
+    expected = many.texts(wanted)
+    monkeypatch.setattr(reader_module, "MAX_OPEN", 1)
     for _ in range(2):
-        assert few.texts(wanted) == many.texts(wanted)
+        assert few.texts(wanted) == expected
     assert len(few._open) == 1 and len(many._open) == 3
 
 
