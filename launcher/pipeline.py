@@ -74,7 +74,7 @@ class Signals:
 
     def on_signal(self, signum: int) -> None:
         self.num_interrupts += signum == signal.SIGINT
-        self.stop.ask()
+        self.stop.request()
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Pipeline:
         with command.listening(signals.on_signal):
             ran = False
             for name in self.config.stages:
-                if stop.is_asked:
+                if stop.is_requested:
                     return stopped(signals)
                 stage = self.config.stage_of(name)
                 reason = stage.reason_to_run()
@@ -189,7 +189,7 @@ class Pipeline:
             srun, threads = slurm_job.srun_python(num_gpus() or tasks)
             return self.run_all([[*srun, *script]], signals, threads=threads)
         if is_sharded:
-            tasks = self.ranks_per_node()
+            tasks = ranks_per_node(self.config)
             environments = local_environments(tasks)
         else:
             environments = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
@@ -222,7 +222,7 @@ class Pipeline:
             codes = [process.poll() for process in processes]
             code = code or next((each for each in codes if each), 0)
             running = [process for process, each in zip(processes, codes, strict=True) if each is None]
-            if signals.stop.is_asked and not passed_on:
+            if signals.stop.is_requested and not passed_on:
                 passed_on = True
                 if stops_by_file:
                     assert signals.stop.file is not None

@@ -88,14 +88,14 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
             if stop.rank == 0:
                 print(f"{stage.name}: {reason or 'done already'}", file=sys.stderr, flush=True)
 
-            def stop_asked(step: int) -> bool:
+            def stop_requested(step: int) -> bool:
                 heartbeats.step = log.step = step
-                return stop.request.is_asked
+                return stop.request.is_requested
 
             if reason is not None:
                 with only_one(config.run_dir / f".{stage.name}.lock") if stop.rank == 0 else nullcontext():
                     try:
-                        stage.run(device, stop_asked)
+                        stage.run(device, stop_requested)
                     except Stopped as stopped:
                         stop.request.clear()
                         if stop.rank == 0:
@@ -126,7 +126,7 @@ class RankStop:
         if is_interrupt and self.rank == 0:
             print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         self.interrupted |= is_interrupt
-        self.request.ask()
+        self.request.request()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from distill.config import load_config, stage_of
 from distill.run.collectives import rank, world_size
 from distill.run.files import read_json
-from distill.run.stage import StopAsked
+from distill.run.stage import StopRequested
 from distill.run.stopping import Stopped
 from distill.training.engine import build_engine, learning_rate, set_learning_rate
 from distill.training.fragments import stored_parameters
@@ -66,13 +66,13 @@ def embed_text(config: Path) -> Path:
 
 
 def train_stage(
-    config: Path, stage: str, overrides: Sequence[str] = (), stop_asked: StopAsked = lambda step: False
+    config: Path, stage: str, overrides: Sequence[str] = (), stop_requested: StopRequested = lambda step: False
 ) -> dict[str, Any] | str:
     """Runs a training stage on the ranks of this process group; its results, or the message of a requested stop."""
     start_deepspeed()
     loaded = load_config(config, list(overrides))
     try:
-        stage_of(loaded, stage).run(CPU, stop_asked)
+        stage_of(loaded, stage).run(CPU, stop_requested)
     except Stopped as stopped:
         return str(stopped)
     done = read_json(loaded.run_dir / stage / "DONE.json")

@@ -21,7 +21,7 @@ from distill.export.folder import exports_fingerprint
 from distill.metrics.results import TEACHER, ModelResults, read_results, write_results
 from distill.run.files import fingerprint, publish, read_json, sha256_of, write_json
 from distill.run.session_log import device_name, session
-from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.student.fingerprint import check_recorded
 from distill.student.student_config import StudentConfig
 from distill.teacher.encoder import Teacher
@@ -51,7 +51,7 @@ class EvaluateStage(Stage):
     def section(self) -> EvaluateConfig:
         return self.context.section(EvaluateConfig)
 
-    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+    def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         section, students = self.section, self.context.training_stages
         export = self.context.run_dir / "export"
         if not stage_fingerprint(export):

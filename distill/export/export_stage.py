@@ -17,7 +17,7 @@ from distill.export.formats import require_packages
 from distill.export.sentence_transformers import check_pooling
 from distill.run.files import read_json
 from distill.run.session_log import session
-from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.shards import ShardReader
 from distill.student.fingerprint import check_student
 from distill.student.student_config import StudentConfig
@@ -37,7 +37,7 @@ class ExportStage(Stage):
     def inputs(self) -> dict[str, str]:
         return {stage: stage_fingerprint(self.context.run_dir / stage) for stage in self.context.training_stages}
 
-    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+    def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Raises ValueError before any work if a stage or a package that export.formats needs is missing, if a student's
         weights changed or its pooling cannot be exported; and if a written format does not agree with its student."""
         formats = self.context.section(ExportConfig).formats

@@ -75,15 +75,18 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES and path.is_file())
 
 
-def model_fingerprint(name: str | None, revision: str | None, digests: DigestCache) -> str:
-    """The content of a model folder, or the commit of a hub model in this machine's cache; '' where neither is there."""
+def model_digests(folder: Path, digests: DigestCache) -> dict[str, str]:
+    """Path in the folder -> sha256, of all files that decide a model's vectors; {} for a hub name."""
+    return {str(path.relative_to(folder)): digests.sha256(path) for path in model_files(folder)}
+
+
+def model_fingerprint(name: str | None, digests: DigestCache) -> str:
+    """The fingerprint of a model folder's content; '' where there is none.
+
+    Of a hub name, too: its commit is known only once it is downloaded, and is part of the teacher's identity.
+    """
     try:
-        path = Path(resolve_model(name or ""))
+        files = model_digests(Path(resolve_model(name or "")), digests)
     except ValueError:
         return ""
-    if path.is_dir():
-        return fingerprint({str(file.relative_to(path)): digests.sha256(file) for file in model_files(path)})
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(str(path), "config.json", revision=revision)
-    return Path(cached).parent.name if isinstance(cached, str) else revision or ""
+    return fingerprint(files) if files else ""

@@ -26,7 +26,7 @@ from distill.run.config import Effect, Section, dump_config, settings
 from distill.run.files import DigestCache, publish, read_json, write_json
 
 S = TypeVar("S", bound=Section)
-StopAsked = Callable[[int], bool]
+StopRequested = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Stage(ABC):
         """Name -> fingerprint of the content of each input; '' for one that is not there yet."""
 
     @abstractmethod
-    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+    def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Runs the stage, continuing an earlier call, and writes DONE.json; returns whether the stage is finished.
 
-        stop_asked: called with the number of each training step; where it is true, `Stopped` is raised after a checkpoint.
+        stop_requested: called with the number of each training step; where it is true, `Stopped` is raised after a checkpoint.
         Raises ValueError for errors that a user can fix.
         """
 

@@ -15,21 +15,21 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by `ask`, from any thread, or by creating `file`.
+    """Whether this process was asked to stop: by `request`, from any thread, or by creating `file`.
 
     `file` is for rank 0 alone: ranks that looked for themselves would see it at different steps, or not at all.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self._asked = threading.Event()
+        self._requested = threading.Event()
 
-    def ask(self) -> None:
-        self._asked.set()
+    def request(self) -> None:
+        self._requested.set()
 
     @property
-    def is_asked(self) -> bool:
-        return self._asked.is_set() or (self.file is not None and self.file.exists())
+    def is_requested(self) -> bool:
+        return self._requested.is_set() or (self.file is not None and self.file.exists())
 
     def clear(self) -> None:
         """Removes the file, so that the next start does not stop at once."""

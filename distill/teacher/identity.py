@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.run.files import DigestCache, fingerprint
-from distill.run.model_folders import model_files, resolve_model
+from distill.run.files import DigestCache
+from distill.run.model_folders import model_digests, resolve_model
 from distill.shards import Manifest
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
@@ -19,7 +19,7 @@ def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache
 
     def files_of(model: ModelConfig) -> dict[str, str]:
         path = resolve_model(model.model or "")
-        return _folder_files(Path(path), digests) or {"commit": _commit(path, model.revision)}
+        return model_digests(Path(path), digests) or {"commit": _commit(path, model.revision)}
 
     identity = named_settings(config) | {"precision": precision}
     if config.vectors is not None:
@@ -28,18 +28,6 @@ def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache
     for entry, model in zip(identity["concat"], config.concat, strict=True):
         entry["files"] = files_of(model)
     return identity
-
-
-def model_digest(model: ModelConfig, digests: DigestCache) -> str:
-    """The fingerprint of a model folder's content; '' where there is none.
-
-    Of a hub name, too: its commit is known only once it is downloaded, and is part of the teacher's identity.
-    """
-    try:
-        files = _folder_files(Path(resolve_model(model.model or "")), digests)
-    except ValueError:
-        return ""
-    return fingerprint(files) if files else ""
 
 
 def check_teacher(config: TeacherConfig, shards_dir: Path, manifest: Manifest) -> None:
@@ -63,21 +51,16 @@ def named_settings(config: TeacherConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(NAMED))
 
 
-def _folder_files(folder: Path, digests: DigestCache) -> dict[str, str]:
-    """Path in the folder -> sha256, of all files that decide a model's vectors; {} for a hub name."""
-    return {str(path.relative_to(folder)): digests.sha256(path) for path in model_files(folder)}
-
-
 def _without_files(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name != "files"}
 
 
 def _commit(name: str, revision: str | None) -> str:
     """The commit of a hub model that would be loaded: branches move, and shards of two commits must not be mixed."""
-    from transformers import AutoConfig
+    from huggingface_hub import hf_hub_download
 
     try:
-        found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = hf_hub_download(name, "config.json", revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"no teacher {name} on the hub or in its cache here: {str(error).splitlines()[0]}") from None
-    return str(getattr(found, "_commit_hash", None) or revision)
+    return Path(config).parent.name  # snapshots/COMMIT/config.json

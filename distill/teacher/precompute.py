@@ -30,14 +30,15 @@ from distill.corpus.sources import source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import barrier, from_rank_0, rank
 from distill.run.files import fingerprint, read_json, sha256_of, write_json
+from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.session_log import session
-from distill.run.stage import Stage, StopAsked, differences
+from distill.run.stage import Stage, StopRequested, differences
 from distill.run.throughput import Timing, matmul_peak
 from distill.shards import HELD_OUT, Manifest, finish, verify_all
 from distill.teacher.dev_score import keep_dev_score, lacks_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
-from distill.teacher.identity import check_teacher, model_digest, teacher_identity
+from distill.teacher.identity import check_teacher, teacher_identity
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 
@@ -71,7 +72,7 @@ class PrecomputeStage(Stage):
         """
         found = source_fingerprints(self.context.section(TextConfig), self.digests)
         for model in self.teacher.models:
-            if digest := model_digest(model, self.digests):
+            if digest := model_fingerprint(model.model, self.digests):
                 found[str(model.model)] = digest
         if self.teacher.vectors is not None:
             found[self.teacher.vectors] = self.digest(Path(self.teacher.vectors))
@@ -99,7 +100,7 @@ class PrecomputeStage(Stage):
         done = read_json(self.directory / "DONE.json")
         return done is not None and "settings" not in done and self.directory.parent != self.context.run_dir
 
-    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+    def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Prepares the text, makes the shards that this task claims and finishes the set if it is complete; True if it is."""
         if self._is_of_earlier_version:
             self.prepare()

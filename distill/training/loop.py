@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.run.collectives import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
-from distill.run.stage import StopAsked
+from distill.run.stage import StopRequested
 from distill.run.stopping import Stopped
 from distill.student import Student
 from distill.training.batches import MicroBatch, prefetch
@@ -56,7 +56,7 @@ class Trainer:
     """One training stage, from its last checkpoint; after `run`, the best student lies in `student_dir`.
 
     Dev evaluations are of the student in training, and choose the best; with `merge`, the last one is of the merged student.
-    stop_asked: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
+    stop_requested: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Trainer:
     tensorboard_dir: Path
     device: torch.device
     max_skipped: int
-    stop_asked: StopAsked
+    stop_requested: StopRequested
     selects_by_sts: bool
     progress: Progress = field(default_factory=Progress)
 
@@ -105,7 +105,7 @@ class Trainer:
             is_logged = (step + 1) % self.train.log_every == 0 or last
             self.metrics.count(micro)
             context, means = self._step(step, [part.to(self.device) for part in micro], is_logged)
-            stop_requested = means.pop("stop_asked") > 0 and not last
+            stop_requested = means.pop("stop_requested") > 0 and not last
             progress.step = step + 1
             bar.update()
             if is_logged:
@@ -156,7 +156,7 @@ class Trainer:
         with clock.of("optimizer", on_device=True):
             self.engine.step()
         self.task.after_step(context)
-        sums["stop_asked"] = torch.tensor(self.stop_asked(step + 1), dtype=torch.double, device=self.device)
+        sums["stop_requested"] = torch.tensor(self.stop_requested(step + 1), dtype=torch.double, device=self.device)
         if is_logged:
             observed = {name: rows.double().sum() for name, rows in context.observations().items()}
             sums = observed | sums | self.metrics.sums()

@@ -21,10 +21,11 @@ from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.run.session_log import session
-from distill.run.stage import Stage, StopAsked, stage_fingerprint
+from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
+from distill.student.fingerprint import check_student, student_fingerprint
 from distill.student.student_config import StudentConfig
 from distill.teacher.dev_score import TEACHER_DEV
 from distill.teacher.identity import check_teacher
@@ -125,17 +126,11 @@ class TrainingStage(Stage):
         found = {"shards": sha256_of(manifest) if manifest.is_file() else ""}
         if self.init != "student":
             found[self.init] = stage_fingerprint(self.context.run_dir / self.init)
-        else:
-            encoder = self.section(StudentConfig).init
-            try:
-                is_folder = encoder != "teacher" and Path(resolve_model(encoder)).is_dir()
-            except ValueError:  # no longer there: `check_inputs` says so
-                is_folder = True
-            if is_folder:
-                found["student.init"] = model_fingerprint(encoder, None, self.digests)
+        elif (encoder := self.section(StudentConfig).init) != "teacher":
+            found["student.init"] = model_fingerprint(encoder, self.digests)
         return found
 
-    def run(self, device: torch.device, stop_asked: StopAsked = lambda step: False) -> bool:
+    def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Trains to the end; every rank calls it. The student lies in <stage>/student afterwards."""
         self.check_inputs()
         if rank() == 0:
@@ -147,7 +142,7 @@ class TrainingStage(Stage):
             logger.info("%s: precision: %s", self.name, describe_precision(precision, device))
         task = self.build(self.setup(device, amp))
         task.module.to(device)
-        trainer = self._trainer(task, device, amp, stop_asked)
+        trainer = self._trainer(task, device, amp, stop_requested)
         if trainer.tensorboard.is_new:
             trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
         with session(self.directory, "train", device):
@@ -157,7 +152,7 @@ class TrainingStage(Stage):
         barrier()
         return True
 
-    def _trainer(self, task: Task, device: torch.device, amp: torch.dtype | None, stop_asked: StopAsked) -> Trainer:
+    def _trainer(self, task: Task, device: torch.device, amp: torch.dtype | None, stop_requested: StopRequested) -> Trainer:
         """The training loop around a task, with its last checkpoint loaded."""
         train, engine_config = self.train, self.section(EngineConfig)
         metrics = StepMetrics(task.module, device)
@@ -178,7 +173,7 @@ class TrainingStage(Stage):
             tensorboard_dir=self.tensorboard_dir,
             device=device,
             max_skipped=engine_config.max_skipped,
-            stop_asked=stop_asked,
+            stop_requested=stop_requested,
             selects_by_sts=self.selects_by_sts,
         )
 
@@ -192,14 +187,9 @@ class TrainingStage(Stage):
         check_teacher(self.section(TeacherConfig), self.context.shards_dir, reader.manifest)
         if self.init != "student":
             folder = self.context.run_dir / self.init
-            fingerprint = stage_fingerprint(folder)
-            if not fingerprint:
+            if not stage_fingerprint(folder):
                 raise ValueError(f"{self.name} needs {folder}, which is not finished: run that stage first")
-            if student_fingerprint(folder / "student") != fingerprint:
-                raise ValueError(
-                    f"{folder / 'student'} is not the student that {self.init} has finished with, or is damaged:"
-                    f" delete {folder} and run that stage again"
-                )
+            check_student(folder)
         elif (encoder := self.section(StudentConfig).init) != "teacher":
             resolve_model(encoder)
         self.check(reader)
@@ -252,8 +242,3 @@ class TrainingStage(Stage):
         made = student_fingerprint(student)
         shutil.rmtree(self.cache_dir, ignore_errors=True)  # last: a stage that is killed before may need it again
         self.finish(results, made)
-
-
-def student_fingerprint(folder: Path) -> str:
-    """The fingerprint of a training stage's product, the student in `folder`."""
-    return "-".join(sha256_of(path)[:32] for path in sorted(folder.glob("*.safetensors")))

@@ -38,7 +38,7 @@ class Example(Stage):
     def inputs(self):
         return self.found
 
-    def run(self, device, stop_asked=lambda step: False):
+    def run(self, device, stop_requested=lambda step: False):
         return True
 
 

@@ -238,6 +238,7 @@ def test_a_hub_teacher_whose_commit_is_known_only_after_the_start_is_continued(t
     (folder / "refs/main").write_text(commit)
     begun = json.loads((config.run_dir / "precompute/BEGUN.json").read_text())
     assert "owner/tiny" not in begun["inputs"] and stage.changes_since(begun) == []
+    assert stage.identify(None)["files"] == {"commit": commit}
 
 
 def truncate(shards):

@@ -14,8 +14,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
 from distill.run.files import write_json
+from distill.student.fingerprint import student_fingerprint
 from distill.training.dashboard import describe_run
-from distill.training.training_stage import student_fingerprint
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",
           "simcse.lr=1e-3", "simcse.dev_every=100", "engine.precision=fp32")  # fmt: skip
@@ -54,7 +54,7 @@ def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_tr
     stage = stage_of(load_config(config), "finetune")
     stage.check_inputs()
     (folder / "model.safetensors").write_bytes(b"weighus")
-    with pytest.raises(ValueError, match=rf"{folder} is not the student .* delete {run}/ckd and run that stage again$"):
+    with pytest.raises(ValueError, match=rf"{folder}: its weights are not those .* delete {run}/ckd and run that stage again$"):
         stage.check_inputs()
 
 
