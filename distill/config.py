@@ -135,8 +135,14 @@ def _check_name(name: str, known: Sequence[str]) -> None:
         raise ValueError(f"no stage is called {name!r}; known are {', '.join(known)}")
 
 
-if taken := {*BaseRunConfig.model_fields, *OTHER_STAGES} & {*TRAINING_STAGES}:
-    raise ValueError(f"{', '.join(sorted(taken))} is the name of a task and of a config key: rename the task")
+def check_task_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a training task whose config section would hide something else of a run's config."""
+    taken = {*BaseRunConfig.model_fields, *OTHER_STAGES, *dir(BaseRunConfig)}
+    if clash := [name for name in names if name in taken]:
+        raise ValueError(f"no training task may be called {', '.join(clash)}: the name has another meaning in a config")
+
+
+check_task_names(TRAINING_STAGES)
 if TYPE_CHECKING:
     RunConfig = BaseRunConfig
 else:

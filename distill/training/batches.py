@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.run.collectives import gather_rows
+from distill.run.collectives import gather_rows, rank
 from distill.run.sampling import CHUNK_ROWS, GlobalOrder, assign_rows, length_order
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.student import Chunk, PooledVectors, Tokens
 from distill.training.encoded_cache import Encoded
 
+logger = logging.getLogger(__name__)
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
 
@@ -143,6 +145,13 @@ class ShardBatches:
         rows = [self.rows(first_step + int(batch))[within[batches == batch]] for batch in np.unique(batches)]
         flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
+
+
+def report_dropped(order: GlobalOrder) -> None:
+    """Logs on rank 0 how many texts of each epoch are left over, since they do not fill a global batch."""
+    if order.dropped_rows and rank() == 0:
+        shown = f"{order.dropped_rows:,} of {order.num_rows:,}"
+        logger.info("%s texts are left out of each epoch: they do not fill a global batch of %d", shown, order.global_batch)
 
 
 def prefetch(load: Callable[[int], list[MicroBatch]], steps: range, depth: int = 2) -> Generator[list[MicroBatch]]:

@@ -33,7 +33,7 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.student.student import Tokens, load_projection
-from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order
+from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order, report_dropped
 from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 from distill.training.training_stage import Setup, TrainingStage
@@ -223,6 +223,7 @@ class ContrastTask(Task):
         self.seed = seed
         total = module.config.global_batch
         self.order = GlobalOrder(rows.shard_rows, global_batch=total, seed=seed)
+        report_dropped(self.order)
         self.replay_order = GlobalOrder(replay.shard_rows, global_batch=total, seed=seed) if replay else None
         self.steps_per_epoch = self.order.steps_per_epoch
         most_rows = -(-total // world_size())

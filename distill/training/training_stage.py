@@ -30,7 +30,7 @@ from distill.student.student_config import StudentConfig
 from distill.teacher.dev_score import TEACHER_DEV
 from distill.teacher.identity import check_teacher
 from distill.teacher.teacher_config import TeacherConfig
-from distill.training.batches import ShardBatches
+from distill.training.batches import ShardBatches, report_dropped
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import describe_run
 from distill.training.dev_evaluation import DevEvaluation
@@ -63,6 +63,7 @@ class Setup:
     def shard_batches(self, train: TrainConfig, encoded: Encoded | None = None) -> ShardBatches:
         """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens."""
         order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed)
+        report_dropped(order)
         part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
         return ShardBatches(self.reader, order, self.student, **part, chunk_rows=self.chunk_rows, encoded=encoded)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import RunConfig, load_config, load_run
+from distill.config import RunConfig, check_task_names, load_config, load_run
 from distill.run.config import ConfigError, Section, dump_config, effects_of, result
 
 MINIMAL = "name: x\ntext: {sources: [text.txt]}\nteacher: {model: some/teacher}\n"
@@ -51,6 +51,12 @@ def test_an_invalid_config_is_refused_with_its_key(path, overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["engine", "evaluate", "run_dir"])
+def test_a_task_of_a_name_that_has_another_meaning_is_refused(name):
+    with pytest.raises(ValueError, match=f"no training task may be called {name}"):
+        check_task_names(["align", name])
 
 
 def test_a_source_may_be_a_plain_path(path):

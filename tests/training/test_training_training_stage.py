@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 
 import pytest
@@ -26,6 +27,16 @@ def test_every_module_is_in_training_mode_from_the_first_step(embedded_copy, nam
     stage = stage_of(load_config(embedded_copy[0]), name)
     task = stage.build(stage.setup(torch.device("cpu"), None))
     assert all(module.training for module in task.module.modules())
+
+
+@pytest.mark.parametrize("name", ["ckd", "simcse"])
+def test_texts_that_fill_no_global_batch_are_counted_in_the_log(embedded_copy, caplog, name):
+    stage = stage_of(load_config(embedded_copy[0], [f"{name}.global_batch=100"]), name)
+    caplog.set_level(logging.INFO, "distill")
+    setup = stage.setup(torch.device("cpu"), None)
+    stage.build(setup)
+    texts = len(setup.reader)
+    assert f"{texts % 100} of {texts} texts are left out of each epoch: they do not fill a global batch of 100" in caplog.text
 
 
 @pytest.mark.slow
