@@ -20,11 +20,5 @@ set -euo pipefail
 trap '' USR1 TERM # until Python handles them: the warning must not end the job, which would not be requeued
 cd "${DISTILL_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 source launcher/environment.sh
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-  config=$1
-  shift
-else
-  config=configs/quickstart.yaml
-  "${python[@]}" launcher/quickstart_text.py
-fi
-exec "${python[@]}" launcher/pipeline.py --config "$config" --srun "$@" # exec: so that it gets the warning
+choose_config "$@"
+exec "${python[@]}" launcher/pipeline.py --config "$config" --srun "${overrides[@]}" # exec: so that it gets the warning

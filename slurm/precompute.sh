@@ -17,12 +17,6 @@ set -euo pipefail
 trap '' USR1 TERM # until Python handles them, as in distill.sh
 cd "${DISTILL_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 source launcher/environment.sh
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-  config=$1
-  shift
-else
-  config=configs/quickstart.yaml
-  "${python[@]}" launcher/quickstart_text.py
-fi
+choose_config "$@"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # the default would be every core of the node
-exec "${python[@]}" launcher/precompute.py --config "$config" --requeue "$@"
+exec "${python[@]}" launcher/precompute.py --config "$config" --requeue "${overrides[@]}"
