@@ -1,4 +1,4 @@
-"""Tiny encoders of every family a student may come from, with random weights and tiny_encoder's words."""
+"""Tiny encoders with random weights, one per tested architecture, with the vocabulary of the fixture `tiny_encoder`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_family(family: str, *, layers: int = 3, vocabulary: int = 120, seed: in
 
 
 def padding_of(family: str) -> int:
-    """The padding token's number, from which RoBERTa and MPNet count positions."""
+    """The padding token's id; RoBERTa and MPNet number positions from it."""
     return 1 if family in ("roberta", "mpnet") else 0
 
 

@@ -81,7 +81,7 @@ def train_stage(
 
 
 def new_engine(cell: str, folder: Path, *, seed: int = 1, clip: float = 1.0, num_micro: int = 1) -> Any:
-    """An engine with a shipped configuration, but that under ZeRO-3 only the smallest parameters are kept whole."""
+    """An engine with a shipped DeepSpeed configuration; under ZeRO-3 all but the smallest parameters are partitioned."""
     start_deepspeed()
     settings = json.loads((SHIPPED / f"{cell}.json").read_text())
     if "zero3" in cell:
@@ -109,8 +109,8 @@ def train_steps(engine: Any, steps, spoiled: tuple[int, ...] = ()) -> list[float
     return losses
 
 
-def whole(engine: Any) -> dict[str, np.ndarray]:
-    """Every master value and Adam's state, and the parameters that the forward pass uses, whole on every rank."""
+def full_state(engine: Any) -> dict[str, np.ndarray]:
+    """Every master value and Adam's state, and the parameters that the forward pass uses, gathered on every rank."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

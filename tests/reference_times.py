@@ -1,6 +1,6 @@
-"""How long things take on this machine: a deadline in a test is a multiple of one of these times, never a number of seconds.
+"""Reference durations measured on this machine, from which tests derive their deadlines.
 
-Each is measured when it is first needed, once in a test session (with pytest-xdist, once in each worker).
+The time to start a rank is measured once in a test session (with pytest-xdist, once in each worker).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def starts(count: float) -> float:
 
 
 def hang_limit() -> float:
-    """Seconds after which a process that should have ended hangs. Long: it only keeps a fault from stopping the whole suite."""
+    """Seconds after which a process that should have ended is considered hung; long: it keeps the suite from blocking."""
     return starts(60)
 
 

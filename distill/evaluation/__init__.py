@@ -1,7 +1,7 @@
 """Evaluation of models: STS, retrieval, transfer and fidelity to the teacher, as ModelResults of metrics/results.py.
 
     model_encoder.py   a folder or hub name -> texts to vectors, on one rank or all; texts per second
-    tasks.py           folders or hub names -> Tasks: all sets, and the scores of vectors on them
+    tasks.py           folders or hub names -> Tasks: the loaded evaluation sets, and the scores of vectors on them
     retrieval.py       RetrievalSet -> ndcg@10, ...; index_types.py: with quantised vectors and graphs, through faiss
     transfer.py        TransferSet -> accuracy of a logistic regression
     compare.py         two results -> paired differences with intervals

@@ -12,7 +12,7 @@ import numpy as np
 from distill.evaluation.model_encoder import TextEncoder, throughput
 from distill.evaluation.tasks import Tasks
 from distill.metrics.fidelity import fidelity
-from distill.metrics.held_out import test_rows
+from distill.metrics.held_out import final_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
 from distill.metrics.vectors import EncodedTexts
 from distill.run.files import fingerprint, sha256_of
@@ -56,7 +56,7 @@ class Measurement:
         if not (path / "manifest.json").exists():
             return None
         reader = ShardReader(path)
-        rows = test_rows(len(reader), self.num_held_out)
+        rows = final_rows(len(reader), self.num_held_out)
         return (reader.texts(rows), reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
 
     @cached_property

@@ -111,7 +111,7 @@ def _retrieval_rows(results: ModelResults) -> Iterator[Row]:
                 "vectors": index,
                 "bytes/vector": " + ".join(map(str, sizes)) or cell(results.bytes_per_vector),
                 **{measure: cell(found[measure], "{:.4f}") for measure in MEASURES},
-                f"95% of {COMPARED}": cell(results.at("retrieval_ci", name, *keys, COMPARED), "{:.4f}"),
+                f"{COMPARED} 95% interval": cell(results.at("retrieval_ci", name, *keys, COMPARED), "{:.4f}"),
             }
             if keys:
                 row |= _to_float32(results, f"{name} {COMPARED}", f"{name} {index} {COMPARED}", "{:+.4f}")
@@ -149,6 +149,6 @@ def _to_float32(results: ModelResults, whole: str, quantised: str, form: str) ->
     """The paired difference of a quantised score to that of float32."""
     first, second = results.resamples[whole], results.resamples[quantised]
     return {
-        "to float32": cell(second.score - first.score, form),
-        "95% of that": cell(paired_difference(first, second), form),
+        "difference to float32": cell(second.score - first.score, form),
+        "its 95% interval": cell(paired_difference(first, second), form),
     }

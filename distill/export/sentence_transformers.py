@@ -39,7 +39,8 @@ def check_pooling(pooling: str) -> None:
 def save_sentence_transformers(student: Student, student_dir: Path, folder: Path) -> None:
     """Writes the student, which was loaded from `student_dir`, into `folder`, without a README.md.
 
-    tokenizer.json truncates and pads on its own, as the student's. Raises ValueError if a pooling has no module.
+    tokenizer.json truncates and pads as the student does, so that it also works without sentence-transformers. Raises
+    ValueError if a pooling has no module.
     """
     modules = _modules(student, student_dir)
     model = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")

@@ -25,7 +25,7 @@ from distill.config import RunConfig
 from distill.corpus import text_hash
 from distill.plan.devices import DeviceTable, local_devices
 from distill.plan.planner import Inputs, plan_stage
-from distill.plan.shapes import passed_stages
+from distill.plan.shapes import stage_chain
 from distill.run.collectives import barrier, from_rank_0
 from distill.run.files import read_json, write_json
 from distill.run.precision import autocast_dtype
@@ -95,7 +95,7 @@ def calibrate(inputs: Inputs, run: Callable[[RunConfig], list[Measurement]]) -> 
 def calibrated_stage(config: RunConfig) -> str:
     """The first stage that trains the encoder of section student from its beginning. Raises ValueError if there is none."""
     for name in config.training_stages:
-        if passed_stages(config, name) == [name] and not getattr(config.train(name), "freeze_encoder", False):
+        if stage_chain(config, name) == [name] and not getattr(config.train(name), "freeze_encoder", False):
             return name
     raise ValueError(
         "nothing to calibrate: no stage trains the encoder of section student from its beginning: leave --calibrate out"

@@ -64,12 +64,15 @@ class Parameter(NamedTuple):
 class TaskShape:
     """The module that a stage trains, and what its loss compares.
 
-    train: the stage's config section. forward_flops: of the student; activations: bytes that its forward pass in a step leaves
-    for the backward pass; flops_factor: FLOPs of a whole step over those of its forward passes, 0 where the encoder is frozen:
-    it then encodes every text once before the first step, and a step of the head costs next to nothing; num_layers: that a
-    step passes. num_views: texts of a row that are contrasted with each other; texts_per_row: these and, where the teacher has
-    a weight, one that is only compared with its own teacher vector. query_sets: that are compared with keys: the student's for
-    ckd, the student's and the teacher's for congen. num_terms: terms of the loss.
+    train: the stage's config section.
+    forward_flops: FLOPs of the student's forward pass.
+    activations: bytes that the forward pass of a step keeps for the backward pass.
+    flops_factor: FLOPs of a step / FLOPs of its forward passes; 0 for a frozen encoder, which encodes every text once before.
+    num_layers: encoder layers that a step runs through.
+    num_views: texts of a row that are contrasted with each other.
+    texts_per_row: these and, where the teacher has a weight, one that is compared with its own teacher vector alone.
+    query_sets: query matrices that are compared with all keys: 1 for ckd (student), 2 for congen (student and teacher).
+    num_terms: terms of the loss.
     """
 
     train: Any
@@ -158,23 +161,23 @@ def task_shape(
     )
 
 
-def passed_stages(config: RunConfig, name: str) -> list[str]:
-    """Stage `name` and those that its student passes before it, the last one first."""
-    passed = [name]
-    while (init := getattr(config.stage_of(passed[-1]), "init", "student")) != "student":
-        passed.append(init)
-    return passed
+def stage_chain(config: RunConfig, name: str) -> list[str]:
+    """Stage `name`, then the stage that its student is initialised from, and so on back to the first."""
+    chain = [name]
+    while (init := getattr(config.stage_of(chain[-1]), "init", "student")) != "student":
+        chain.append(init)
+    return chain
 
 
 def _build_task(config: RunConfig, name: str, architecture: Architecture, teacher_dim: int) -> nn.ModuleDict:
     """Student, projection and temperature of stage `name`, with new weights."""
-    train, section, passed = config.train(name), config.student, passed_stages(config, name)
+    train, section, chain = config.train(name), config.student, stage_chain(config, name)
     encoder = architecture.build().train()
     if section.layers is not None:
         keep_layers(encoder, section.kept(encoder.config.num_hidden_layers))
     tokenizer: Any = None  # not needed: no text is encoded
     student = Student(encoder, tokenizer, pooling=section.pooling, max_length=section.max_length)
-    if "hpd" in passed:
+    if "hpd" in chain:
         compact: Any = config.train("hpd")
         student.add_head(compact.dim, compact.head, 0)
     dropout = getattr(train, "dropout", 0.0)
@@ -187,7 +190,7 @@ def _build_task(config: RunConfig, name: str, architecture: Architecture, teache
     if isinstance(temperature := getattr(train, "temperature", None), TemperatureConfig):
         task["temperature"] = Temperature(temperature)
     # ckd's projection is kept by the stages after it while they compare texts with the teacher's vectors
-    if passed[-1] == "ckd" and all(getattr(config.train(each), "teacher_weight", 0) for each in passed[:-1]):
+    if chain[-1] == "ckd" and all(getattr(config.train(each), "teacher_weight", 0) for each in chain[:-1]):
         ckd: Any = config.train("ckd")
         projection = build_projection(student.width, teacher_dim, ckd.projection)
         if projection is not None:

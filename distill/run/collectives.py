@@ -1,7 +1,7 @@
 """Collectives; no-ops without a process group.
 
-The bytes that this rank receives are counted: (W-1)/W of the result of a gather or exchange, twice that of a sum. Gradients and
-parameters that DeepSpeed sends are not included.
+Gathers, exchanges and sums count the bytes that this rank receives: (W-1)/W of the result of a gather or exchange, twice that
+of a sum. Broadcasts, barriers, and the gradients and parameters that DeepSpeed sends are not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def world_size() -> int:
 
 
 def bytes_received() -> int:
-    """Bytes that this rank has received so far through the functions of this file, without the transport's overhead."""
+    """Bytes that this rank has received so far in counted collectives, without the transport's overhead."""
     return _received
 
 
@@ -80,7 +80,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """The rows of all ranks in length-sorted order, [total, ...], where rank r holds every W-th row from r on; no gradient.
+    """The rows of all ranks in global order, [total, ...], where rank r holds the rows r, r + W, r + 2W, ...; no gradient.
 
     Ranks hold ceil or floor of total / W rows. A rank receives (W-1)/W x total rows.
     """
@@ -123,5 +123,5 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor, total: int) -> Tensor:
-    """`gather_rows` whose backward sums over ranks: exact under a local mean and the engine's mean over ranks."""
+    """`gather_rows` with a gradient: that of the sum of all ranks' losses with respect to this rank's rows."""
     return _GatherWithGradient.apply(rows, total)

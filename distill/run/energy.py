@@ -9,8 +9,8 @@ from contextlib import suppress
 import torch
 
 
-class Energy:
-    """Counts from its construction. device: where this process computes."""
+class EnergyMeter:
+    """The energy that this process's GPU has drawn since the meter was constructed. device: where this process computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._counter = _gpu_counter(device) if device.type == "cuda" else None

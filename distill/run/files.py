@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 def publish(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` when the block ends without an error, and is deleted otherwise.
 
-    Concurrent writers of one path write to different temporary files; the last rename wins, and each file is complete. The
-    folder may be renamed as soon as `path` exists: it is flushed through a descriptor.
+    Concurrent writers of one path write to different temporary files; the last rename wins, and each file is complete. Another
+    process may rename the folder as soon as `path` exists, so it is flushed through a descriptor that was opened before.
     """
     folder = os.open(path.parent, os.O_RDONLY)
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")

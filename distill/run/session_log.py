@@ -23,7 +23,7 @@ import torch
 
 import distill
 from distill.run.collectives import is_distributed, rank, reduce_sums, world_size
-from distill.run.energy import Energy
+from distill.run.energy import EnergyMeter
 from distill.run.stopping import Stopped
 
 PACKAGES = ("torch", "deepspeed", "transformers", "sentence-transformers", "numpy")
@@ -40,7 +40,7 @@ def session(directory: Path, work: str, device: torch.device, *, alone: bool = F
     together = is_distributed() and not alone
     line = {"work": work, "host": socket.gethostname(), "device": device_name(device), "ranks": world_size() if together else 1}
     line |= {"started": round(time.time(), 1), "versions": versions() if alone or rank() == 0 else {}}
-    clock, energy = time.monotonic(), Energy(device)
+    clock, energy = time.monotonic(), EnergyMeter(device)
 
     def write() -> None:
         joules = _sum_over_ranks(energy.joules(), device) if together else energy.joules()

@@ -58,14 +58,15 @@ def repair_hint(directory: Path) -> str:
     return f"run: python -m distill.shards repair {directory}"
 
 
-class _Sealed(BaseModel):
-    """Of exactly these keys and types; nothing is converted."""
+class _StrictModel(BaseModel):
+    """Base of the manifest's models: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class ShardEntry(_Sealed):
-    """A shard in the manifest. text_fingerprint: the text chunk's sha256; moments_sha256: of the sidecar's bytes."""
+class ShardEntry(_StrictModel):
+    """A shard in the manifest. rows: its texts. text_fingerprint: the text chunk's sha256. moments_sha256: the sha256 of
+    NNNNNN.moments.npz, the sums over the shard's vectors from which the PCA follows."""
 
     name: str
     rows: PositiveInt
@@ -75,8 +76,11 @@ class ShardEntry(_Sealed):
     moments_sha256: Sha256
 
 
-class Manifest(_Sealed):
-    """The files of a finished set. A reader opens only what is listed here."""
+class Manifest(_StrictModel):
+    """The files of a finished set. A reader opens only what is listed here.
+
+    count: texts in all shards. rows: the largest number of texts in a shard.
+    """
 
     version: int
     count: PositiveInt
@@ -102,7 +106,7 @@ class Manifest(_Sealed):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """The arguments of `finish`, stored beside the manifest, so that either can be rebuilt from the other."""
+        """The arguments of `finish`, also stored as recipe.json: with the shards, the manifest can be rebuilt from it."""
         return {
             "teacher": self.teacher,
             "teacher_fingerprint": self.teacher_fingerprint,

@@ -35,10 +35,10 @@ class Work:
 
 
 class Teacher:
-    """read(texts) on one thread, encode(...) on another -> L2-normalised fp16 vectors [n, dim], in the texts' order.
+    """One or several frozen encoders: texts to L2-normalised float16 vectors [n, dim], in the texts' order.
 
-    amp: bfloat16 or None. The normalised vectors of several encoders are concatenated and divided by the square root of the
-    number of encoders, so that a cosine is the mean of the encoders' cosines.
+    `read` tokenizes and `encode` runs the encoders, so that each can have its own thread. amp: bfloat16 or None. The vectors of
+    several encoders are concatenated and divided by the square root of their number: a cosine is the mean of theirs.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Teacher:
         return [encoder.read(texts) for encoder in self.encoders]
 
     def encode(self, read: Read, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
-        """float16 [n, dim], L2-normalised, of what `read` returned. tick: called with the number of texts of each batch."""
+        """float16 [n, dim], L2-normalised, of what `read` returned. tick: progress callback, called with
+        the number of texts finished since its last call."""
         parts = [
             encoder.encode(tokens, self.work, number, tick if number == len(self.encoders) - 1 else lambda rows: None)
             for number, (encoder, tokens) in enumerate(zip(self.encoders, read, strict=True))

@@ -3,8 +3,8 @@
     checkpoints/step-00000100/rank-00000.safetensors ...    what each rank owned (fragments.py)
     checkpoints/step-00000100/student/                      the best student so far: hard links to the files of STAGE/student
     checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file and of this one, the loop's
-                                                            state, what the run is made of; then the folder loses its suffix
-                                                            .part
+                                                            state, settings that must match; then the folder loses its
+                                                            suffix .part
 
 `save` copies to host memory and returns. A thread on each rank writes, flushes and hashes; rank 0's commits once all files are
 there. Rank 0 decides which checkpoint is read, and broadcasts it; a damaged one is renamed to step-00000100.damaged.
@@ -38,14 +38,14 @@ STUDENT = "student"
 class Checkpoints:
     """The checkpoints of one training stage, under `directory`.
 
-    made_of: JSON-able; what the order of samples and the optimizer depend on. A checkpoint made of anything else is refused.
+    must_match: JSON-able settings that the order of samples and the optimizer depend on. A checkpoint of others is refused.
     """
 
-    def __init__(self, directory: Path, *, keep: int, device: torch.device, made_of: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, *, keep: int, device: torch.device, must_match: dict[str, Any]) -> None:
         self.directory = directory
         self.keep = keep
         self.device = device
-        self.made_of = made_of
+        self.must_match = must_match
         self._writer: _Writer | None = None
 
     def save(self, engine: Any, step: int, state: dict[str, Any], student: Path | None = None) -> None:
@@ -69,7 +69,7 @@ class Checkpoints:
             "world_size": world_size(),
             "zero_stage": engine.zero_optimization_stage(),
             "state": state,
-            "made_of": self._made_of(engine),
+            "must_match": self._must_match(engine),
         }
         self._writer = _Writer(part, tensors, described, self.keep)
         self._writer.start()
@@ -96,15 +96,15 @@ class Checkpoints:
         """Restores the newest checkpoint whose checksums hold and returns its `state`; None if there is none.
 
         student: the folder that then holds the best student of that checkpoint, or is absent. Raises ValueError if the
-        checkpoint is of a run that was made of something else, and names what changed.
+        checkpoint was saved with other settings, and names them.
         """
         described = from_rank_0(self._newest_valid() if rank() == 0 else None, self.device)
         folder = self.directory / f"step-{described['step']:08d}" if described else None
-        if described and (changed := differences(described["made_of"], self._made_of(engine))):
+        if described and (changed := differences(described["must_match"], self._must_match(engine))):
             more = f"; and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
             raise ValueError(
-                f"{folder} was taken by a run made of other things ({'; '.join(changed[:MOST_NAMED])}{more}):"
-                f" put them back to continue it, use another name=, or delete {self.directory} to begin the stage again"
+                f"{folder} was saved with other settings ({'; '.join(changed[:MOST_NAMED])}{more}):"
+                f" restore them to continue it, use another name=, or delete {self.directory} to begin the stage again"
             )
         if student is not None:
             if rank() == 0:
@@ -115,8 +115,8 @@ class Checkpoints:
         load_fragments(engine, [folder / name for name in sorted(described["files"])], described["adam_steps"])
         return described["state"]
 
-    def _made_of(self, engine: Any) -> dict[str, Any]:
-        return json.loads(json.dumps(self.made_of | {"parameters": shapes(engine)}))
+    def _must_match(self, engine: Any) -> dict[str, Any]:
+        return json.loads(json.dumps(self.must_match | {"parameters": shapes(engine)}))
 
     def _raise_together(self, writer: _Writer) -> None:
         """Raises a writer's error on its rank, and FailedElsewhere on the others; a collective."""

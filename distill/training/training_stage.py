@@ -161,7 +161,7 @@ class TrainingStage(Stage):
         temperature_lr = (temperature.lr if temperature else None) or train.lr
         engine = build_engine(task.module, train, engine_config, num_micro=task.num_micro, temperature_lr=temperature_lr)
         settings, inputs = self.settings("result"), self.inputs()
-        made_of = {"settings": settings, "inputs": inputs, "steps_per_epoch": task.steps_per_epoch}
+        must_match = {"settings": settings, "inputs": inputs, "steps_per_epoch": task.steps_per_epoch}
         return Trainer(
             name=self.name,
             task=task,
@@ -169,7 +169,7 @@ class TrainingStage(Stage):
             train=train,
             dev=self.dev_evaluation(amp),
             metrics=metrics,
-            checkpoints=Checkpoints(self.directory / "checkpoints", keep=train.keep, device=device, made_of=made_of),
+            checkpoints=Checkpoints(self.directory / "checkpoints", keep=train.keep, device=device, must_match=must_match),
             student_dir=self.directory / "student",
             tensorboard_dir=self.tensorboard_dir,
             device=device,

@@ -54,7 +54,7 @@ def measure_rank(rank: int, world_size: int, port: int, shape: dict[str, int], f
     module = ParameterNorm(shape)
     train, settings = TrainConfig(micro_batch=1), EngineConfig(deepspeed=Path("configs/deepspeed/zero2.json"))
     engine = build_engine(module, train, settings, num_micro=1, temperature_lr=train.lr)
-    checkpoints = Checkpoints(folder / "ours", keep=1, device=CPU, made_of={})
+    checkpoints = Checkpoints(folder / "ours", keep=1, device=CPU, must_match={})
     theirs = folder / "deepspeed"
     seconds: dict[str, dict[str, list[float]]] = {}
     sizes: dict[str, int] = {}

@@ -164,13 +164,13 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 def evaluate(directory: Path, shards: Path, options: argparse.Namespace) -> dict[str, Any]:
     from distill.corpus.evaluation_sets import read_sts
     from distill.metrics.fidelity import fidelity
-    from distill.metrics.held_out import test_rows
+    from distill.metrics.held_out import final_rows
     from distill.metrics.sts import sts_scores
     from distill.shards import ShardReader
     from distill.student import Student
 
     held_out = ShardReader(shards / "held_out")
-    rows = test_rows(len(held_out), 2000)
+    rows = final_rows(len(held_out), 2000)
     student = Student.load(directory / "ckd/student").eval()
     scores = sts_scores(student.encode, read_sts(options.data / "sts"), bootstrap=0)["sts"]
     kept = fidelity(student.encode(held_out.texts(rows)), held_out.vectors(rows).astype("float32"))

@@ -31,7 +31,7 @@ def tiny(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def test_vectors_come_in_the_callers_order_and_do_not_depend_on_company(tiny):
+def test_vectors_come_in_the_callers_order_and_do_not_depend_on_the_batch(tiny):
     encode = encoder_of(tiny, batch_size=2, device="cpu")
     texts = ["a", "long words of many letters", "b c", "a", "zz"]
     together = encode(texts)
@@ -64,7 +64,7 @@ def test_a_model_that_gives_nan_is_refused(tiny):
         encode(["abc"])
 
 
-def test_a_path_without_a_model_is_refused_by_what_it_lacks(tmp_path):
+def test_the_error_for_a_path_without_a_model_names_what_is_missing(tmp_path):
     for name in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"config\.json|no such folder"):
             encoder_of(name)

@@ -189,7 +189,7 @@ def test_quantised_vectors_go_through_faiss_or_it_says_what_to_install(model, da
     vectors = {"int8", "int8+float32", "binary", "binary+int8", "binary+float32"}
     assert set(scores) == PLAIN | vectors | {f"hnsw-{each}" for each in vectors}
     assert scores["int8"]["index_bytes"] > 60 * 32 and scores["hnsw-binary"]["M"] == 32
-    assert "queries/s, one by one" in done.stdout and "to float32" in done.stdout
+    assert "queries/s, one by one" in done.stdout and "difference to float32" in done.stdout
 
 
 @pytest.mark.slow

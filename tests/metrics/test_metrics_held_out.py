@@ -11,7 +11,7 @@ from distill.metrics import held_out
     "num_held_out, test, dev", [(3000, 2000, 1000), (5000, 2000, 1000), (2500, 2000, 1000), (120, 100, 1000)]
 )
 def test_dev_and_test_are_apart_where_there_are_enough(num_held_out, test, dev):
-    for_test, for_dev = held_out.test_rows(num_held_out, test), held_out.dev_rows(num_held_out, test, dev)
+    for_test, for_dev = held_out.final_rows(num_held_out, test), held_out.dev_rows(num_held_out, test, dev)
     assert len(for_test) == test and len(for_dev) == min(dev, num_held_out - test)
     assert not set(for_test.tolist()) & set(for_dev.tolist())
     assert max(for_dev) < num_held_out
@@ -19,6 +19,6 @@ def test_dev_and_test_are_apart_where_there_are_enough(num_held_out, test, dev):
 
 @pytest.mark.parametrize("num_held_out", [0, 5, held_out.SMALLEST_DEV, 110])
 def test_too_small_a_held_out_set_serves_both(num_held_out):
-    for_test, for_dev = held_out.test_rows(num_held_out, 100), held_out.dev_rows(num_held_out, 100, 50)
+    for_test, for_dev = held_out.final_rows(num_held_out, 100), held_out.dev_rows(num_held_out, 100, 50)
     assert for_test.tolist() == list(range(min(100, num_held_out)))
     assert for_dev.tolist() == for_test.tolist()[:50]

@@ -1,4 +1,4 @@
-"""Copies of a finished run, to write pages of: as it is, and with hostile text in every file that holds text from outside."""
+"""Copies of a finished run for tests of the report: unchanged, and with hostile text in every file with text from outside."""
 
 from __future__ import annotations
 

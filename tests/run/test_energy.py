@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.run.energy import Energy
+from distill.run.energy import EnergyMeter
 
 GPU = torch.device("cuda", 0)
 
@@ -24,19 +24,19 @@ def counters(monkeypatch):
 
 
 def test_energy_is_that_of_this_process_gpu_since_the_start(counters):
-    energy = Energy(GPU)
+    energy = EnergyMeter(GPU)
     counters[b"GPU-abc"] += 9_000
     counters[b"GPU-def"] += 2_500
     assert energy.joules() == 2.5
 
 
 def test_a_gpu_that_is_lost_has_no_energy(counters):
-    energy = Energy(GPU)
+    energy = EnergyMeter(GPU)
     counters.clear()
     assert energy.joules() is None
 
 
 def test_no_energy_without_nvml_or_without_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert Energy(GPU).joules() is None
-    assert Energy(torch.device("cpu")).joules() is None
+    assert EnergyMeter(GPU).joules() is None
+    assert EnergyMeter(torch.device("cpu")).joules() is None

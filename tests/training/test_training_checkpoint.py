@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from conftest import write_config
 from distributed_ranks import on_ranks
-from engines import CELLS, CPU, embed_text, new_engine, train_stage, train_steps, whole
+from engines import CELLS, CPU, embed_text, full_state, new_engine, train_stage, train_steps
 
 from distill.run.collectives import barrier, rank
 from distill.training.checkpoint import Checkpoints, checksum
 from distill.training.fragments import copy_owned
 
-MADE_OF = {"seed": 0, "ckd": {"global_batch": 12}}
+MUST_MATCH = {"seed": 0, "ckd": {"global_batch": 12}}
 CELL = "zero2"
 
 
-def checkpoints_in(directory, made_of=MADE_OF):
-    return Checkpoints(directory, keep=2, device=CPU, made_of=made_of)
+def checkpoints_in(directory, must_match=MUST_MATCH):
+    return Checkpoints(directory, keep=2, device=CPU, must_match=must_match)
 
 
 def save_three(directory):
@@ -32,20 +32,20 @@ def save_three(directory):
     found = {}
     for step in (2, 4, 6):
         train_steps(engine, range(step - 2, step))
-        found[step] = whole(engine)
+        found[step] = full_state(engine)
         checkpoints.save(engine, step, {"step": step, "best_score": 0.5})
-    train_steps(engine, range(6, 8))  # beside the writing
-    found[8] = whole(engine)
+    train_steps(engine, range(6, 8))  # while step 6 is being written
+    found[8] = full_state(engine)
     checkpoints.wait()
     return found
 
 
-def resume(directory, made_of=MADE_OF):
+def resume(directory, must_match=MUST_MATCH):
     """What a fresh engine has restored, and its state after the steps to 8."""
     engine = new_engine(CELL, directory.parent, seed=2)
-    state = checkpoints_in(directory, made_of).load(engine)
+    state = checkpoints_in(directory, must_match).load(engine)
     train_steps(engine, range(state["step"] if state else 0, 8))
-    return state, whole(engine)
+    return state, full_state(engine)
 
 
 def same(found, expected):
@@ -155,14 +155,14 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_is_removed(cop
     assert sorted(path.name for path in directory.iterdir()) == ["step-00000004"]
 
 
-def test_a_run_made_of_other_things_is_refused_and_they_are_named(copy):
+def test_a_checkpoint_of_other_settings_is_refused_and_the_differences_are_named(copy):
     directory, _ = copy
     other = {"seed": 1, "ckd": {"global_batch": 16}}
-    named = r"made of other things \(ckd.global_batch: 12 -> 16; seed: 0 -> 1\): put them back to continue it, use another"
+    named = r"saved with other settings \(ckd.global_batch: 12 -> 16; seed: 0 -> 1\): restore them to continue it, use another"
     with pytest.raises(AssertionError, match=named):
         on_ranks(2, resume, directory, other)
     changed = json.loads((directory / "step-00000006/COMPLETE.json").read_text())
-    changed["made_of"]["parameters"]["projection.bias"] = [4]
+    changed["must_match"]["parameters"]["projection.bias"] = [4]
     del changed["sha256"]
     (directory / "step-00000006/COMPLETE.json").write_text(json.dumps(changed | {"sha256": checksum(changed)}))
     with pytest.raises(AssertionError, match=r"\(parameters.projection.bias: \[4\] -> \[3\]\)"):
@@ -189,7 +189,7 @@ def student_after_a_load(directory):
     return state and state["best_step"], words.read_text() if words.exists() else None
 
 
-def test_a_checkpoint_restores_its_best_student_and_the_one_before_it_if_that_is_damaged(tmp_path):
+def test_the_best_student_is_restored_from_the_newest_valid_checkpoint(tmp_path):
     on_ranks(1, keep_students, tmp_path)
     words = "student/tokenizer/words.txt"
     newest, older = (tmp_path / f"checkpoints/step-0000000{step}" for step in (6, 4))
@@ -206,7 +206,7 @@ def test_a_checkpoint_restores_its_best_student_and_the_one_before_it_if_that_is
 
 
 def changes_in_two_steps(directory, cell):
-    """The kinds of tensors of which copies change in two more steps, and those of which the tensors themselves do."""
+    """Trains two more steps; the kinds of tensors whose earlier copies have changed, and those whose values have."""
     engine = new_engine(cell, directory)
     train_steps(engine, range(2))
     copied = copy_owned(engine)
@@ -228,7 +228,7 @@ def test_what_is_written_is_a_copy_that_later_steps_do_not_change(tmp_path):
 
 
 def run_out_of_space(directory, when):
-    """The system refuses rank 1 files above some hundred bytes; what each rank raises, and what is left afterwards."""
+    """Limits the size of files on rank 1. Returns the errors that this rank raised, and the checkpoint that can be loaded."""
     engine = new_engine(CELL, directory)
     checkpoints = checkpoints_in(directory / "checkpoints")
     checkpoints.save(engine, 1, {"step": 1})
@@ -266,7 +266,7 @@ def train_with_little_space(path):
     train_stage(path, "ckd", ["ckd.dev_every=100", "ckd.save_every=5"])
 
 
-def test_a_full_disk_ends_the_run_within_a_few_steps_of_the_save_and_not_only_at_the_next(tmp_path, tiny_encoder):
+def test_a_full_disk_ends_the_run_before_the_next_save(tmp_path, tiny_encoder):
     config = embed_text(write_config(tmp_path, tiny_encoder))
     with pytest.raises(AssertionError, match=r"step-00000005.part/rank-00000.safetensors") as raised:
         on_ranks(1, train_with_little_space, config)

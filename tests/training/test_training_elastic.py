@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
-from engines import CELLS, CPU, Tiny, embed_text, new_engine, train_stage, train_steps, whole
+from engines import CELLS, CPU, Tiny, embed_text, full_state, new_engine, train_stage, train_steps
 from safetensors.numpy import load_file
 
 from distill.run.collectives import gather_rows, world_size
@@ -25,7 +25,7 @@ ROUND = [(4, "zero1"), (1, "zero0"), (2, "zero3_offload"), (4, "zero3"), (1, "ze
 
 
 def checkpoints_in(folder):
-    return Checkpoints(folder, keep=2, device=CPU, made_of={})
+    return Checkpoints(folder, keep=2, device=CPU, must_match={})
 
 
 def save_all(folder):
@@ -36,10 +36,10 @@ def save_all(folder):
         train_steps(engine, BEFORE)
         checkpoints = checkpoints_in(folder / cell)
         checkpoints.save(engine, 3, {"step": 3})
-        saved = whole(engine)
+        saved = full_state(engine)
         train_steps(engine, AFTER)
         checkpoints.wait()
-        states[cell] = saved, whole(engine)
+        states[cell] = saved, full_state(engine)
         engine.destroy()
     return states
 
@@ -51,11 +51,11 @@ def load_all(folder, states, cells):
         engine = new_engine(loaded, folder, seed=2)
         train_steps(engine, [9])  # one that has been used: what it holds must all be replaced
         assert checkpoints_in(folder / saved).load(engine) == {"step": 3}
-        restored = whole(engine)
+        restored = full_state(engine)
         assert restored.keys() == states[saved][0].keys()
         wrong = [name for name, value in states[saved][0].items() if not np.array_equal(restored[name], value)]
         train_steps(engine, AFTER)
-        later = whole(engine)
+        later = full_state(engine)
         found[saved, loaded] = wrong, max(float(np.abs(later[name] - states[saved][1][name]).max()) for name in later)
         engine.destroy()
     return found
@@ -110,7 +110,7 @@ def train_with_and_without_a_copy(folder):
             if copies:
                 assert copy_owned(engine) and steps_taken(engine) == 0
             train_steps(engine, BEFORE)
-            states.append(whole(engine))
+            states.append(full_state(engine))
             assert steps_taken(engine) == 3
             engine.destroy()
         found[cell] = all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
@@ -144,7 +144,7 @@ def pass_on(folder, number, cell):
     state = checkpoints.load(engine)
     checkpoints.save(engine, number, {"step": number})
     checkpoints.wait()
-    return state, world_size(), whole(engine)
+    return state, world_size(), full_state(engine)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import write_config
 from distributed_ranks import on_ranks
-from engines import CELLS, embed_text, new_engine, train_stage, train_steps, whole
+from engines import CELLS, embed_text, full_state, new_engine, train_stage, train_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.run.collectives import rank
@@ -21,18 +21,18 @@ def around_a_spoiled_step(folder, cell, clip):
     """The state before, after and two steps after a step in which one rank's loss is NaN; the same without that step."""
     engine = new_engine(cell, folder, clip=clip, num_micro=2)
     train_steps(engine, range(2))
-    before = whole(engine)
+    before = full_state(engine)
     assert engine.was_step_applied() and math.isfinite(gradient_norm(engine))
     train_steps(engine, [2], spoiled=(2,))
     assert not engine.was_step_applied() and not math.isfinite(gradient_norm(engine))
-    after = whole(engine)
+    after = full_state(engine)
     losses = train_steps(engine, [3, 4])
     assert engine.was_step_applied()
-    later = whole(engine)
+    later = full_state(engine)
     engine.destroy()
     other = new_engine(cell, folder, clip=clip, num_micro=2)
     expected_losses = train_steps(other, [0, 1, 3, 4])[2:]
-    expected = whole(other)
+    expected = full_state(other)
     other.destroy()
     assert losses == expected_losses and all(map(math.isfinite, losses))
     return (
@@ -58,7 +58,7 @@ def norms(folder, cell, clip):
     for step in range(3):
         train_steps(engine, [step])
         found.append(gradient_norm(engine))
-    state = whole(engine)
+    state = full_state(engine)
     engine.destroy()
     return found, state
 

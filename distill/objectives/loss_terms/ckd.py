@@ -1,4 +1,4 @@
-"""ckd: hard labels, the teacher's vector of the row's own text among all keys (DistilCSE, arXiv 2112.05638)."""
+"""ckd: InfoNCE whose positive is the teacher's vector of the same text, among all keys (DistilCSE, arXiv 2112.05638)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from distill.objectives.loss_terms.base import Attention, KeyQuery, KeyTerm, Ter
 
 
 class Ckd(KeyTerm):
-    """-log softmax_k(a q_i.k)[own key], a = exp(logit_scale). Keys of the row's text or meaning are no negatives."""
+    """-log softmax_k(a q_i.k)[own key], a = exp(logit_scale). Other keys of the same text, or with a
+    teacher cosine of at least `same_meaning` to the row's, are masked."""
 
     name = "ckd"
     masks_same_text = True

@@ -21,7 +21,9 @@ class CkdConfig(KeysConfig):
         description="to the teacher's width. auto: none where they agree, else linear; pca, procrustes: fitted to the shards,"
         " then fixed",
     )
-    projection_width: int | None = result(None, gt=0, description="checked against the teacher's width; null takes it")
+    projection_width: int | None = result(
+        None, gt=0, description="the stage is refused if the teacher's vectors have another width; null: not checked"
+    )
 
 
 class CkdStage(TrainingStage):

@@ -1,7 +1,7 @@
 """hpd: a compact head on the student, trained towards the PCA of the teacher's vectors.
 
-The same as ckd in another space: where that one projects the student's vectors to the teacher's width, this one brings the
-teacher's to the student's. Terms, queue (of compact vectors) and what is gathered are the same.
+The same losses and queue as in ckd, in a smaller space: ckd projects the student's vectors up to the teacher's width, hpd
+projects the teacher's vectors down to `dim` by PCA.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from distill.training.training_stage import Setup, TrainingStage
 class HpdConfig(KeysConfig):
     """Homomorphic projective distillation: the student's vectors become the PCA of the teacher's.
 
-    The head begins as the teacher's components after CKD's projection, where there was one to learn, else as the ridge
-    regression of the targets on the student's vectors.
+    The head is initialised with the teacher's principal components C composed with ckd's trained projection, with C itself if
+    ckd needed no projection, and otherwise with a ridge regression of the targets on the student's vectors.
     """
 
     task = "hpd"
     weights: dict[str, float] = result(
         {"pca": 1.0},
-        description="the loss is this weighted sum. pca: the paper's squared error; cosine: of every nested size; relational:"
-        " the similarities between a batch's texts, at every nested size as the teacher's whole vectors have them, with"
-        " congen's temperatures; ckd, congen: as in the section ckd, against the teacher's compact vectors",
+        description="the loss is this weighted sum. pca: the paper's squared error; cosine: 1 - cosine to the teacher's compact"
+        " vector, at every nested size; relational: at every nested size, the similarities between a batch's texts match those"
+        " of the teacher's full vectors, with congen's temperatures; ckd, congen: as in the section ckd, against the teacher's"
+        " compact vectors",
     )
     init: str = result(
         "finetune", description="the task whose student is compressed; student: the encoder that the section student describes"
@@ -73,7 +74,7 @@ class HpdConfig(KeysConfig):
 
 
 class HpdModule(TeacherKeysModule):
-    """The student with its head against C t_i. components C [dim, d_t]: of the teacher's PCA.
+    """Trains the student's head to match C t, the PCA projection of the teacher's vector t. components: C [dim, d_t].
 
     whitening: a map [d_t, d_t] of the teacher's vectors before the relational term (whitening_map), or None.
     """
@@ -131,9 +132,8 @@ class HpdStage(TrainingStage):
         return {"nested_sizes": self.section(HpdConfig).nested}
 
     def _learned_map(self, student: Student, components: np.ndarray) -> LinearMap | None:
-        """(weight [dim, d_s], bias [dim]) of C P, the components [dim, d] after the projection that an earlier stage trained,
-        or of C for a student that needed none; None if no stage learned a map to the teacher's space, or what followed
-        dropped it."""
+        """The initial head as (weight [dim, d_s], bias [dim]): the components [dim, d_t] composed with ckd's projection, or the
+        components alone if the student is aligned without one. None if there is no such map, or a later stage dropped it."""
         projection = None if self.init == "student" else load_projection(self.context.run_dir / self.init / "student")
         if projection is not None:
             weight, bias = (parameter.detach().double().numpy() for parameter in (projection.weight, projection.bias))
