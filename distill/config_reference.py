@@ -72,7 +72,7 @@ def _yaml(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """`int or null`, `list of str`, ..."""
+    """The type of a key in words: `whole number or null`, `list of text`, ..."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_type, arguments)))

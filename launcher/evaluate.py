@@ -196,7 +196,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
 
 def this_rank() -> int:
-    """0 without other ranks. Slurm's names count in a step of several tasks alone: a batch script has them too."""
+    """The rank of this process. Slurm's variables are used only in a step of several tasks: a batch script has them too."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return 0
     return rank_from_environment()

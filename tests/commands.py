@@ -48,7 +48,7 @@ def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What `launch` gives, by `main` of launcher/`script` in a fork of this process: without the seconds that imports take."""
+    """Runs `main` of launcher/`script` in a fork of this process, which saves the imports; returns what `launch` does."""
     for module in ("deepspeed", "sentence_transformers", launcher := f"launcher.{script.removesuffix('.py')}"):
         importlib.import_module(module)
     limit, words = hang_limit(), list(map(str, arguments))

@@ -37,7 +37,7 @@ def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> tuple[list[str], n
 def verify(path: Path, sha256: str | None) -> None:
     """Raises ValueError if a file of the prepared text is missing or not as it was written."""
     if not path.is_file() or sha256_of(path) != sha256:
-        raise ValueError(f"{path} is not as it was written (sha256): delete {path.parent} to cut the text again")
+        raise ValueError(f"{path} is not as it was written (sha256): delete {path.parent} to prepare the text again")
 
 
 class ChunkWriter:

@@ -32,7 +32,11 @@ START = "all-reduce"  # rank 0 sets this key once all ranks have come
 
 @dataclass(frozen=True)
 class AllReduce:
-    """errors: by rank. bandwidth: bytes per second as a ring counts them, 2 (W-1)/W x the tensor's; None if it failed."""
+    """The result of the timed all-reduce.
+
+    errors: rank -> message. bandwidth: the bus bandwidth in bytes per second, as nccl-tests counts it: 2 (W-1)/W x the tensor's
+    bytes / time; None if the all-reduce failed.
+    """
 
     errors: Mapping[int, str] = field(default_factory=dict)
     bandwidth: float | None = None

@@ -62,7 +62,7 @@ def export_student(
 
 
 def exports_fingerprint(directory: Path) -> str:
-    """Of the weights and graphs in all exported folders of a run: what the export stage records in its DONE.json."""
+    """The fingerprint of the weights and graphs in all exported folders of a run; the export stage records it in DONE.json."""
     files = sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".onnx"))
     return fingerprint({str(path.relative_to(directory)): sha256_of(path) for path in files})
 

@@ -23,7 +23,7 @@ Number = int | float
 
 
 class Resampled(BaseModel):
-    """A score on bootstrap resamples of its set. sample: equal for equal resamples, so that two models' can be paired."""
+    """A score on bootstrap resamples of its set. sample: identifies the resamples; scores with the same one are paired."""
 
     score: float
     sample: str

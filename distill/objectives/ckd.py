@@ -33,9 +33,9 @@ def ckd_loss(
 
     queries [B, d] and keys [N, d] L2-normalised, any float dtype; keys get no gradient. positives [B] int64: each row's own
     key. scale: exp(logit_scale), shape (1,). query_ids [B] and key_ids [N], int64 text hashes: a key with the row's id is no
-    negative. mask [B, N] bool, True = not a negative. same_meaning: nor is a key whose cosine to the row's own key is at least
-    this. positives[i] always stays. tile: keys held at a time. attention: what `key_softmax.attend` gives for these queries,
-    where the softmax is over more keys than `keys` (a queue, other ranks' keys), which then hold the positives alone.
+    negative. mask [B, N] bool, True = not a negative. same_meaning: a key whose cosine to the row's own key is at least this is
+    no negative either. positives[i] always stays. tile: keys held at a time. attention: what `key_softmax.attend` gives for
+    these queries over a larger set of keys (a queue, other ranks' keys); `keys` then holds the positives alone.
     Returns a scalar, or [B] for reduction "none", accumulated in float32 (float64 for float64 queries). Raises ValueError on
     shapes that do not fit.
     """

@@ -65,8 +65,8 @@ def attend(
     queries [B, d], keys [N, d], scale (1,) or one a row [B]. Accumulates in float64 for float64 queries and in float32
     otherwise. Of no keys at all, or of masked ones only, the log-sum-exp is -inf and v is 0.
 
-    What masks may speak of the first n <= B rows alone; the others see every key. query_ids [n], key_ids [N]: a key with the
-    row's id is masked. teacher [n, d]: a key whose dot product with it is at least `same_meaning` is. mask [n, N] bool.
+    The masks may cover only the first n <= B rows; the other rows see every key. query_ids [n], key_ids [N]: a key with the
+    row's id is masked. teacher [n, d]: a key is masked if k_j.teacher_i is at least `same_meaning`. mask [n, N] bool.
     `positives[i]`, int64 [n], is never masked.
     """
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
@@ -124,8 +124,11 @@ def survey_negatives(
     teacher: Tensor | None = None,
     same_meaning: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The largest q_i.k_j over keys that are no row's own and not its text, [B] float32, -inf where there is none; and how
-    many keys `attend` masks of a row, [B] float32. positives: -1 where a row's own key is not among these."""
+    """For each row, its hardest negative and its number of masked keys, both [B] float32.
+
+    Hardest negative: the largest q_i.k_j over keys that are neither row i's own nor of its text; -inf where there is none.
+    Masked keys: those that `attend` masks for the row. positives: -1 where a row's own key is not among these keys.
+    """
     tile = min(tile or DEFAULT_TILE, len(keys))
     hardest = torch.full((len(queries),), -torch.inf, device=queries.device)
     masked = torch.zeros(len(queries), device=queries.device)

@@ -56,7 +56,10 @@ class KeyQueue:
         self._ids[slots.to(self._keys.device)] = ids.to(self._ids)
 
     def _kept(self, count: int, first: int | None = None) -> np.ndarray:
-        """Of `count` keys of which the first is the `first` ever pushed (by default the next): those that stay here."""
+        """Indices into `count` consecutive keys of those that this rank holds once all of them are pushed.
+
+        first: how many keys were pushed before them; by default, all that have been pushed so far.
+        """
         first = self._pushed if first is None else first
         indices = np.arange(max(count - self.capacity, 0), count)
         return indices[(indices + first) % max(self.capacity, 1) % self._world_size == self._rank]

@@ -11,7 +11,7 @@ from distill.report.charts import Chart, Point
 from distill.report.result_tables import FIDELITY_NAMES
 
 MAX_POINTS = 300  # of a curve; a longer one is shown as this number of means
-PANELS = (  # title, label of y, and the label of a curve by its tag, or what its name comes after by a prefix of its tag
+PANELS = (  # title, y label, and labels of curves: {tag: label}, or {tag prefix ending in "/": prefix of the label}
     ("loss", "loss", {"loss": "loss", "reference_loss": "reference loss"}),
     ("fidelity on dev texts", "agreement with the teacher", {"dev/fidelity/": ""}),
     ("STS on dev pairs", "Spearman x 100", {"dev/sts/": "", "teacher/sts/": "teacher, "}),

@@ -81,9 +81,9 @@ def model_digests(folder: Path, digests: DigestCache) -> dict[str, str]:
 
 
 def model_fingerprint(name: str | None, digests: DigestCache) -> str:
-    """The fingerprint of a model folder's content; '' where there is none.
+    """The fingerprint of a model folder's content; '' where there is no such folder, and for a hub name.
 
-    Of a hub name, too: its commit is known only once it is downloaded, and is part of the teacher's identity.
+    The commit of a hub model is known only once it is downloaded; it is part of the teacher's identity instead.
     """
     try:
         files = model_digests(Path(resolve_model(name or "")), digests)

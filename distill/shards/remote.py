@@ -30,7 +30,8 @@ class Remote:
 
         protocol = url.partition("://")[0]
         if "::" in url or protocol not in fsspec.available_protocols():
-            raise ValueError(f"{url!r} is not a plain URL of a file system that fsspec knows: nothing is run to read shards")
+            known = "a plain URL of a file system that fsspec knows (pipe: and chained URLs are refused)"
+            raise ValueError(f"{url!r} is not {known}")
         try:
             self._system, self._root = fsspec.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError, OSError) as error:

@@ -3,8 +3,8 @@
 training_stage.py   a stage: assembles a task from the config and runs it
 tasks/              the stages, one file each: ckd, finetune, hpd, simcse; an installed package may add others
 task.py             what differs between tasks: the module whose forward is the loss, its data, the context of a step
-teacher_keys.py     tasks that compare students with the teacher's vectors, by the terms of objectives/loss_terms (ckd, hpd)
-contrast.py         tasks that compare students with each other (finetune, simcse)
+teacher_keys.py     tasks that compare the student's vectors with the teacher's, by objectives/loss_terms (ckd, hpd)
+contrast.py         tasks that compare the student's vectors with each other (finetune, simcse)
 keys.py             the teacher's vectors of a step and of the queue, which may be sharded over ranks
 batches.py          a step's rows: those of this rank, tokenized ahead of time;  encoded_cache.py  vectors of a frozen encoder
 projection.py       linear maps between the student's and the teacher's space
@@ -15,5 +15,5 @@ fragments.py        parameters and optimizer state of a rank, to files and back,
 dev_evaluation.py   fidelity and STS of the student in training, on all ranks together
 recorded_array.py   arrays on disk that are verified before they are read back
 step_metrics.py     throughput, FLOPs, time and memory of a logged step
-tensorboard.py      every step once;  dashboard.py, projector.py  its charts, texts and points
+tensorboard.py      logs every step once, also after a resume;  dashboard.py  chart layout, texts;  projector.py  embeddings
 """

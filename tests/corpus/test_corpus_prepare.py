@@ -382,7 +382,7 @@ def test_changed_or_lost_row_numbers_are_refused_by_name(tmp_path, harm):
     texts, numbers = read_listed_chunk(tmp_path / "out", entry)
     assert len(texts) == len(numbers) == entry["rows"]
     harm(tmp_path / "out/000001.rows.npy")
-    with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written .*: delete .*out to cut the text again"):
+    with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written .*: delete .*out to prepare"):
         read_listed_chunk(tmp_path / "out", entry)
 
 

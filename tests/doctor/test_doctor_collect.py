@@ -26,7 +26,7 @@ def config(tmp_path, tiny_encoder):
     return write_config(tmp_path, tiny_encoder)
 
 
-def test_collected_facts_are_those_that_the_tests_of_diagnoses_change(config):
+def test_collect_returns_the_same_checks_and_keys_as_the_healthy_facts(config):
     facts = collect(context_of(config, 1, started=time.monotonic()), 1.0)
     assert facts.keys() == HEALTHY.keys() == {check.name for check in CHECKS}
     for check, expected in HEALTHY.items():

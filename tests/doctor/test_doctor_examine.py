@@ -43,7 +43,7 @@ def examine_both(rank_0, rank_1):
         other.join()
 
 
-def test_rank_0_alone_reports_two_healthy_ranks(rank_0):
+def test_of_two_healthy_ranks_only_rank_0_returns_a_diagnosis(rank_0):
     diagnosis, of_rank_1 = examine_both(rank_0, replace(rank_0, rank=1, local_rank=1))
     assert diagnosis.findings == () and diagnosis.bandwidth > 0 and len(diagnosis.nodes) == 1
     assert of_rank_1 is None

@@ -17,7 +17,7 @@ def test_bytes_are_those_of_what_is_stored():
         assert bytes_per_vector(precision, 20) == stored[0].nbytes, precision
 
 
-def test_int8_is_half_a_step_or_less_from_what_it_was_and_reaches_both_ends():
+def test_int8_error_is_at_most_half_a_step_and_codes_reach_both_ends():
     int8 = Int8.of_range(VECTORS)
     codes = int8.encode(VECTORS)
     step = (VECTORS.max(axis=0) - VECTORS.min(axis=0)) / 255
@@ -25,7 +25,7 @@ def test_int8_is_half_a_step_or_less_from_what_it_was_and_reaches_both_ends():
     assert codes.dtype == np.uint8 and (codes.min(axis=0) == 0).all() and (codes.max(axis=0) == 255).all()
 
 
-def test_each_dimension_has_a_range_of_its_own_which_is_the_calibration_vectors():
+def test_each_dimension_takes_its_own_range_from_the_calibration_vectors():
     int8 = Int8.of_range(VECTORS)
     assert int8.decode(int8.encode(VECTORS * 100)).max(axis=0) == pytest.approx(VECTORS.max(axis=0), rel=1e-5)
     narrow = Int8.of_range(VECTORS[:, :1] / 1000)
@@ -44,7 +44,7 @@ def test_scores_are_dot_products_with_the_decoded_vectors():
     assert int8.scores(VECTORS[0], codes) == pytest.approx(int8.decode(codes) @ VECTORS[0], rel=1e-4)
 
 
-def test_bits_are_signs_and_hamming_distance_is_the_cosine_of_signs():
+def test_bits_are_signs_and_hamming_distance_gives_the_dot_product_of_signs():
     bits = sign_bits(VECTORS)
     assert (signs(bits, 20) == np.where(VECTORS > 0, 1, -1)).all()
     differing = np.bitwise_count(bits[:1] ^ bits).sum(axis=1)

@@ -82,11 +82,11 @@ class KeyTerm(LossTerm):
 
     @abstractmethod
     def queries(self, inputs: TermInputs) -> list[KeyQuery]:
-        """The queries whose softmax over the keys the losses are made of."""
+        """The queries whose softmax over all keys `losses` needs."""
 
     @abstractmethod
     def losses(self, inputs: TermInputs, attentions: Sequence[Attention]) -> Tensor:
-        """The loss of each row, [b], from what `queries` found."""
+        """The loss of each row, [b]. attentions: the softmax over all keys of each KeyQuery that `queries` returned."""
 
     @abstractmethod
     def reference_query(self, inputs: TermInputs) -> KeyQuery:
@@ -98,7 +98,7 @@ class KeyTerm(LossTerm):
 
 
 class BatchTerm(LossTerm):
-    """A term of all students' vectors of the global batch; gradients reach all of them."""
+    """A term that sees the student's vectors of all rows of the global batch; gradients reach all of them."""
 
     @abstractmethod
     def losses(self, vectors: Tensor, teacher: Tensor, rows: Tensor, nested: Sequence[int]) -> tuple[Tensor, Tensor]:
