@@ -33,7 +33,7 @@ FIXABLE = (ValueError, OSError, FloatingPointError)  # by the user, as the messa
 CONTINUES = "the same command continues from here"
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
-PARENT = "DISTILL_PARENT"  # the process number of the pipeline that a command ends with
+PARENT = "DISTILL_PARENT"  # id of the pipeline's process: the commands that it starts end with it
 
 USER_ERROR = 2  # the exit code of an error whose message says how to fix it
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, and the same command continues
@@ -66,7 +66,7 @@ def start(main: Callable[[], int]) -> NoReturn:
     keep_freed_memory()
     stop_on_signals()
     code = main()
-    if code in (0, STOPPED, INTERRUPTED):  # after a failure the others may be gone, and it would wait for them
+    if code in (0, STOPPED, INTERRUPTED):  # not after a failure: it would wait for ranks that may be gone
         leave_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,7 +92,11 @@ def set_environment() -> None:
 
 
 def run(work: Callable[[], int | None], *, rank: int = 0, show_traceback: bool = False) -> int:
-    """The exit code of `work`: its own; 2 and one line for what a user can fix, 75 if it was stopped, 130 on Ctrl-C."""
+    """Runs `work`, prints its error and returns its exit code.
+
+    That is its own; 2 with a one-line error for what a user can fix, 1 for any other error, 75 if it was stopped, 130 on
+    Ctrl-C.
+    """
     prefix = f"rank {rank}: " if rank else ""
     log_to_terminal()
     try:
@@ -132,7 +136,7 @@ def log_to_terminal() -> None:
 
 
 def set_up_libraries() -> None:
-    """No progress bars and warnings but our own; no cuDNN attention, which makes a plan for each of a text's many shapes."""
+    """Turns off the libraries' progress bars and warnings, and cuDNN attention, which builds a plan for each batch shape."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -196,7 +200,7 @@ def listening(act: Callable[[int], None]) -> Iterator[None]:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """This process is killed when the one that started it, `parent` if given, ends, however that comes about."""
+    """Has the kernel kill this process when its parent ends; exits at once if the parent is no longer `parent`."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if parent not in (None, os.getppid()):  # it ended before
         os._exit(STOPPED)

@@ -56,7 +56,7 @@ def precompute_or_requeue(arguments: argparse.Namespace) -> int:
 
 
 def precompute(config: RunConfig, *, text_only: bool) -> int:
-    """Makes what falls to this task; returns its exit code."""
+    """Runs this process's part of the precompute stage: the text alone, or shards too. Returns its exit code."""
     import torch
 
     from distill.config import open_run, stage_of

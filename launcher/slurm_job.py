@@ -1,10 +1,10 @@
 """The Slurm job that a pipeline runs in: the rendezvous of its ranks, and whether the job is requeued once it has ended.
 
 A job that was stopped, by the warning before a time limit or a preemption, is requeued: the same job, log and run directory,
-from where it stopped. So is one that failed in a way that another start may fix, a rank lost or a network cut. But
-`MAX_WITHOUT_PROGRESS` starts without progress end it, also of stops, where a start takes longer than the time limit leaves it.
-Preemptions are not counted, nor what Slurm requeues by itself, having seen a node die. What the user has to fix (exit code 2)
-ends the job at once, and so does scancel.
+from where it stopped. So is a job that failed in a way that another start may fix, such as a lost rank or a network failure.
+After `MAX_WITHOUT_PROGRESS` starts in a row without progress the job is no longer requeued; starts that were stopped count too,
+because the time limit may be too short to get anywhere. Preemptions, and requeues by Slurm itself after a node failure, do not
+count. An error that the user has to fix (exit code 2) ends the job at once, and so does scancel.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def srun_python(ranks_per_node: int, *, wait: int = 0) -> tuple[list[str], int]:
 
     The job itself has one task a node: a job of several tasks, once it has run on two nodes, is never requeued on one.
 
-    After a bad exit the others are not killed: ranks exit by themselves once they know which one was lost, precompute tasks
-    continue. And Slurm's controller repeats a kill that was not answered within 10 s after a minute, when it hits the step of
-    the same number of a requeued job. `wait`: seconds from the first exit, after which srun kills what hangs; 0: never.
+    If one rank exits with an error, srun does not kill the other ranks: they exit by themselves once they know which one was
+    lost, and precompute tasks continue. A kill would also be unsafe: if it is not acknowledged within 10 s, Slurm's controller
+    repeats it a minute later, and it then kills the step with the same number in the requeued job.
+    wait: srun kills the ranks that still run this many seconds after the first one exited; 0: never.
     """
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     cores = max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // ranks_per_node)
@@ -43,7 +44,7 @@ def srun_python(ranks_per_node: int, *, wait: int = 0) -> tuple[list[str], int]:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """n1, n2 ... of Slurm's n[1-2]. Raises OSError or SubprocessError where scontrol does not say."""
+    """The host names in a Slurm node list: n1 and n2 for n[1-2]. Raises OSError or SubprocessError if scontrol fails."""
     asked = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SLURM_TIMEOUT).stdout.split()
 
@@ -99,19 +100,19 @@ def _how(code: int) -> str:
 
 def _remedy(code: int) -> str:
     if code == command.STOPPED:
-        return "a start takes longer than its time limit leaves it: give it more --time"
+        return "the time limit is too short for a start to make progress: give it more --time"
     return "fix what is reported above"
 
 
 def requeue() -> None:
     """Asks Slurm to requeue this job, once it has ended."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    scontrol = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
+        asked = subprocess.run(scontrol, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
         report(f"Slurm was asked to requeue it and does not answer ({error}): see squeue, and submit it again if it is gone")
         return
-    if asked.returncode == 0 or "pending" in asked.stderr:  # it is, already, after the loss of a node
+    if asked.returncode == 0 or "pending" in asked.stderr:  # Slurm requeued it already, after a node failure
         report("requeued")
     else:
         report(f"Slurm refuses to requeue it ({asked.stderr.strip()}): submit it again")
@@ -125,8 +126,8 @@ def restarts() -> int:
 def state() -> dict[str, str]:
     """What `scontrol show job` says of this job: JobState, Reason, Restarts, PreemptTime ...; {} where it says nothing.
 
-    JobState is RUNNING after a warning. It is COMPLETING where Slurm is ending the job, for good unless Restarts has grown; the
-    Reason is TimeLimit where it has not stopped in time. PreemptTime is this start's, or None.
+    JobState is still RUNNING after the warning signal. It is COMPLETING while Slurm ends the job, which is final unless
+    Restarts has increased; Reason is TimeLimit if the job ran past its limit. PreemptTime is of this start, None if not preempted.
     """
     asked = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
     try:

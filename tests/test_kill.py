@@ -107,7 +107,10 @@ MOMENTS = {
 
 
 def train(config, overrides, moment="at any time", victim=0, calls=1):
-    """A CKD run on this rank; the victim kills itself in the given call of what the moment names, in the middle of a file."""
+    """A CKD run on this rank. The victim kills itself at call number `calls` of the function that MOMENTS[moment] names.
+
+    While a file is written, half of the tensors are written before.
+    """
     patched = MOMENTS[moment]
     if patched is not None and rank() == victim:
         original = getattr(*patched)
@@ -127,7 +130,7 @@ def train(config, overrides, moment="at any time", victim=0, calls=1):
 
 
 def kill_once(config, overrides, run, moment, draw):
-    """Starts two ranks and kills them: both at once, or one and then the other. Returns whether they lived to be killed."""
+    """Starts two ranks and kills them: both at once, or one and then the other. Returns whether SIGKILL ended the victim."""
     victim = 0 if moment == "in the commit" else draw.randrange(2)
     logs = set((run / "tensorboard/ckd").glob("events.*"))
     deadline = hang_limit() + time.monotonic()

@@ -11,7 +11,7 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 class EncodedTexts:
-    """Vectors [n, d] of n distinct texts as an Encode of these texts."""
+    """An Encode that looks up the stored vectors [n, d] of n distinct texts instead of running a model."""
 
     def __init__(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         self.texts, self.vectors = texts, vectors
@@ -28,13 +28,13 @@ class EncodedTexts:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows [n, d] of any float type, L2-normalised in float64; a row of zeros stays one."""
+    """Rows [n, d] of any float type, L2-normalised in float64; a row of zeros stays zero."""
     rows = vectors.astype(np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1.0)
 
 
 def unit_float32(vectors: np.ndarray) -> np.ndarray:
-    """The same in float32, without a copy in float64: for the vectors of a large corpus."""
+    """Rows [n, d], L2-normalised in float32 without a float64 copy of them, for large corpora; a row of zeros stays zero."""
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     return np.ascontiguousarray(vectors / np.where(norms > 0, norms, 1)[:, None].astype(np.float32), dtype=np.float32)

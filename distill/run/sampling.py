@@ -29,7 +29,7 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def mix(*keys: int) -> np.uint64:
-    """One number from several integers, any of which changes it."""
+    """A 64-bit hash of several integers, in their order."""
     state = np.uint64(0)
     for key in keys:
         state = splitmix64(np.array([key % 2**64], dtype=np.uint64) ^ splitmix64(np.array([state], dtype=np.uint64)))[0]
@@ -122,7 +122,10 @@ def assign_rows(
 
 
 def _cut_by_length(lengths: np.ndarray, chunk_rows: int) -> list[int]:
-    """Where to cut rows of descending length: each chunk but the last has a multiple of `chunk_rows` rows, none fewer."""
+    """Where to cut rows of descending length into chunks.
+
+    Each chunk but the last has a multiple of `chunk_rows` rows; the last has at least `chunk_rows`, unless it is the only one.
+    """
     cuts, start = [], 0
     for row in range(chunk_rows, len(lengths) - chunk_rows + 1, chunk_rows):
         if lengths[row] < LENGTH_RATIO * lengths[start]:

@@ -9,7 +9,16 @@ from typing import Any
 from distill.run.files import sha256_of
 from distill.shards.blocks import inspect
 from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, tar_name, unseal
-from distill.shards.verify import Check, Progress, check_origin, damage_beside, damaged, listed_check, present, unlisted
+from distill.shards.verify import (
+    Check,
+    Progress,
+    check_origin,
+    damage_of_derived_files,
+    damaged,
+    listed_check,
+    present,
+    unlisted,
+)
 from distill.shards.writer import finish
 
 
@@ -34,7 +43,7 @@ def repair(directory: str | Path, progress: Progress = lambda num_bytes: None) -
         (directory / MANIFEST).unlink(missing_ok=True)
         (directory / MOMENTS).unlink(missing_ok=True)
         return [*actions, "run precompute again: it makes the missing shards and the manifest"], False
-    beside = damage_beside(directory, manifest) if manifest else [f"{MANIFEST}: missing or damaged"]
+    beside = damage_of_derived_files(directory, manifest) if manifest else [f"{MANIFEST}: missing or damaged"]
     if beside:
         if manifest:
             _drop_bad_sidecars(directory, manifest)

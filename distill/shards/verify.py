@@ -56,7 +56,7 @@ def verify_all(directory: str | Path, progress: Progress = lambda num_bytes: Non
         return [str(error), *(problem for _, problem in damaged(directory, present(directory), inspect, progress))]
     numbers = range(len(manifest.shards))
     problems = [problem for _, problem in damaged(directory, numbers, listed_check(directory, manifest), progress)]
-    return problems + unlisted(directory, len(manifest.shards)) + damage_beside(directory, manifest)
+    return problems + unlisted(directory, len(manifest.shards)) + damage_of_derived_files(directory, manifest)
 
 
 def damaged(directory: Path, numbers: Iterable[int], check: Check, progress: Progress) -> Iterator[tuple[int, str]]:
@@ -89,7 +89,7 @@ def unlisted(directory: Path, num_shards: int) -> list[str]:
     return [f"{name}: in the folder and not in the manifest" for name in names if name not in listed]
 
 
-def damage_beside(directory: Path, manifest: Manifest) -> list[str]:
+def damage_of_derived_files(directory: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files that are computed from the shards: the moments, the sidecars and the recipe."""
     expected = {MOMENTS: manifest.moments_sha256}
     expected |= {moments_name(number): entry.moments_sha256 for number, entry in enumerate(manifest.shards)}

@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
 BLOCK = 4096  # texts tokenised in one call
-SAMPLE = 32
-DIRECT = {"input_ids": "ids", "token_type_ids": "type_ids"}  # features by their names in the tokenizers library
+SAMPLE = 32  # texts on which direct tokenizing is compared with the model's preprocessing
+DIRECT = {"input_ids": "ids", "token_type_ids": "type_ids"}  # feature -> attribute of tokenizers.Encoding
 
 
 class Tokens(NamedTuple):
@@ -99,9 +99,10 @@ def padded_width(length: int) -> int:
 
 
 def cut(lengths: np.ndarray, tokens_per_batch: int, longest: int | None = None) -> Iterator[Batch]:
-    """Batches of at most `tokens_per_batch` padded tokens but at least one text, longest first, none wider than `longest`.
+    """Batches of at most `tokens_per_batch` padded tokens but at least one text, longest first.
 
-    All batches of one width have the same number of rows, except the last: a kernel is chosen once per width.
+    longest: the model's maximum sequence length, to which widths are rounded up at most. All batches of one width have the same
+    number of rows, except the last: a kernel is chosen once per width.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0

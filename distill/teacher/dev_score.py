@@ -25,10 +25,11 @@ def lacks_dev_score(directory: Path, sts: str | None) -> bool:
     return sts is not None and (read_json(directory / TEACHER_DEV) or {}).get("sts") != sts
 
 
-def keep_dev_score(directory: Path, sts: str | None, encode: Encode, device: torch.device) -> None:
-    """Writes <directory>/teacher_dev.json if it lacks the score of `sts` and `sts` has a dev set; else `encode` is not called.
+def write_dev_score(directory: Path, sts: str | None, encode: Encode, device: torch.device) -> None:
+    """Computes the score and writes it to <directory>/teacher_dev.json, unless it is there already or there is no dev set.
 
-    One of several tasks does it; the ranks of a sharded teacher do it together.
+    sts: the value of evaluate.sts: a folder, "hub" or None. Only one of several concurrent precompute tasks computes the score;
+    the ranks of a sharded teacher compute it together.
     """
     with (directory / ".teacher_dev.lock").open("w") as lock:
         pairs = from_rank_0(_pairs(directory, sts, lock) if rank() == 0 else None, device)

@@ -36,7 +36,7 @@ from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, differences
 from distill.run.throughput import Timing, matmul_peak
 from distill.shards import HELD_OUT, Manifest, finish, verify_all
-from distill.teacher.dev_score import keep_dev_score, lacks_dev_score
+from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
 from distill.teacher.identity import check_teacher, teacher_identity
 from distill.teacher.imported import ImportedVectors
@@ -133,7 +133,7 @@ class PrecomputeStage(Stage):
                         peak=matmul_peak(device, amp),
                     )
                 if lacks_score:
-                    keep_dev_score(self.directory, self.context.value("evaluate.sts"), encode, device)
+                    write_dev_score(self.directory, self.context.value("evaluate.sts"), encode, device)
             if timing.texts and rank() == 0:
                 self.log_task(timing)
                 logger.info("precompute: %s", timing)

@@ -31,14 +31,15 @@ from distill.training.student_store import flush_folder, link_folder, restore_fo
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
-MOST_NAMED = 8
+MAX_DIFFERENCES_SHOWN = 8
 STUDENT = "student"
 
 
 class Checkpoints:
     """The checkpoints of one training stage, under `directory`.
 
-    must_match: JSON-able settings that the order of samples and the optimizer depend on. A checkpoint of others is refused.
+    must_match: JSON-able settings that the order of samples and the optimizer depend on. A checkpoint saved with other
+    settings is refused.
     """
 
     def __init__(self, directory: Path, *, keep: int, device: torch.device, must_match: dict[str, Any]) -> None:
@@ -51,8 +52,8 @@ class Checkpoints:
     def save(self, engine: Any, step: int, state: dict[str, Any], student: Path | None = None) -> None:
         """Begins the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`.
 
-        student: the folder of the best student, if there is one yet. Waits for the checkpoint before, and raises what went
-        wrong with it.
+        student: the folder of the best student, if there is one yet. Waits for the previous checkpoint first, and raises
+        its error if it failed.
         """
         self.wait()
         part = self.directory / f"step-{step:08d}.part"
@@ -95,15 +96,15 @@ class Checkpoints:
     def load(self, engine: Any, student: Path | None = None) -> dict[str, Any] | None:
         """Restores the newest checkpoint whose checksums hold and returns its `state`; None if there is none.
 
-        student: the folder that then holds the best student of that checkpoint, or is absent. Raises ValueError if the
-        checkpoint was saved with other settings, and names them.
+        student: the folder to restore the checkpoint's best student into; it is deleted if the checkpoint has none. Raises
+        ValueError, naming the settings that differ, if the checkpoint was saved with other settings.
         """
         described = from_rank_0(self._newest_valid() if rank() == 0 else None, self.device)
         folder = self.directory / f"step-{described['step']:08d}" if described else None
         if described and (changed := differences(described["must_match"], self._must_match(engine))):
-            more = f"; and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
+            more = f"; and {len(changed) - MAX_DIFFERENCES_SHOWN} more" if len(changed) > MAX_DIFFERENCES_SHOWN else ""
             raise ValueError(
-                f"{folder} was saved with other settings ({'; '.join(changed[:MOST_NAMED])}{more}):"
+                f"{folder} was saved with other settings ({'; '.join(changed[:MAX_DIFFERENCES_SHOWN])}{more}):"
                 f" restore them to continue it, use another name=, or delete {self.directory} to begin the stage again"
             )
         if student is not None:
@@ -174,7 +175,7 @@ class _Writer(threading.Thread):
             self.written.set()
 
     def _commit(self) -> None:
-        """Waits for every rank's file, then gives the folder its name and deletes those before the last `keep` up to it."""
+        """Waits for every rank's file, renames the folder to its final name and deletes all but the last `keep` checkpoints."""
         reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
         while not all(report.exists() for report in reports):
             if self.abandoned.wait(POLL_SECONDS):
@@ -190,17 +191,17 @@ class _Writer(threading.Thread):
         self.part.rename(final)
         flush(final.parent)
         complete = _complete(final.parent)
-        for old in complete[: complete.index(final) + 1][: -self.keep]:  # a later one is damaged, and counts for nothing
+        for old in complete[: complete.index(final) + 1][: -self.keep]:  # later steps: damaged, not counted
             _delete(old)
 
 
 def checksum(described: dict[str, Any]) -> str:
-    """The sha256 of a COMPLETE.json without its own: of its JSON with sorted keys, in which a score may be -Infinity."""
+    """The checksum in COMPLETE.json: the sha256 of its other entries as JSON with sorted keys (a score may be -Infinity)."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _student_digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a student that is on disk from now on."""
+    """Flushes a student's folder to disk and returns the sha256 of each of its files."""
     flush_folder(folder)
     return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 

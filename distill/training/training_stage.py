@@ -218,7 +218,7 @@ class TrainingStage(Stage):
         return Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
 
     def dev_evaluation(self, amp: torch.dtype | None) -> DevEvaluation | None:
-        """The dev evaluation over the held-out shards; None if nothing was held out."""
+        """The dev evaluation over the held-out shards; None if fewer than three texts were held out."""
         path = self.context.shards_dir / "held_out"
         if not (path / "manifest.json").exists():
             return None
@@ -241,5 +241,5 @@ class TrainingStage(Stage):
             sources = held_out_sources(self.context.precompute_dir / "text")
             write_projector(self.tensorboard_dir, kept, ShardReader(held_out), sources)
         made = student_fingerprint(student)
-        shutil.rmtree(self.cache_dir, ignore_errors=True)  # last: a stage that is killed before may need it again
+        shutil.rmtree(self.cache_dir, ignore_errors=True)  # only now: a stage killed before this needs it again
         self.finish(results, made)

@@ -1,4 +1,4 @@
-"""One line where all is well; else a table, and every finding with its fix."""
+"""What the doctor prints: a summary line, a table of the checks on request, and every finding with its fix."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(embedded_copy, tmp_path, tiny_encoder):
-    """A run with a finished ckd, by overrides of its config."""
+    """run(*overrides): the config, with these overrides, of a run whose ckd stage is finished."""
 
     def load(*overrides):
         return load_config(write_config(tmp_path, tiny_encoder), ["stages=[ckd, export]", *overrides])

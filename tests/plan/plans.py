@@ -1,4 +1,4 @@
-"""Plans of test runs on devices of the shipped table."""
+"""Builders of the planner's inputs for tests: clusters of devices from the shipped table, and the Inputs of a run."""
 
 from __future__ import annotations
 

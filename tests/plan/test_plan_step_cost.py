@@ -11,7 +11,7 @@ def received(operation: str, ranks_per_node: int, nodes: int) -> dict[str, float
     return bytes_received([Collective("any", operation, 1000.0, 1)], ranks_per_node, nodes)
 
 
-def test_ranks_of_a_node_divide_what_all_need_from_other_nodes_but_not_an_all_to_all():
+def test_ranks_of_a_node_share_the_traffic_between_nodes_except_in_an_all_to_all():
     between = {operation: received(operation, 8, 8)["between_nodes"] for operation in RING_FACTORS}
     assert between["all_to_all"] == 875
     assert between["all_gather"] == pytest.approx(875 / 8)
@@ -19,7 +19,7 @@ def test_ranks_of_a_node_divide_what_all_need_from_other_nodes_but_not_an_all_to
     assert all(received(operation, 8, 1)["between_nodes"] == 0 for operation in RING_FACTORS)
 
 
-def test_bytes_of_an_all_to_all_take_exactly_one_of_the_links():
+def test_each_byte_of_an_all_to_all_is_counted_on_one_link_only():
     for ranks_per_node, nodes in ((8, 8), (1, 4), (2, 1)):
         found, ranks = received("all_to_all", ranks_per_node, nodes), ranks_per_node * nodes
         assert found["inside_node"] == pytest.approx(1000 * (ranks_per_node - 1) / ranks)

@@ -102,11 +102,11 @@ def descending_lengths(global_batch: int) -> np.ndarray:
 def test_every_row_is_assigned_once_and_numbers_of_rows_differ_by_at_most_one(global_batch, world_size, micro_batch):
     lengths = descending_lengths(global_batch)
     assigned = [assign_rows(lengths, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
-    rows = [chunk for micro in assigned for chunks in micro for chunk in chunks]
+    rows = [chunk for micro_batches in assigned for chunks in micro_batches for chunk in chunks]
     assert sorted(np.concatenate(rows).tolist()) == list(range(global_batch))
-    counts = [sum(len(chunk) for chunks in micro for chunk in chunks) for micro in assigned]
+    counts = [sum(len(chunk) for chunks in micro_batches for chunk in chunks) for micro_batches in assigned]
     assert max(counts) - min(counts) <= 1
-    assert max(sum(map(len, chunks)) for micro in assigned for chunks in micro) <= micro_batch
+    assert max(sum(map(len, chunks)) for micro_batches in assigned for chunks in micro_batches) <= micro_batch
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -114,8 +114,8 @@ def test_every_row_is_assigned_once_and_numbers_of_rows_differ_by_at_most_one(gl
 def test_all_ranks_have_the_same_micro_batches_and_chunks(world_size, micro_batch):
     lengths = descending_lengths(254)
     assigned = [assign_rows(lengths, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
-    assert len({tuple(len(chunks) for chunks in micro) for micro in assigned}) == 1
-    empty = [chunks for micro in assigned for chunks in micro if any(len(chunk) == 0 for chunk in chunks)]
+    assert len({tuple(len(chunks) for chunks in micro_batches) for micro_batches in assigned}) == 1
+    empty = [chunks for micro_batches in assigned for chunks in micro_batches if any(len(chunk) == 0 for chunk in chunks)]
     assert all(len(chunks) == 1 for chunks in empty)
 
 

@@ -32,7 +32,7 @@ def test_random_access_equals_a_plain_list(tmp_path: Path) -> None:
     assert [text for text, _ in reader] == texts
 
 
-def test_no_index_reads_nothing_and_one_outside_is_an_error(tmp_path: Path) -> None:
+def test_no_indices_read_nothing_and_an_index_out_of_range_is_an_error(tmp_path: Path) -> None:
     make_set(tmp_path)
     reader = ShardReader(tmp_path)
     assert reader.texts([]) == [] and reader.vectors([]).shape == (0, DIM)

@@ -1,6 +1,6 @@
-"""The doctor on two nodes that are well, and on one of which something is broken: it names what, and on which.
+"""The doctor on two Slurm nodes: healthy ones pass, and a fault injected on one of them is reported with that node's name.
 
-A fault is planted by a wrapper around the process of one node, in a mount namespace of its own: bash, with the process as "$@".
+Each node's process is started by a bash script in its own mount namespace; the script injects the fault, then runs "$@".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reference_times import starts
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 PROMISED = 20  # seconds that doctor.py may take once its processes have started, where nothing hangs
 FINDING = re.compile(r"^(FAULT|warning)  (\w+)  (.+?): (.*)$", re.MULTILINE)
-TIMEOUT = 200.0  # seconds; what all ranks come to ends long before, unless this machine is very busy
+TIMEOUT = 200.0  # seconds; the checks that all ranks reach end long before, unless this machine is very busy
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def test_two_healthy_nodes(ask, tasks):
     assert answer.seconds < PROMISED + starts(2 * tasks)
 
 
-def test_another_version_changed_data_no_model_full_shm_a_wrong_clock_few_files_no_such_interface(ask, tmp_path):
+def test_many_faults_of_one_node_are_all_reported(ask, tmp_path):
     packages = tmp_path / "packages/numpy-1.26.4.dist-info"
     packages.mkdir(parents=True)
     (packages / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.26.4\n")
@@ -149,7 +149,7 @@ def late_clock(folder: Path) -> Path | None:
     return library
 
 
-def test_changed_code_and_names_that_are_loopback(ask, tmp_path):
+def test_changed_code_and_host_names_that_resolve_to_loopback(ask, tmp_path):
     module = ROOT / "distill/run/sampling.py"
     (tmp_path / "changed.py").write_text(f"{module.read_text()}\nCHANGED = True\n")
     hosts = f"{tmp_path}/{{node}}.hosts"
@@ -226,7 +226,7 @@ while os.getppid() == parent:
 
 
 def test_a_cut_cable_and_a_disk_that_hangs(ask, tmp_path):
-    """A fifo that nobody writes to, in place of a file: opening it blocks. Rank 0 reports the node, the node its disk."""
+    """The hanging disk is a fifo that nobody writes to. Rank 0 reports the lost node, which itself reports its disk."""
     answer = ask(
         n2=f"""
         cp -r {tmp_path}/models {tmp_path}/hanging && mkfifo {tmp_path}/hanging/teacher/more.safetensors

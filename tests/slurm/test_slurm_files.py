@@ -1,4 +1,4 @@
-"""What lies in slurm/: scripts that a shell can read, a container's definition whose parts fit together."""
+"""The shell scripts have valid syntax, and the container definition agrees with the repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sections() -> dict[str, str]:
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_the_definition_has_a_header_and_only_sections_that_there_are():
+def test_the_container_definition_has_a_header_and_exactly_the_known_sections():
     header, *names = sections()
     keys = re.findall(r"^(\w+): \S+$", sections()[header], flags=re.MULTILINE)
     assert keys == ["Bootstrap", "From"] and set(names) == SECTIONS
@@ -40,7 +40,7 @@ def test_every_section_that_is_run_is_a_script(name):
     assert read.returncode == 0 and sections()[name].strip(), read.stderr
 
 
-def test_it_installs_with_the_script_and_into_the_place_that_everybody_uses():
+def test_the_container_installs_with_install_sh_and_puts_its_venv_on_the_path():
     installs = re.search(r"source (\S+) && install (\S+) ", sections()["post"])
     assert installs and (ROOT / Path(installs[1]).relative_to(installs[2])).exists()
     assert f"PATH={installs[2]}/.venv/bin:" in sections()["environment"]
@@ -65,7 +65,7 @@ def test_a_container_takes_the_place_of_the_virtual_environment():
     assert exported.split() == words
 
 
-def test_without_either_it_says_what_to_do(tmp_path):
+def test_without_a_container_or_a_virtual_environment_the_error_says_what_to_do(tmp_path):
     done = subprocess.run(
         ["bash", "-c", f"source {ROOT}/launcher/environment.sh"], capture_output=True, text=True, cwd=tmp_path
     )

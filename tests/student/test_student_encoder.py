@@ -1,4 +1,4 @@
-"""Where a student begins: chosen layers in their order, new weights by the seed alone, nothing else random."""
+"""The initial encoder of a student: layers in the chosen order, new weights that depend only on the seed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_new_weights_depend_on_the_seed_alone(family, tiny_encoder, tmp_path):
     assert not torch.equal(states[0][name], states[2][name]) and not torch.equal(states[0][name], old[name])
 
 
-def test_the_teacher_is_the_default_and_must_be_named(tiny_encoder):
+def test_a_student_starts_from_teacher_model_by_default_and_without_one_is_an_error(tiny_encoder):
     ours, _ = build_encoder(StudentConfig(), str(tiny_encoder), 0)
     theirs = AutoModel.from_pretrained(tiny_encoder)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -118,7 +118,7 @@ def test_missing_weights_are_never_initialised_at_random(tiny_encoder, tmp_path)
         build_encoder(config, None, 0)
 
 
-def test_a_pooler_without_weights_matters_only_to_who_pools_with_it(tiny_encoder, tmp_path):
+def test_missing_pooler_weights_are_an_error_only_with_pooler_pooling(tiny_encoder, tmp_path):
     config = without(tiny_encoder, tmp_path / "headless", "pooler.")
     build_encoder(config, None, 0)
     with pytest.raises(ValueError, match=r"no weights for 2 parts of its encoder, the first is pooler\."):
@@ -137,7 +137,7 @@ def test_dropout_0_makes_training_mode_deterministic(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_by_looked_up_embeddings_are_those_by_token_ids(family, tiny_encoder, tmp_path):
+def test_vectors_from_input_embeddings_equal_those_from_token_ids(family, tiny_encoder, tmp_path):
     """A student looks up the tokens of all chunks at once; positions and masks must come out as usual."""
     encoder, tokenizer = build_encoder(StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32).eval()

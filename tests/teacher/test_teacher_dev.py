@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import write_pairs
 
-from distill.teacher.dev_score import TEACHER_DEV, keep_dev_score
+from distill.teacher.dev_score import TEACHER_DEV, write_dev_score
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_a_score_is_computed_once_for_each_set(tmp_path):
     for name in ("one", "other"):
         sts = str(write_pairs(tmp_path / name, "stsb_dev"))
         for _ in range(2):
-            keep_dev_score(tmp_path, sts, encode, CPU)
+            write_dev_score(tmp_path, sts, encode, CPU)
         assert json.loads((tmp_path / TEACHER_DEV).read_text())["sts"] == sts
     assert len(calls) == 2
 
@@ -37,6 +37,6 @@ def test_a_set_that_cannot_be_read_is_a_warning_and_no_error(tmp_path, caplog):
     (tmp_path / "sts").mkdir()
     (tmp_path / "sts/stsb_dev.tsv.gz").write_bytes(b"not gzip")
     with caplog.at_level(logging.WARNING):
-        keep_dev_score(tmp_path, str(tmp_path / "sts"), draw, CPU)
+        write_dev_score(tmp_path, str(tmp_path / "sts"), draw, CPU)
     assert "no teacher score on STS-B's dev set" in caplog.text
     assert not (tmp_path / TEACHER_DEV).exists()

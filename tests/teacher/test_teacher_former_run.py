@@ -61,7 +61,7 @@ def test_former_shards_are_verified_once_and_used_by_name_or_directory(former, t
     assert content_of(former) == before
 
 
-def test_another_text_is_a_warning(former, tmp_path, caplog):
+def test_changed_text_settings_are_a_warning(former, tmp_path, caplog):
     for overrides, warnings in (((), 0), (("text.min_chars=20",), 1)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

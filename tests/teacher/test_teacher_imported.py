@@ -45,7 +45,7 @@ def test_parquet_lists_of_every_kind_are_rows(tmp_path, kind):
     assert len(found) == 50 and np.allclose(found.read([], np.arange(50)), UNIT, atol=1e-3)
 
 
-def test_another_column_is_named(tmp_path):
+def test_a_missing_column_or_one_without_vectors_is_an_error(tmp_path):
     path = write_parquet(tmp_path / "v.parquet", VECTORS.tolist())
     with pytest.raises(ValueError, match=r"no column vector; it has text, embedding: set teacher\.vectors_field"):
         imported(path, vectors_field="vector")
@@ -57,7 +57,7 @@ def test_another_column_is_named(tmp_path):
     "rows", [[[1.0, 2, 3], [4.0]], [[1.0, 2], None, [3.0, 4], None], [[1.0, 2], []], [[], []], []],
     ids=["ragged", "null", "empty", "all-empty", "no-rows"],
 )  # fmt: skip
-def test_parquet_vectors_of_unequal_length_never_slip_into_each_other(tmp_path, rows):
+def test_parquet_vectors_that_differ_in_length_or_are_empty_or_null_are_refused(tmp_path, rows):
     with pytest.raises(ValueError, match="differ in length, are empty or null"):
         imported(write_parquet(tmp_path / "v.parquet", rows))
 

@@ -195,7 +195,7 @@ def test_a_dev_score_that_a_killed_task_did_not_compute_is_computed_at_the_next_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "keep_dev_score", killed)
+        patch.setattr(precompute_module, "write_dev_score", killed)
         with pytest.raises(KeyboardInterrupt):
             precompute(config)
     assert not stage_of(config, "precompute").shards_dir.joinpath("manifest.json").exists()

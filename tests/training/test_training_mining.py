@@ -30,7 +30,7 @@ def mine(reader, path, seed=0, **options):
     return triplets
 
 
-def test_positive_is_the_nearest_and_negative_the_neighbour_of_its_rank(reader, tmp_path):
+def test_positive_is_the_nearest_neighbour_and_negative_the_one_at_negative_rank(reader, tmp_path):
     triplets = mine(reader, tmp_path / "t.npy")
     pool = permutation(len(reader), 0, 0)[:400]
     vectors = reader.vectors(pool).astype(np.float64)
@@ -54,7 +54,7 @@ def test_the_same_seed_mines_the_same_bytes_and_another_one_others(reader, tmp_p
     assert a == b != c
 
 
-def test_at_most_num_mined_and_the_first_of_them(reader, tmp_path):
+def test_num_mined_keeps_the_first_triplets(reader, tmp_path):
     everything = mine(reader, tmp_path / "all.npy")
     assert np.array_equal(mine(reader, tmp_path / "some.npy", num_mined=50), everything[:50])
 
