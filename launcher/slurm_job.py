@@ -127,7 +127,8 @@ def state() -> dict[str, str]:
     """What `scontrol show job` says of this job: JobState, Reason, Restarts, PreemptTime ...; {} where it says nothing.
 
     JobState is still RUNNING after the warning signal. It is COMPLETING while Slurm ends the job, which is final unless
-    Restarts has increased; Reason is TimeLimit if the job ran past its limit. PreemptTime is of this start, None if not preempted.
+    Restarts has increased; Reason is TimeLimit if the job ran past its limit. PreemptTime is of this start, None if not
+    preempted.
     """
     asked = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
     try:
