@@ -112,6 +112,21 @@ def test_the_short_recipe_is_the_whole_config(run, page, tmp_path):
     assert len(yaml.safe_load(recipe)) < len(type(run).model_fields)
 
 
+@pytest.mark.parametrize("sts", [True, False])
+def test_a_space_separates_the_sentences_below_the_table(finished, tmp_path, sts):
+    config = copy_of(finished, tmp_path)
+    if not sts:
+        change(config.run_dir / "evaluate/results.json", drop_sts)
+    text = Page(write_report(config).read_text()).text["results"]
+    assert "The last three columns are fidelity" in text and not re.search(r"[a-z)]\.[A-Z]", text)
+
+
+def drop_sts(results):
+    for model in results.values():
+        if isinstance(model, dict):
+            model |= {"sts": {}, "sts_ci": {}}
+
+
 def test_charts_have_titles_and_tables_have_headers_with_scope(page):
     svgs = [svg for svg in page.all("svg") if svg.get("role") == "img"]
     assert len(svgs) >= 9
