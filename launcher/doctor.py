@@ -88,7 +88,7 @@ def diagnose(arguments: argparse.Namespace, started: float) -> int:
 
 @contextmanager
 def ending_after(seconds: float) -> Iterator[None]:
-    """Ends this process where what is imported inside, torch above all, is not there after so many seconds."""
+    """Ends this process, with a message, if the imports inside, torch above all, take more than `seconds`."""
     message = f"`import torch` is not done after {seconds:.0f} s on {socket.gethostname()}: a slow file system, or a busy node"
 
     def end() -> None:

@@ -182,13 +182,12 @@ class Pipeline:
     def precompute(self, same: list[str], cores: int, signals: Signals) -> int:
         """The text first, once; then tasks side by side."""
         script, tasks = [str(LAUNCHER / "precompute.py"), *same], self.config.teacher.tasks
-        is_sharded = self.config.teacher.placement == "zero3"
         if code := self.run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
             return code
         if self.arguments.srun:
             srun, threads = slurm_job.srun_python(num_gpus() or tasks)
             return self.run_all([[*srun, *script]], signals, threads=threads)
-        if is_sharded:
+        if self.config.teacher.placement == "zero3":
             tasks = ranks_per_node(self.config)
             environments = local_environments(tasks)
         else:

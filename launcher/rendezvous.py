@@ -58,7 +58,7 @@ def num_cores(local_world_size: int = 1) -> int:
     """The cores that the ranks of this machine share: those of this process, or of the Slurm step that binds each to a part."""
     if local_world_size > 1 and "SLURM_CPUS_ON_NODE" in os.environ:
         return int(os.environ["SLURM_CPUS_ON_NODE"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def check_batch(config: RunConfig, stage: str, world_size: int) -> None:

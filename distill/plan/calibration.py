@@ -212,7 +212,7 @@ def _run_rank(rank: int, config: RunConfig, environments: Sequence[dict[str, str
         os.dup2(log.fileno(), 2)
     os.environ |= environments[rank]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(environments)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(environments)))
     try:
         write_json(folder / f"rank-{rank}.json", measure(config, join(config.engine.timeout)))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -115,7 +115,7 @@ def local_devices() -> tuple[str, int]:
     """The name that the driver gives this machine's GPUs, or "cpu", and their number; of a CPU, that of its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.device_count()
-    return "cpu", os.cpu_count() or 1
+    return "cpu", len(os.sched_getaffinity(0))
 
 
 def find_cluster(

@@ -85,9 +85,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from None
+        raise ValueError(f"{path} is damaged: it is no JSON ({error}); restore it, or delete what it describes") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object")
+        raise ValueError(f"{path} is damaged: it is no JSON object; restore it, or delete what it describes")
     return value
 
 

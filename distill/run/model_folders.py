@@ -54,9 +54,8 @@ def num_layers(name: str) -> int | None:
         return None
     from transformers import AutoConfig
 
-    return getattr(
-        AutoConfig.from_pretrained(folder, trust_remote_code=False), "num_hidden_layers", None
-    )  # whatever the family calls it
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return getattr(config, "num_hidden_layers", None)  # whatever the family calls it
 
 
 def first_module(path: Path) -> tuple[Path, bool]:

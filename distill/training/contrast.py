@@ -1,4 +1,4 @@
-"""Tasks in which students are compared with each other: fine-tuning on triplets, and SimCSE on texts alone.
+"""Tasks that compare the student's vectors with each other: fine-tuning on triplets, and SimCSE on texts alone.
 
 A row has V views, each a text: (anchor, positive, hard negative) or (text, text), the second under another dropout mask.
 Anchors of all ranks are compared with the other views of all ranks, and gradients reach all of them.
@@ -59,7 +59,7 @@ class Rows(Protocol):
 
 
 class ContrastConfig(TrainConfig):
-    """Tasks in which students are compared with each other, over all ranks.
+    """Tasks that compare the student's vectors with each other, over all ranks.
 
     Where micro_batch is less than a rank's rows of global_batch, gradients are cached: the same step in less memory.
     """

@@ -1,4 +1,4 @@
-"""Tasks whose students are compared with the teacher's vectors: the config, the module and the keys of a step.
+"""Tasks that compare the student's vectors with the teacher's: the config, the module and the keys of a step.
 
 ckd compares in the teacher's space, hpd in the space of the teacher's first principal components; everything else is the same.
 """

@@ -83,7 +83,6 @@ def test_cores_are_those_that_this_process_may_use_or_that_a_step_shares_among_i
     doctor, monkeypatch, variables, here, cores
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 7})
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     os.environ.pop("SLURM_CPUS_ON_NODE", None)
     os.environ.update(variables)
     assert doctor.num_cores(here) == cores
