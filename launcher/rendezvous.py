@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.config import RunConfig
 from distill.run.heartbeats import RankHeartbeats
 from launcher import command, slurm_job
 from launcher.rank_log import log_to_file, show_on_terminal
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
 
 RANK_0_FIRST = 1.0  # seconds in which rank 0 may report what all ranks have found
 

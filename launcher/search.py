@@ -19,13 +19,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from distill.evaluation.passage_index import Hit
 
 

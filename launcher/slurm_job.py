@@ -14,12 +14,13 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.config import TRAINING_STAGES, RunConfig
 from distill.run.files import read_json, write_json
-from distill.run.stage import checkpoint_steps
 from launcher import command
+
+if TYPE_CHECKING:
+    from distill.config import RunConfig
 
 MAX_WITHOUT_PROGRESS = 3
 SLURM_TIMEOUT = 10.0  # seconds for an answer of a Slurm client
@@ -140,6 +141,9 @@ def state() -> dict[str, str]:
 
 def progress(config: RunConfig) -> dict[str, Any]:
     """The progress of a run: equal at two moments if nothing was finished between them."""
+    from distill.config import TRAINING_STAGES
+    from distill.run.stage import checkpoint_steps
+
     done = sorted(path.parent.name for path in config.run_dir.glob("[!.]*/DONE.json"))
     steps = {stage: checkpoint_steps(config.run_dir / stage) for stage in TRAINING_STAGES}
     text = 0

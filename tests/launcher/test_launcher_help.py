@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 
 import pytest
 from commands import LAUNCHER, ROOT, call, environment
@@ -30,6 +31,14 @@ def test_help_names_every_option_and_gives_an_example(script):
     for option in set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source)) - APPENDED:
         described = rf"^  {option}\b[^\n]*(  \S|\n {{10,}}\S)"
         assert re.search(described, done.stdout, re.MULTILINE), f"{option} is not described"
+
+
+def test_launchers_import_no_large_library_at_their_top():
+    """They restart their process with another allocator first (distill/run/allocator.py), and would import it twice."""
+    modules = [f"launcher.{path.stem}" for path in LAUNCHER.glob("*.py")]
+    program = f"import sys, {', '.join(modules)}; print(*sorted({{'torch', 'numpy', 'transformers'}} & sys.modules.keys()))"
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "\n", printed.stdout
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "install.sh"])
