@@ -12,7 +12,7 @@ from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TIMEOUT = 15  # engine.timeout
-STEPS = 750  # more than a fast machine trains in the minute of the shortest time limit, and until a preemption
+STEPS = 400  # more than a fast machine trains until it is preempted or a node is lost
 LONG = ["stages=[ckd]", f"ckd.max_steps={STEPS}", "ckd.epochs=1000", "ckd.save_every=20", "ckd.dev_every=200",
         f"engine.timeout={TIMEOUT}"]  # fmt: skip
 
@@ -55,6 +55,10 @@ class Job:
 
     def until_printed(self, words: str, times: int = 1) -> None:
         self.until(lambda: self.printed.count(words) >= times)
+
+    def warn(self) -> None:
+        """The signal that Slurm sends to the batch script before its time limit."""
+        self.cluster("scancel", "--batch", "--signal=USR1", self.number)
 
     def preempt(self) -> None:
         """A job in a higher partition takes all nodes, for a moment."""

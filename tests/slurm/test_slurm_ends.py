@@ -73,13 +73,18 @@ def test_starts_that_outlast_their_time_limit_end_the_job_and_preemptions_do_not
     code = changed_code(tmp_path, {"__init__.py": ASLEEP + KILLED_BY_THE_FIRST_STOP, "teacher/precompute.py": ASLEEP + SLOW})
     config, asleep = write_config(tmp_path, tiny_encoder), make_folder(tmp_path / "asleep")
     assert launch("precompute.py", "--config", config, "--text-only").returncode == 0  # or the first start would get further
-    job = Job(cluster, config, "stages=[precompute]", **code, ASLEEP=str(asleep))
-    for number, how in enumerate(("warned", "preempted", "warned", "warned")):
+    options = ("--time=60", "--signal=B:USR1@595")
+    job = Job(cluster, config, "stages=[precompute]", options=options, **code, ASLEEP=str(asleep))
+    for number, how in enumerate(("out of time", "preempted", "warned", "warned")):
         job.until((asleep / str(number)).exists)
         if how == "preempted":
             job.preempt()
-        else:
-            cluster("scancel", "--batch", "--signal=USR1", job.number)
+        elif how == "warned":
+            job.warn()
+        else:  # Slurm itself sends the signal, at its next look at the time limits
+            cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
+            job.until_requeued(number + 1)
+            cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     ended = cluster.wait(job.number)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "3"), f"{ended}\n{job.printed}"
     assert "3 starts without progress" in job.printed and "more --time" in job.printed, job.printed

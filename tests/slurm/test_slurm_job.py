@@ -49,12 +49,13 @@ def test_two_nodes_train_the_student_that_one_node_trains(cluster, tmp_path, tin
     assert (two / "evaluate/results.json").exists() and (two / "export/hpd/modules.json").exists()
 
 
-def test_a_job_preempted_and_out_of_time_is_requeued_until_it_is_done(cluster, embedded_copy, uninterrupted):
+def test_a_job_warned_of_its_time_limit_and_preempted_is_requeued_until_it_is_done(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
-    job = Job(cluster, config, *LONG, options=("--time=1", "--signal=B:USR1@55"))
-    job.until_requeued(1)  # warned of its time limit
-    cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    job.until_step(max(newest(run), 0) + random.randint(20, 60))
+    job = Job(cluster, config, *LONG)
+    job.until_step(20)
+    job.warn()
+    job.until_requeued(1)
+    job.until_step(newest(run) + random.randint(20, 60))
     job.preempt()
     job.finished()
     assert digests(run, "ckd/student/*.safetensors") == digests(uninterrupted, "ckd/student/*.safetensors")
