@@ -96,13 +96,13 @@ def train(config, overrides, stop_at=None):
 
 
 def test_a_stage_that_stopped_early_and_was_killed_before_done_json_ends_where_it_stopped(embedded):
-    """A rate of nearly 0 changes no score, so that patience ends the stage at its third evaluation."""
-    overrides = ["name=patient", "ckd.lr=1e-12", "ckd.patience=2", "ckd.dev_every=2", "ckd.save_every=100"]
+    """A rate of nearly 0 changes no score, so that patience ends the stage at its third evaluation after step 0."""
+    overrides = ["name=patient", "ckd.lr=1e-12", "ckd.patience=3", "ckd.dev_every=2", "ckd.save_every=100"]
     run = embedded.parent / "runs"
     (run / "patient").mkdir()
     (run / "patient/shards").symlink_to(run / "tiny/shards")
     (results,) = on_ranks(1, train, embedded, overrides)
-    assert results["steps"] == 6 and results["best_step"] == 2
+    assert results["steps"] == 6 and results["best_step"] == 0
     (run / "patient/ckd/DONE.json").unlink()
     (again,) = on_ranks(1, train, embedded, overrides)
     assert again == results
@@ -112,7 +112,7 @@ def test_a_stage_that_stopped_early_and_was_killed_before_done_json_ends_where_i
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_deferred_evaluation_may_end_the_stage_and_report_the_merged_student(embedded, num_ranks):
     name = f"deferred-{num_ranks}"
-    overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=2", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
+    overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=3", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
     run = embedded.parent / "runs"
     (run / name).mkdir()
     (run / name / "shards").symlink_to(run / "tiny/shards")
@@ -122,7 +122,7 @@ def test_a_deferred_evaluation_may_end_the_stage_and_report_the_merged_student(e
     for _ in range(2):  # the second time its points are in TensorBoard already
         found += on_ranks(num_ranks, train, embedded, overrides)
         (run / name / "ckd/DONE.json").unlink()
-    assert all(results["steps"] == 6 and results["best_step"] == 2 for results in found)
+    assert all(results["steps"] == 6 and results["best_step"] == 0 for results in found)
     assert {results["best_score"] for results in found} == {found[0]["best_score"]}
 
 

@@ -56,7 +56,7 @@ def test_a_stage_with_dropout_that_was_stopped_gives_the_same_student(embedded_c
     assert students[0] == students[1]
 
 
-def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_training(embedded_copy):
+def test_a_student_that_is_damaged_since_its_stage_finished_is_restored_from_a_checkpoint_or_refused(embedded_copy, caplog):
     config, run = embedded_copy
     folder = run / "ckd/student"
     folder.mkdir(parents=True)
@@ -65,8 +65,14 @@ def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_tr
     stage = stage_of(load_config(config), "finetune")
     stage.check_inputs()
     (folder / "model.safetensors").write_bytes(b"weighus")
-    with pytest.raises(ValueError, match=rf"{folder}: its weights are not those .* delete {run}/ckd and run that stage again$"):
+    with pytest.raises(ValueError, match=rf"{folder}: its files are not those .* delete {run}/ckd and run that stage again$"):
         stage.check_inputs()
+    kept = run / "ckd/checkpoints/step-00000004/student"
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors").write_bytes(b"weights")
+    stage.check_inputs()
+    assert (folder / "model.safetensors").read_bytes() == b"weights" and f"{folder}: restored from step-00000004" in caplog.text
+    assert (run / "ckd/student.damaged/model.safetensors").read_bytes() == b"weighus"
 
 
 def test_the_content_of_a_local_encoder_is_an_input_of_the_stage_that_begins_with_it(tmp_path, tiny_encoder):
