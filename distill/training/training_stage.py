@@ -28,7 +28,7 @@ from distill.student.encoder import build_encoder, set_dropout
 from distill.student.fingerprint import check_student, student_fingerprint
 from distill.student.student_config import StudentConfig
 from distill.teacher.dev_score import TEACHER_DEV
-from distill.teacher.identity import check_teacher
+from distill.teacher.identity import check_teacher, check_weights
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_dropped
 from distill.training.checkpoint import Checkpoints
@@ -206,6 +206,8 @@ class TrainingStage(Stage):
             check_student(folder)
         elif (encoder := self.section(StudentConfig).init) != "teacher":
             resolve_model(encoder)
+        elif (model := self.section(TeacherConfig).model) is not None:
+            check_weights(model, self.context.shards_dir, reader.manifest, self.digests)
         self.check(reader)
 
     def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:
