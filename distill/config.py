@@ -120,13 +120,24 @@ class BaseRunConfig(Section):
         """The training stages of the pipeline, in their order."""
         return [stage for stage in self.stages if stage in TRAINING_STAGES]
 
+    @property
+    def trained_stages(self) -> list[str]:
+        """The training stages of the pipeline and those that are finished in the run directory, each after its `init`."""
+        finished = [name for name in TRAINING_STAGES if (self.run_dir / name / "DONE.json").is_file()]
+        names = [*(name for name in finished if name not in self.stages), *self.training_stages]
+        return sorted(names, key=self._num_stages_before)
+
+    def _num_stages_before(self, stage: str) -> int:
+        init = getattr(self.train(stage), "init", "student")
+        return 0 if init == "student" else 1 + self._num_stages_before(init)
+
     def stage_of(self, name: str) -> Stage:
         """The stage `name` of this run, with the sections that it declares."""
         kind: type[Stage] = training_tasks().get(name) or resolve_name(OTHER_STAGES[name])
         paths = [name, *kind.reads, *kind.covered_by_inputs]
         names = {path.partition(".")[0] for path in paths} & set(type(self).model_fields)
         sections = {each: section for each in sorted(names) if isinstance(section := getattr(self, each), Section)}
-        context = RunContext(self.name, self.run_dir, self.shards_dir, self.seed, tuple(self.training_stages), sections)
+        context = RunContext(self.name, self.run_dir, self.shards_dir, self.seed, tuple(self.trained_stages), sections)
         return kind(context)
 
 
@@ -179,7 +190,13 @@ def stage_of(config: RunConfig, name: str) -> Stage:
     return config.stage_of(name)
 
 
-def open_run(config: RunConfig) -> Path:
-    """Creates the run directory and writes the resolved config into it; returns it. Raises OSError if that fails."""
+def open_run(config: RunConfig, stages: Sequence[str] = ()) -> Path:
+    """Creates the run directory and writes the resolved config into it; returns it. Raises OSError if that fails.
+
+    Raises ValueError, and leaves the config there as it is, if one of the stages to be run would refuse this one.
+    """
+    for name in stages:
+        if refusal := config.stage_of(name).refusal():
+            raise ValueError(refusal)
     write_run_config(config.run_dir, config)
     return config.run_dir

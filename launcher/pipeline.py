@@ -92,7 +92,7 @@ class Pipeline:
         if "export" in self.config.stages:
             require_packages(self.config.export.formats)
         self.check_student()
-        open_run(self.config)
+        open_run(self.config, self.config.stages)
 
     def check_student(self) -> None:
         """Checks, before the teacher works for hours, that the student's layers are there. Raises ValueError."""

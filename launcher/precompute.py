@@ -62,7 +62,7 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     from distill.config import open_run, stage_of
     from distill.teacher.precompute import PrecomputeStage
 
-    open_run(config)
+    open_run(config, ["precompute"])
     stage = stage_of(config, "precompute")
     assert isinstance(stage, PrecomputeStage)
     if stage.reason_to_run() is None and (text_only or not stage.lacks_dev_score):

@@ -70,7 +70,7 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_batch(config, config.stage, int(os.environ["WORLD_SIZE"]))
     if stop.rank == 0:
-        open_run(config)
+        open_run(config, [config.stage])
         stop.request = StopRequest(config.run_dir / "STOP")
     with RankLog(config.run_dir / "logs", config.stage, stop.rank) as log:
         command.set_up_libraries()

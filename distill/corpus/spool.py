@@ -6,6 +6,7 @@ continue from its last entry, skipping the raw strings that were read before it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from distill.corpus.sources import read_source, source_fingerprints
 from distill.corpus.text import normalise, text_hash
 from distill.corpus.text_config import TextConfig
-from distill.run.files import DigestCache, read_json, write_json
+from distill.run.files import DigestCache, read_json, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
@@ -99,7 +100,7 @@ class Progress:
 def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
     """Writes texts, records and row numbers, continuing an interrupted call that had the same config and sources."""
     made_from = {
-        "journal": 4,
+        "journal": 5,
         "num_buckets": spool.num_buckets,
         "has_rows": spool.has_rows,
         "text": config.model_dump(mode="json"),
@@ -109,7 +110,7 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
     if progress.complete:
         return progress
     with ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("ab")) for path in _files(spool)}
+        files = {path: stack.enter_context(_Appended(path)) for path in _files(spool)}
         buckets = [files[path] for path in spool.buckets]
         total = progress.counts["read"]
         bar = stack.enter_context(tqdm(desc="reading text", unit=" texts", unit_scale=True, disable=None, initial=total))
@@ -147,14 +148,9 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
 
 def _resume(spool: Spool, made_from: dict[str, Any], num_sources: int) -> Progress:
     """The journal's progress, with all files truncated to their sizes at that time; or no progress and an empty spool."""
-    try:
-        journal = read_json(spool.journal)
-        problem = None if journal is None else _problem(spool, journal, made_from)
-    except ValueError as error:
-        journal, problem = None, f"{spool.journal} is damaged ({error})"
+    journal = read_json(spool.journal)
+    problem = None if journal is None else _problem(spool, journal, made_from)
     if journal is not None and problem is None:
-        for path in _files(spool):
-            os.truncate(path, journal["sizes"][path.name])
         return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
     if problem is not None:
         logger.warning("text: %s; the sources are read again from the start", problem)
@@ -164,7 +160,7 @@ def _resume(spool: Spool, made_from: dict[str, Any], num_sources: int) -> Progre
 
 
 def _problem(spool: Spool, journal: dict[str, Any], made_from: dict[str, Any]) -> str | None:
-    """Why the working files cannot be continued, in words; None if they can."""
+    """Truncates the working files to what the journal records; returns why they cannot be continued, in words, or None."""
     if journal.get("of") != made_from:
         return "the working files are of other sources, or of another config or version"
     for path in _files(spool):
@@ -172,16 +168,39 @@ def _problem(spool: Spool, journal: dict[str, Any], made_from: dict[str, Any]) -
             return f"{path} is missing"
         if (size := path.stat().st_size) < journal["sizes"][path.name]:
             return f"{path} has {size} of the {journal['sizes'][path.name]} bytes that its journal records"
+        os.truncate(path, journal["sizes"][path.name])
+        if sha256_of(path) != journal["sha256"][path.name]:
+            return f"{path} does not match its checksum"
     return None
 
 
-def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, files: Mapping[Path, BinaryIO]) -> None:
-    for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
-    sizes = {path.name: file.tell() for path, file in files.items()}
+class _Appended:
+    """A working file that is appended to, with the sha256 of all its bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab")
+        with path.open("rb") as file:
+            self.sha256 = hashlib.file_digest(file, "sha256")
+
+    def __enter__(self) -> _Appended:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+
+
+def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, files: Mapping[Path, _Appended]) -> None:
+    for appended in files.values():
+        appended.file.flush()
+        os.fsync(appended.file.fileno())
+    sizes = {path.name: appended.file.tell() for path, appended in files.items()}
+    digests = {path.name: appended.sha256.hexdigest() for path, appended in files.items()}
     state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete")}
-    write_json(spool.journal, {"of": made_from, "sizes": sizes, **state})
+    write_json(spool.journal, {"of": made_from, "sizes": sizes, "sha256": digests, **state})
 
 
 def _files(spool: Spool) -> list[Path]:

@@ -47,12 +47,16 @@ class EvaluateStage(Stage):
         export = stage_fingerprint(self.context.run_dir / "export")
         return {"export": export, "shards": sha256_of(manifest) if manifest.is_file() else ""}
 
+    def is_product_missing(self) -> str | None:
+        files = (self.directory / name for name in ("results.json", "table.txt"))
+        return next((f"{path} is missing" for path in files if not path.is_file()), None)
+
     @property
     def section(self) -> EvaluateConfig:
         return self.context.section(EvaluateConfig)
 
     def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
-        section, students = self.section, self.context.training_stages
+        section, students = self.section, self.context.trained_stages
         export = self.context.run_dir / "export"
         if not stage_fingerprint(export):
             raise ValueError(f"evaluate needs {export}, which is not finished: run the export stage first")
@@ -81,7 +85,7 @@ class EvaluateStage(Stage):
 
     def models(self, measurement: Measurement, device: torch.device) -> Iterator[Model]:
         """The teacher, where one process can hold it, and the exported students in the order of their stages."""
-        config, stages = self.context.section(TeacherConfig), self.context.training_stages
+        config, stages = self.context.section(TeacherConfig), self.context.trained_stages
         pca = self._pca_sizes() if self.section.baselines else {}
         teacher = fingerprint({"teacher": measurement.reader.manifest.teacher})
         if config.model is not None and config.placement != "zero3":
@@ -119,7 +123,7 @@ class EvaluateStage(Stage):
     def _pca_sizes(self) -> dict[str, tuple[int, ...]]:
         """The sizes of every compressed student, by the name of the student it began with and of the teacher."""
         sizes: dict[str, set[int]] = {}
-        for stage in self.context.training_stages:
+        for stage in self.context.trained_stages:
             done = read_json(self.context.run_dir / stage / "DONE.json") or {}
             settings = done.get("settings", {}).get(stage, {})
             if "dim" in settings:

@@ -35,12 +35,12 @@ class ExportStage(Stage):
     covered_by_inputs = ("text", "teacher", "student")
 
     def inputs(self) -> dict[str, str]:
-        return {stage: stage_fingerprint(self.context.run_dir / stage) for stage in self.context.training_stages}
+        return {stage: stage_fingerprint(self.context.run_dir / stage) for stage in self.context.trained_stages}
 
     def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Raises ValueError before any work if a stage or a package that export.formats needs is missing, if a student's
         weights changed or its pooling cannot be exported; and if a written format does not agree with its student."""
-        formats = self.context.section(ExportConfig).formats
+        formats = self.formats()
         require_packages(formats)
         for name, found in self.inputs().items():
             if not found:
@@ -54,16 +54,27 @@ class ExportStage(Stage):
         nested: dict[str, list[int]] = {}
         cosines: dict[str, dict[str, dict[str, float]]] = {}
         with session(self.directory, "export", torch.device("cpu")):
-            for name in self.context.training_stages:
+            for name in self.context.trained_stages:
                 out, provenance = self.directory / name, self.provenance(name)
                 card = partial(model_card, provenance=provenance)
                 agreements = export_student(self._student(name), out, card=card, check_on=check_on, formats=formats)
                 folders[name], nested[name] = str(out), provenance.nested
                 cosines[name] = {each: {"worst": found.worst, "mean": found.mean} for each, found in agreements.items()}
                 logger.info("%s: %s", name, out)
-        results = {"folders": folders, "nested_sizes": nested, "cosines": cosines}
+        results = {"folders": folders, "formats": formats, "nested_sizes": nested, "cosines": cosines}
         self.finish(results, exports_fingerprint(self.directory))
         return True
+
+    def formats(self) -> list[str]:
+        """Those of the config; where the students are unchanged, also those that they are exported to already."""
+        wanted = list(self.context.section(ExportConfig).formats)
+        done = read_json(self.directory / "DONE.json") or {}
+        kept = done.get("results", {}).get("formats", []) if done.get("inputs") == self.inputs() else []
+        return [*wanted, *(name for name in kept if name not in wanted)]
+
+    def is_product_missing(self) -> str | None:
+        folders = (self.directory / name / "modules.json" for name in self.context.trained_stages)
+        return next((f"{path.parent} is missing" for path in folders if not path.is_file()), None)
 
     def provenance(self, stage: str) -> Provenance:
         """What the student of a finished training stage was made from."""

@@ -13,8 +13,9 @@ from distill.export.formats import FORMATS, require_packages
 from distill.export.int8 import int8_graph
 from distill.export.onnx import onnx_graph
 from distill.export.sentence_transformers import check_pooling, save_sentence_transformers
-from distill.run.files import fingerprint, flush, sha256_of
+from distill.run.files import flush
 from distill.student import Student
+from distill.student.fingerprint import files_fingerprint
 
 
 def export_student(
@@ -62,9 +63,9 @@ def export_student(
 
 
 def exports_fingerprint(directory: Path) -> str:
-    """The fingerprint of the weights and graphs in all exported folders of a run; the export stage records it in DONE.json."""
-    files = sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".onnx"))
-    return fingerprint({str(path.relative_to(directory)): sha256_of(path) for path in files})
+    """The fingerprint of all exported folders of a run but for their model cards; the export stage records it in DONE.json."""
+    files = [path for path in directory.glob("*/**/*") if path.is_file() and path.name != "README.md"]
+    return files_fingerprint(directory, files)
 
 
 def _save_onnx(student: Student, folder: Path, formats: Collection[str]) -> None:

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distill.run.files import write_json
+from distill.run.files import read_json, write_json
 
 VERSION = 1
 TEACHER = "teacher"  # the name of the teacher's results in a run
@@ -112,7 +111,9 @@ def read_results(path: Path) -> dict[str, ModelResults]:
     Raises ValueError if the file cannot be read or is not of this version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        if content is None:
+            raise ValueError("there is no such file, or it is damaged")
         if "dim" in content:
             content = {"version": content.pop("version", None), path.stem: content}
         return RunResults.model_validate(content).models

@@ -129,7 +129,7 @@ def survey_negatives(
     Hardest negative: the largest q_i.k_j over keys that are neither row i's own nor of its text; -inf where there is none.
     Masked keys: those that `attend` masks for the row. positives: -1 where a row's own key is not among these keys.
     """
-    tile = min(tile or DEFAULT_TILE, len(keys))
+    tile = max(1, min(tile or DEFAULT_TILE, len(keys)))
     hardest = torch.full((len(queries),), -torch.inf, device=queries.device)
     masked = torch.zeros(len(queries), device=queries.device)
     rows = torch.arange(len(queries), device=queries.device)

@@ -20,7 +20,7 @@ def write_model_cards(config: RunConfig, results: Results) -> None:
     """
     export = config.stage_of("export")
     assert isinstance(export, ExportStage)
-    for name in config.training_stages:
+    for name in config.trained_stages:
         folder = export.directory / name
         if not folder.is_dir():
             continue

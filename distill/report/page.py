@@ -53,7 +53,7 @@ def write_report(config: RunConfig) -> Path:
 def _context(config: RunConfig, results: Results) -> dict[str, Any]:
     """The variables of the template."""
     text = read_json(config.precompute_dir / "text" / "manifest.json")
-    students = [name for name in config.training_stages if name in results]
+    students = [name for name in config.trained_stages if name in results]
     neighbours = read_json(config.run_dir / "evaluate" / "neighbours.json")
     sessions = run_tables.sessions_of(config).get("evaluate")
     recipe = short_config(config)
@@ -92,7 +92,7 @@ def _context(config: RunConfig, results: Results) -> dict[str, Any]:
 
 def _in_order(results: Results, config: RunConfig) -> Results:
     """The teacher, the training stages in their order, each with its nested sizes from large to small, then the others."""
-    order = {name: number for number, name in enumerate([TEACHER, *config.training_stages])}
+    order = {name: number for number, name in enumerate([TEACHER, *config.trained_stages])}
     names = sorted(results, key=lambda name: (order.get(full_size(name, results), len(order)), -results[name].dim))
     return {name: results[name] for name in names}
 
@@ -100,7 +100,7 @@ def _in_order(results: Results, config: RunConfig) -> Results:
 def _stages(config: RunConfig) -> list[dict[str, Any]]:
     """Name, method, results and charts of each training stage that has results or curves."""
     found = []
-    for name in config.training_stages:
+    for name in config.trained_stages:
         results = run_tables.stage_results(config, name)
         charts = training_charts(name, read_curves(config.run_dir / "tensorboard" / name), results.get("best_step"))
         if results or charts:

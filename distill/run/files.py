@@ -1,16 +1,20 @@
-"""Files that are complete or absent: written under a temporary name, flushed, then renamed."""
+"""Files that are complete or absent: written under a temporary name, flushed, then renamed. JSON carries its own checksum."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -46,10 +50,28 @@ def sweep(directory: Path, *, older_than: float = 3600.0) -> None:
                 part.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Publishes `value` as indented UTF-8 JSON with sorted keys."""
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Publishes `value` as indented UTF-8 JSON with sorted keys and its own checksum, by which `read_json` verifies it."""
     with publish(path) as file:
-        file.write(json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(seal(value, indent=1))
+
+
+def seal(value: dict[str, Any], *, indent: int | None = None) -> bytes:
+    """`value` as JSON with its sha256 under the key "self", so that any changed byte is detected."""
+    value = json.loads(json.dumps(value))  # numbers as keys become words, which sort differently
+    digest = hashlib.sha256(canonical_json(value, allow_nan=True)).hexdigest()
+    return canonical_json({**value, "self": digest}, indent, allow_nan=True)
+
+
+def unseal(raw: bytes, *, indent: int | None = None) -> dict[str, Any]:
+    """The argument of `seal`. Raises ValueError if a byte differs from what `seal` wrote."""
+    value = json.loads(raw)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    value.pop("self", None)
+    if seal(value, indent=indent) != raw:
+        raise ValueError("it was changed after it was written (its own sha256 does not fit)")
+    return value
 
 
 def fingerprint(value: dict[str, Any]) -> str:
@@ -57,10 +79,11 @@ def fingerprint(value: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def canonical_json(value: dict[str, Any], indent: int | None = None) -> bytes:
-    """UTF-8 JSON with sorted keys and no NaN."""
+def canonical_json(value: dict[str, Any], indent: int | None = None, *, allow_nan: bool = False) -> bytes:
+    """UTF-8 JSON with sorted keys."""
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode()
 
 
 def sha256_of(path: Path) -> str:
@@ -79,16 +102,33 @@ def flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file. Raises ValueError naming a file that holds none."""
+    """The object in a file of `write_json`; None if there is no such file.
+
+    One that is damaged is set aside, with a warning, and None is returned: whatever it recorded is made again. One without a
+    checksum was written by an earlier version of this program, and is read as it is.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError:
         return None
+    try:
+        value = json.loads(raw)
+        if isinstance(value, dict) and value and "self" not in value:
+            return value
+        return unseal(raw, indent=1)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error}); restore it, or delete what it describes") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object; restore it, or delete what it describes")
-    return value
+        set_aside(path, str(error))
+        return None
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Renames a damaged file or folder to *.damaged, with a warning that gives the reason."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    with suppress(FileNotFoundError):  # another process has done it
+        path.replace(aside)
+    logger.warning("%s is damaged (%s): it is made again, and is now %s", path, reason, aside.name)
 
 
 class DigestCache:
@@ -99,10 +139,7 @@ class DigestCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._known: dict[str, list[Any]] = read_json(path) or {}
-        except ValueError:
-            self._known = {}
+        self._known: dict[str, list[Any]] = read_json(path) or {}
 
     def sha256(self, path: Path) -> str:
         """The hex sha256 of the file's content; from the cache where the file has not changed since."""

@@ -5,7 +5,8 @@ A stage is a function of (the config fields it declares, its inputs, identified 
     BEGUN.json    written first: settings and inputs, so that a killed run continues only as what it was
     DONE.json     written last: the same, with the results and a fingerprint of what was made
 
-A finished stage that is run again is kept as `.NAME.previous` beside its directory until the new run is finished.
+A finished stage that is run again is kept as `.NAME.previous` beside its directory until the new run is finished, and put back
+if the config is.
 
 A stage is a subclass of Stage; distill/config.py lists them and gives each instance its RunContext.
 """
@@ -13,6 +14,7 @@ A stage is a subclass of Stage; distill/config.py lists them and gives each inst
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,24 +25,26 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from distill.run.config import Effect, Section, dump_config, settings
-from distill.run.files import DigestCache, publish, read_json, write_json
+from distill.run.files import DigestCache, flush, publish, read_json, write_json
 
+logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Section)
 StopRequested = Callable[[int], bool]
+OUTSIDE = "outside.{}"  # in a stage's `previous`: a folder of its `outside`
 
 
 @dataclass(frozen=True)
 class RunContext:
     """The part of a run that a stage sees: directories, the seed, and the config sections that it declares in `reads`.
 
-    shards_dir is another run's where `shards_from` names one. training_stages: those of this run, in their order.
+    shards_dir is another run's where `shards_from` names one. trained_stages: those whose students this run has or is to have.
     """
 
     name: str
     run_dir: Path
     shards_dir: Path
     seed: int
-    training_stages: tuple[str, ...]
+    trained_stages: tuple[str, ...]
     sections: Mapping[str, Section]
 
     @property
@@ -82,8 +86,17 @@ class Stage(ABC):
 
     @property
     def directory(self) -> Path:
-        """The only directory that the stage writes before its DONE.json."""
+        """The only directory that the stage writes before its DONE.json, but for `outside`."""
         return self.context.run_dir / self.name
+
+    @property
+    def outside(self) -> tuple[Path, ...]:
+        """Folders elsewhere in the run directory that belong to the stage, and are kept and put back with it."""
+        return ()
+
+    def progress(self) -> list[Path]:
+        """What an unfinished stage has left in its directory that a later start continues from, if it is worth keeping."""
+        return []
 
     @abstractmethod
     def inputs(self) -> dict[str, str]:
@@ -116,7 +129,11 @@ class Stage(ABC):
         return tree
 
     def reason_to_run(self) -> str | None:
-        """Why the stage must run, in words; None if it is finished and nothing it depends on has changed."""
+        """Why the stage must run, in words; None if it is finished and nothing it depends on has changed.
+
+        The finished stage before an unfinished one is put back first, if it is what would run now and nothing would be lost.
+        """
+        self._put_back()
         done = read_json(self.directory / "DONE.json")
         if done is None:
             return "unfinished" if (self.directory / "BEGUN.json").exists() else "not run yet"
@@ -139,25 +156,65 @@ class Stage(ABC):
         """Where the finished stage lies while it is run again."""
         return self.directory.with_name(f".{self.directory.name}.previous")
 
+    def refusal(self) -> str | None:
+        """Why `begin` refuses, in words; None if it does not. A missing input is no reason: it may be made before."""
+        begun = read_json(self.directory / "BEGUN.json")
+        if begun is None or (self.directory / "DONE.json").exists() or not self.progress():
+            return None
+        missing = {f"input {name}: {_short(before)} -> nothing" for name, before in begun.get("inputs", {}).items()}
+        if not (changes := [change for change in self.changes_since(begun) if change not in missing]):
+            return None
+        kept = f" (the finished one before it is kept in {self.previous})" if self.previous.exists() else ""
+        return (
+            f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
+            f" put the config back to continue it, use another name=, or delete the directory{kept}"
+        )
+
     def begin(self) -> None:
         """Prepares the directory: kept if this stage is unfinished in it, moved to `previous` if it is finished there.
 
-        Raises ValueError naming the changes if it holds an unfinished stage of another config.
+        Raises ValueError naming the changes if it holds progress of an unfinished stage of another config. Without a
+        BEGUN.json only that progress is kept, which has its own record of what it is of.
         """
+        if refusal := self.refusal():
+            raise ValueError(refusal)
         begun = read_json(self.directory / "BEGUN.json")
         if (self.directory / "DONE.json").exists():
             _delete(self.previous)
             self.directory.rename(self.previous)
-        elif begun is None and self.directory.exists():
-            _delete(self.directory)
-        elif begun is not None and (changes := self.changes_since(begun)):
-            kept = f" (the finished one before it is kept in {self.previous})" if self.previous.exists() else ""
-            raise ValueError(
-                f"{self.directory} holds an unfinished {self.name} of another config ({'; '.join(changes)}):"
-                f" put the config back to continue it, use another name=, or delete the directory{kept}"
-            )
+            for folder in self.outside:
+                if folder.exists():
+                    folder.rename(self.previous / OUTSIDE.format(folder.name))
+            flush(self.previous.parent)
+        elif self.directory.exists() and (begun is None or self.changes_since(begun)):
+            self._clear()
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "BEGUN.json", self._record())
+
+    def _clear(self) -> None:
+        """Deletes all but the progress; BEGUN.json first, so that a kill in between leaves nothing that is taken for more."""
+        (self.directory / "BEGUN.json").unlink(missing_ok=True)
+        if kept := self.progress():
+            logger.warning("%s has no BEGUN.json: only %s is kept", self.directory, ", ".join(path.name for path in kept))
+        for path in self.directory.iterdir():
+            if path not in kept:
+                _delete(path)
+
+    def _put_back(self) -> None:
+        if not self.previous.exists() or (self.directory / "DONE.json").exists() or self.progress():
+            return
+        done = read_json(self.previous / "DONE.json")
+        if done is None or self.changes_since(done):
+            return
+        _delete(self.directory)
+        for folder in self.outside:
+            kept = self.previous / OUTSIDE.format(folder.name)
+            if kept.exists():
+                _delete(folder)
+                kept.rename(folder)
+        self.previous.rename(self.directory)
+        flush(self.directory.parent)
+        logger.info("%s: the finished one is put back: it is of this config", self.name)
 
     def finish(self, results: dict[str, Any], fingerprint: str) -> None:
         """Writes DONE.json: settings and inputs as they were when the stage began, results, the product's fingerprint."""
@@ -180,13 +237,15 @@ class Stage(ABC):
 
 
 def _delete(directory: Path) -> None:
-    """Deletes a directory so that a kill in between leaves nothing that looks like a stage."""
+    """Deletes a directory or file so that a kill in between leaves nothing that looks like a stage."""
     deleted = directory.with_name(f".{directory.name.lstrip('.')}.deleted")
     shutil.rmtree(deleted, ignore_errors=True)
     if directory.is_symlink():
         directory.unlink()
-    elif directory.exists():
+    elif directory.is_dir():
         shutil.rmtree(directory.rename(deleted))
+    else:
+        directory.unlink(missing_ok=True)
 
 
 def stage_fingerprint(directory: Path) -> str:

@@ -18,7 +18,8 @@
 The held-out texts are a set like this one, in the folder held_out/ beside the tars.
 """
 
-from distill.shards.format import HELD_OUT, Manifest, ShardError, fingerprint
+from distill.run.files import fingerprint
+from distill.shards.format import HELD_OUT, Manifest, ShardError
 from distill.shards.moments import Moments
 from distill.shards.reader import ShardReader
 from distill.shards.repair import repair

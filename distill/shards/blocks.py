@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.shards.format import ShardError, seal, tar_name, unseal
+from distill.run.files import seal, unseal
+from distill.shards.format import ShardError, tar_name
 
 MEMBERS = ("embedding.npy", "hash.npy", "json", "offset.npy", "txt")
 DIGESTED = ("embedding.npy", "hash.npy", "offset.npy", "txt")

@@ -1,15 +1,14 @@
-"""The names, the manifest and the sealed JSON of a shard set."""
+"""The names and the manifest of a shard set."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
 
-from distill.run.files import canonical_json, fingerprint, publish
+from distill.run.files import unseal, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -31,27 +30,6 @@ def tar_name(index: int) -> str:
 
 def moments_name(index: int) -> str:
     return f"{index:06d}.{MOMENTS}"
-
-
-def seal(value: dict[str, Any], *, indent: int | None = None) -> bytes:
-    """`value` as JSON with its own fingerprint under the key "self", so that any changed byte is detected."""
-    return canonical_json({**value, "self": fingerprint(value)}, indent)
-
-
-def unseal(raw: bytes, *, indent: int | None = None) -> dict[str, Any]:
-    """The argument of `seal`. Raises ValueError if a byte differs from what `seal` wrote."""
-    value = json.loads(raw)
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    value.pop("self", None)
-    if seal(value, indent=indent) != raw:
-        raise ValueError("it was changed after it was written (its own sha256 does not fit)")
-    return value
-
-
-def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    with publish(path) as file:
-        file.write(seal(value, indent=1))
 
 
 def repair_hint(directory: Path) -> str:
@@ -117,8 +95,8 @@ class Manifest(_StrictModel):
         }
 
     def save(self, directory: Path) -> None:
-        write_sealed(directory / RECIPE, self.recipe())
-        write_sealed(directory / MANIFEST, self.model_dump())
+        write_json(directory / RECIPE, self.recipe())
+        write_json(directory / MANIFEST, self.model_dump())
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

@@ -6,9 +6,9 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from distill.run.files import sha256_of
+from distill.run.files import sha256_of, unseal
 from distill.shards.blocks import inspect
-from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, tar_name, unseal
+from distill.shards.format import MANIFEST, MOMENTS, RECIPE, Manifest, ShardError, moments_name, tar_name
 from distill.shards.verify import (
     Check,
     Progress,

@@ -6,9 +6,9 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from distill.run.files import sha256_of
+from distill.run.files import seal, sha256_of
 from distill.shards.blocks import ShardIndex, inspect, open_map, scan
-from distill.shards.format import MOMENTS, RECIPE, TAR, Manifest, ShardError, moments_name, seal, tar_name
+from distill.shards.format import MOMENTS, RECIPE, TAR, Manifest, ShardError, moments_name, tar_name
 from distill.shards.moments import Moments
 
 Progress = Callable[[int], object]

@@ -41,7 +41,7 @@ def read_rows(configs: Sequence[RunConfig]) -> list[StudyRow]:
             name = _untrained_name(config)
             untrained[identity] = f"{name}-{config.name}" if name in untrained.values() else name
             rows.append(StudyRow(untrained[identity], results[UNTRAINED]))
-        for stage in config.training_stages:
+        for stage in config.trained_stages:
             init = getattr(config.train(stage), "init", "student")
             initial = untrained.get(identity) if init == "student" else name_in_study(config, init)
             minutes = _minutes(config.run_dir / stage)

@@ -46,6 +46,17 @@ def check_teacher(config: TeacherConfig, shards_dir: Path, manifest: Manifest) -
         )
 
 
+def check_weights(model: str, shards_dir: Path, manifest: Manifest, digests: DigestCache) -> None:
+    """Raises ValueError if a file of a teacher's folder is no longer the one that made the shards."""
+    recorded: dict[str, str] = manifest.teacher.get("files", {})
+    found = model_digests(Path(resolve_model(model)), digests)
+    if changed := [name for name, digest in recorded.items() if found.get(name, digest) != digest]:
+        raise ValueError(
+            f"{model}: {', '.join(changed)} changed since this teacher made {shards_dir}: put it back, or use another name= and"
+            " make the shards again"
+        )
+
+
 def named_settings(config: TeacherConfig) -> dict[str, Any]:
     """The part of the config that decides the vectors."""
     return config.model_dump(mode="json", include=set(NAMED))

@@ -1,18 +1,18 @@
 """Checkpoints: complete or absent, written in the background, the last N kept, read by any number of ranks and any ZeRO stage.
 
     checkpoints/step-00000100/rank-00000.safetensors ...    what each rank owned (fragments.py)
-    checkpoints/step-00000100/student/                      the best student so far: hard links to the files of STAGE/student
+    checkpoints/step-00000100/student/                      a copy of the best student so far, STAGE/student
     checkpoints/step-00000100/COMPLETE.json                 written last: step, sha256 of every file and of this one, the loop's
                                                             state, settings that must match; then the folder loses its
                                                             suffix .part
 
 `save` copies to host memory and returns. A thread on each rank writes, flushes and hashes; rank 0's commits once all files are
-there. Rank 0 decides which checkpoint is read, and broadcasts it; a damaged one is renamed to step-00000100.damaged.
+there. Rank 0 decides which checkpoint is read, and broadcasts it; a damaged one is renamed to step-00000100.damaged. One is
+deleted once `keep` newer ones beside the newest are there, written by this process or verified by it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from distill.run.collectives import FailedElsewhere, add_over_ranks, barrier, from_rank_0, rank, world_size
-from distill.run.files import flush, publish, sha256_of, write_json
+from distill.run.files import flush, publish, read_json, sha256_of, unseal, write_json
 from distill.run.stage import differences
 from distill.training.fragments import copy_owned, load_fragments, shapes, steps_taken, write_tensors
-from distill.training.student_store import flush_folder, link_folder, restore_folder
+from distill.training.student_store import copy_folder, flush_folder, link_folder, restore_folder
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -48,6 +48,7 @@ class Checkpoints:
         self.device = device
         self.must_match = must_match
         self._writer: _Writer | None = None
+        self._trusted: list[Path] = []  # written or verified by this process, ascending
 
     def save(self, engine: Any, step: int, state: dict[str, Any], student: Path | None = None) -> None:
         """Begins the checkpoint taken after `step` steps; all ranks call it with the same JSON-able, global `state`.
@@ -72,7 +73,7 @@ class Checkpoints:
             "state": state,
             "must_match": self._must_match(engine),
         }
-        self._writer = _Writer(part, tensors, described, self.keep)
+        self._writer = _Writer(part, tensors, described, self.keep, self._trusted)
         self._writer.start()
 
     def check(self) -> None:
@@ -135,9 +136,10 @@ class Checkpoints:
         for part in self.directory.glob("step-*.part"):
             shutil.rmtree(part)
         for folder in reversed(_complete(self.directory)):
-            damage = _damage(folder)
+            described, damage = _read(folder)
             if damage is None:
-                return json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
+                self._trusted.append(folder)
+                return described
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -148,12 +150,15 @@ class Checkpoints:
 class _Writer(threading.Thread):
     """Writes this rank's file of one checkpoint; rank 0's also commits it. It runs beside collectives and has none itself."""
 
-    def __init__(self, part: Path, tensors: dict[str, Tensor], described: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, part: Path, tensors: dict[str, Tensor], described: dict[str, Any], keep: int, trusted: list[Path]
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.part = part
         self.tensors = tensors
         self.described = described
         self.keep = keep
+        self.trusted = trusted
         self.rank = rank()
         self.error: Exception | None = None
         self.written = threading.Event()
@@ -175,33 +180,35 @@ class _Writer(threading.Thread):
             self.written.set()
 
     def _commit(self) -> None:
-        """Waits for every rank's file, renames the folder to its final name and deletes all but the last `keep` checkpoints."""
+        """Waits for every rank's file, renames the folder to its final name and deletes the checkpoints before those kept."""
         reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
         while not all(report.exists() for report in reports):
             if self.abandoned.wait(POLL_SECONDS):
                 return
         files = {}
         for report in reports:
-            files[f"{report.stem}.safetensors"] = json.loads(report.read_text(encoding="utf-8"))["sha256"]
+            written = read_json(report)
+            if written is None:
+                raise OSError(f"{report} changed after it was written")
+            files[f"{report.stem}.safetensors"] = written["sha256"]
             report.unlink()
         described = self.described | {"files": files, "student": _student_digests(self.part / STUDENT)}
-        write_json(self.part / "COMPLETE.json", described | {"sha256": checksum(described)})
+        write_json(self.part / "COMPLETE.json", described)
         final = self.part.with_suffix("")
         _delete(final)
         self.part.rename(final)
         flush(final.parent)
-        complete = _complete(final.parent)
-        for old in complete[: complete.index(final) + 1][: -self.keep]:  # later steps: damaged, not counted
-            _delete(old)
-
-
-def checksum(described: dict[str, Any]) -> str:
-    """The checksum in COMPLETE.json: the sha256 of its other entries as JSON with sorted keys (a score may be -Infinity)."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self.trusted[:] = [path for path in self.trusted if path < final] + [final]
+        if len(self.trusted) > self.keep + 1:
+            self.trusted.pop(0)
+            for old in _complete(final.parent):
+                if old < self.trusted[0]:
+                    _delete(old)
 
 
 def _student_digests(folder: Path) -> dict[str, str]:
-    """Flushes a student's folder to disk and returns the sha256 of each of its files."""
+    """Makes the links to a student's files copies on disk, which share no damage; returns the sha256 of each."""
+    copy_folder(folder)
     flush_folder(folder)
     return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -216,17 +223,19 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder.rename(folder.with_suffix(".deleted.part")))
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is."""
+def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """COMPLETE.json of a checkpoint, and what is wrong with the checkpoint's files, if anything is."""
     try:
-        described = json.loads((folder / "COMPLETE.json").read_text(encoding="utf-8"))
-        claimed = described.pop("sha256", None)
-    except (OSError, ValueError, AttributeError):
-        return "COMPLETE.json cannot be read"
-    if checksum(described) != claimed:
-        return "COMPLETE.json does not match its checksum"
+        described = unseal((folder / "COMPLETE.json").read_bytes(), indent=1)
+    except (OSError, ValueError) as error:
+        return {}, f"COMPLETE.json: {error}"
     if folder.name != f"step-{described['step']:08d}":
-        return f"COMPLETE.json is of step {described['step']}"
+        return described, f"COMPLETE.json is of step {described['step']}"
+    return described, _damage(folder, described)
+
+
+def _damage(folder: Path, described: dict[str, Any]) -> str | None:
+    """What is wrong with the files that COMPLETE.json lists; None if nothing is."""
     files = described["files"] | {f"{STUDENT}/{name}": digest for name, digest in described["student"].items()}
     for name, digest in files.items():
         if not (folder / name).is_file():

@@ -214,9 +214,18 @@ class ContrastTask(Task):
     """Rows of a step in length-sorted order, longest first; rank r takes every W-th. replay: shards, with `teacher_weight`."""
 
     def __init__(
-        self, module: ContrastModule, rows: Rows, replay: ShardReader | None, *, seed: int, view_rows: int = VIEW_ROWS
+        self,
+        module: ContrastModule,
+        rows: Rows,
+        replay: ShardReader | None,
+        *,
+        seed: int,
+        dropout: float = 0.0,
+        view_rows: int = VIEW_ROWS,
     ) -> None:
         self.module: ContrastModule = module
+        self.dropout = dropout
+        self.depends_on_ranks = dropout > 0
         self.view_rows = view_rows
         self.rows = rows
         self.replay = replay
@@ -282,20 +291,22 @@ class ContrastTask(Task):
 def build_contrast_task(stage: TrainingStage, config: ContrastConfig, rows: Rows, setup: Setup) -> ContrastTask:
     """The task of a stage over these rows, with dropout and the teacher's vectors as its config asks."""
     student = setup.student
-    if config.dropout is None or config.dropout > 0:
-        set_dropout(student.encoder, own_dropout(student) if config.dropout is None else config.dropout)
+    dropout = own_dropout(student) if config.dropout is None else config.dropout
+    set_dropout(student.encoder, dropout)
     to_teacher = teacher_map(stage, student, setup.reader) if config.teacher_weight else None
     module = ContrastModule(student, config, setup.amp, num_views=rows.num_views, to_teacher=to_teacher)
     replay = setup.reader if config.teacher_weight else None
     view_rows = VIEW_ROWS if setup.device.type == "cpu" else CHUNK_ROWS_ON_GPU
-    return ContrastTask(module, rows, replay, seed=setup.seed, view_rows=view_rows)
+    return ContrastTask(module, rows, replay, seed=setup.seed, dropout=dropout, view_rows=view_rows)
 
 
 def own_dropout(student: Student) -> float:
-    """The dropout that the encoder's own config names."""
+    """The dropout that the encoder's own config names: between layers, or, where it has none there, the largest elsewhere."""
     config = student.encoder.config
     named = [getattr(config, name, None) for name in ("hidden_dropout_prob", "dropout_rate", "dropout")]
-    return next((float(value) for value in named if value is not None), 0.1)
+    elsewhere = ("attention_dropout", "embedding_dropout", "mlp_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+    others = [float(getattr(config, name, None) or 0.0) for name in elsewhere]
+    return next((float(value) for value in named if value is not None), max(others))
 
 
 def teacher_map(stage: TrainingStage, student: Student, reader: ShardReader) -> TeacherMap:

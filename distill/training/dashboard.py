@@ -71,7 +71,7 @@ def describe_run(
 def inherited_settings(context: RunContext, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stage and of those whose students it was trained from."""
     merged = dict(settings)
-    for name in reversed(context.training_stages):
+    for name in reversed(context.trained_stages):
         begun = read_json(context.run_dir / name / "DONE.json")
         if begun is not None and any(section.get("init") == name for section in merged.values() if isinstance(section, dict)):
             merged = begun["settings"] | merged

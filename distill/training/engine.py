@@ -108,6 +108,12 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate * group["lr_ratio"]
 
 
+def num_not_finite(engine: Any) -> int:
+    """How many of the parameters, or under ZeRO 3 of this rank's parts of them, hold a value that is not finite."""
+    parts = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
+    return sum(not part.detach().isfinite().all() for part in parts)
+
+
 def gradient_norm(engine: Any) -> float | None:
     """The norm before clipping of the last step, where the ZeRO stage reports it."""
     norm = engine.get_global_grad_norm()

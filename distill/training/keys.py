@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.objectives.key_softmax import attend, joined, survey_negatives
 from distill.objectives.queue import KeyQueue
-from distill.run.collectives import exchange, gather, world_size
+from distill.run.collectives import add_over_ranks, exchange, gather, world_size
 from distill.training.batches import MicroBatch
 
 
@@ -88,15 +88,28 @@ class Keys:
         return [(part[:, 0], part[:, 1:]) for part in mine]
 
     def negatives(self, queries: Tensor, micro: MicroBatch, *, tile: int, same_meaning: float | None) -> tuple[Tensor, Tensor]:
-        """Of each row's keys among those that this rank holds: the largest cosine to one of another text, [b] float32, and the
-        fraction that is masked, [b] float32."""
+        """Of each row's keys, in the batch and in the whole queue: the largest cosine to one of another text, [b] float32, and
+        the fraction that is masked, [b] float32. A collective where the queue is sharded."""
         none = torch.full_like(micro.positions, -1)
-        options: dict[str, Any] = {"tile": tile, "teacher": micro.teacher, "same_meaning": same_meaning}
-        parts = [survey_negatives(queries, self.vectors, micro.positions, micro.hashes, self.hashes, **options)]
-        if len(self.queue):
-            parts.append(survey_negatives(queries, self.queue.keys, none, micro.hashes, self.queue.ids, **options))
+        options: dict[str, Any] = {"tile": tile, "same_meaning": same_meaning}
+        teacher, queue = micro.teacher, self.queue
+        parts = [
+            survey_negatives(queries, self.vectors, micro.positions, micro.hashes, self.hashes, teacher=teacher, **options)
+        ]
+        num_queued = len(queue)
+        if self.sharded:
+            most = micro.most_rows
+            everyone, hashes, teacher = (gather(_padded(rows, most)).flatten(0, 1) for rows in (queries, micro.hashes, teacher))
+            found = survey_negatives(
+                everyone, queue.keys, none.new_full((len(hashes),), -1), hashes, queue.ids, teacher=teacher, **options
+            )
+            answers = exchange(torch.stack(found, dim=1).float().view(world_size(), most, 2))[:, : len(queries)]
+            parts += [(part[:, 0], part[:, 1]) for part in answers]
+            num_queued = int(add_over_ranks(torch.tensor(num_queued, device=queries.device)))
+        elif num_queued:
+            parts.append(survey_negatives(queries, queue.keys, none, micro.hashes, queue.ids, teacher=teacher, **options))
         hardest, masked = (torch.stack([part[number] for part in parts]) for number in range(2))
-        num_keys = len(self.vectors) + len(self.queue) - 1  # without the row's own
+        num_keys = len(self.vectors) + num_queued - 1  # without the row's own
         return hardest.amax(dim=0), masked.sum(dim=0) / max(num_keys, 1)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.run.collectives import barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
+from distill.run.collectives import add_over_ranks, barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
 from distill.run.stage import StopRequested
 from distill.run.stopping import Stopped
 from distill.student import Student
@@ -26,7 +26,7 @@ from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import session_end
 from distill.training.dev_evaluation import DevEvaluation
-from distill.training.engine import gradient_norm, learning_rate, set_learning_rate
+from distill.training.engine import gradient_norm, learning_rate, num_not_finite, set_learning_rate
 from distill.training.step_metrics import KEYS, WHOLE_STEP, StepMetrics
 from distill.training.student_store import StudentStore
 from distill.training.task import StepContext, Task
@@ -44,6 +44,7 @@ class Progress:
     best_score: float = -math.inf
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
+    initial_score: float | None = None
     evaluations_without_gain: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
@@ -55,7 +56,8 @@ class Progress:
 class Trainer:
     """One training stage, from its last checkpoint; after `run`, the best student lies in `student_dir`.
 
-    Dev evaluations are of the student in training, and choose the best; with `merge`, the last one is of the merged student.
+    Dev evaluations are of the student in training, from step 0 on, and choose the best; with `merge`, the last one is of the
+    merged student.
     stop_requested: called in each step with its number, from 1; True, on any rank, stops all ranks after this step.
     """
 
@@ -89,6 +91,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the stage's results. Raises Stopped, on all ranks, once a stop was requested."""
         progress, clock = self.progress, self.metrics.clock
+        if progress.step == 0 and self.dev is not None:
+            self._evaluate()  # the stage returns no student worse than it began with
+            progress.initial_score = progress.best_score
         if progress.step > progress.evaluated and progress.step % self.train.dev_every == 0:
             self._evaluate(deferred=True)  # a stop did not wait for it
         started, seconds_before, stop_requested = time.monotonic(), progress.seconds, False
@@ -136,6 +141,7 @@ class Trainer:
             "steps": progress.step,
             "best_step": progress.best_step,
             "best_score": progress.best_score,
+            "initial_score": progress.initial_score,
             "seconds": round(progress.seconds, 1),
             "texts": progress.step * self.train.global_batch,
         }
@@ -202,6 +208,9 @@ class Trainer:
             progress.best_metrics = self.dev(Student.load(self.student_dir).to(self.device))
             progress.best_score = self._score(progress.best_metrics)
             self._show(f"the student of step {progress.best_step}, merged {self.train.merge:g}", progress.best_metrics)
+        if rank() == 0 and progress.initial_score is not None:
+            gain = progress.best_score - progress.initial_score
+            logger.info("%s: step %d is kept, score %+.4f over step 0", self.name, progress.best_step, gain)
         if deferred and self.tensorboard.has("best/score", progress.step):
             return
         values = progress.best_metrics | {"score": progress.best_score, "step": float(progress.best_step)}
@@ -223,9 +232,12 @@ class Trainer:
         if progress.skipped_in_row >= self.max_skipped:
             raise FloatingPointError(
                 f"{self.name}: the gradient is not finite in {progress.skipped_in_row} steps in a row, the last is {step + 1}"
-                f" (loss {loss:.4f}): use another name= with a lower {self.name}.lr or engine.precision=fp32,"
-                " or raise engine.max_skipped"
+                f" (loss {loss:.4f}): {self._remedy}, or raise engine.max_skipped"
             )
+
+    @property
+    def _remedy(self) -> str:
+        return f"use another name= with a lower {self.name}.lr or engine.precision=fp32"
 
     def _evaluate(self, loss: float | None = None, *, deferred: bool = False) -> None:
         """Scores the student on all ranks and keeps it if it is the best so far. `loss` is shown beside.
@@ -234,6 +246,8 @@ class Trainer:
         """
         progress = self.progress
         progress.evaluated = progress.step
+        if add_over_ranks(torch.tensor(num_not_finite(self.engine), device=self.device)) > 0:
+            raise FloatingPointError(f"{self.name}: after step {progress.step} the weights are not finite: {self._remedy}")
         metrics = self.dev(self.task.module.student) if self.dev else {}
         value = self._score(metrics) if metrics else float(progress.step)
         better = from_rank_0(value > progress.best_score, self.device)

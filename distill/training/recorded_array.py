@@ -5,14 +5,11 @@ triplets.npy is an array; triplets.json is written after it. An array without a 
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
 
-from distill.run.files import publish, read_json, sha256_of, write_json
-
-logger = logging.getLogger(__name__)
+from distill.run.files import publish, read_json, set_aside, sha256_of, write_json
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -24,17 +21,12 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def is_saved(path: Path) -> bool:
     """Whether `save_array` completed and the file is what it wrote; one that is not is renamed to *.npy.damaged."""
-    try:
-        record = read_json(path.with_suffix(".json"))
-    except ValueError:
-        record = {}
+    record = read_json(path.with_suffix(".json"))
     if record is None or not path.is_file():
         return False
     if record == _record(path):
         return True
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    logger.warning("%s does not match its checksum: it is made again, and is now %s", path, aside.name)
+    set_aside(path, "it does not match its checksum")
     return False
 
 

@@ -1,7 +1,7 @@
 """The best student of a training stage on disk: replaced as a whole, after every dev evaluation that improved.
 
-Every checkpoint holds hard links to its files, and a run that continues from a checkpoint takes it from there: whenever a run
-is killed, the student is that of the restored `best_step`.
+Every checkpoint holds a copy of it, and a run that continues from a checkpoint takes it from there: whenever a run is killed,
+the student is that of the restored `best_step`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ def link_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link)
 
 
+def copy_folder(folder: Path) -> None:
+    """Replaces every file of a folder by a copy of its own, where it is a hard link."""
+    for path in [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink > 1]:
+        part = path.with_name(f".{path.name}.part")
+        shutil.copyfile(path, part)
+        part.replace(path)
+
+
 def restore_folder(folder: Path, kept: Path | None) -> None:
     """Makes `folder` a copy of `kept`, or absent; removes what a kill left of it."""
     for left in (folder, folder.with_suffix(".old"), folder.with_suffix(".part")):
@@ -77,7 +85,7 @@ def restore_folder(folder: Path, kept: Path | None) -> None:
             shutil.rmtree(left)
     if kept is not None and kept.exists():
         part = folder.with_suffix(".part")
-        link_folder(kept, part)
+        shutil.copytree(kept, part)
         flush_folder(part)
         _put_in_place(part, folder)
 

@@ -84,6 +84,7 @@ class Task(ABC):
     """
 
     module: TrainingModule
+    depends_on_ranks = False  # whether another number of ranks trains another student, beyond rounding
     num_micro: int
     steps_per_epoch: int
 

@@ -33,7 +33,7 @@ class TrainConfig(Section):
     dev_every: int = selection(100, gt=0, description="steps between dev evaluations")
     patience: int | None = result(None, gt=0, description="stop after this number of dev evaluations without an improvement")
     save_every: int = speed(100, gt=0, description="steps between checkpoints")
-    keep: int = speed(2, ge=1, description="checkpoints kept")
+    keep: int = speed(2, ge=1, description="checkpoints kept beside the newest, to continue from if that is damaged")
     log_every: int = speed(10, gt=0, description="steps between TensorBoard points")
 
 

@@ -21,14 +21,14 @@ from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.run.session_log import session
-from distill.run.stage import Stage, StopRequested, stage_fingerprint
+from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fingerprint
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.fingerprint import check_student, student_fingerprint
 from distill.student.student_config import StudentConfig
 from distill.teacher.dev_score import TEACHER_DEV
-from distill.teacher.identity import check_teacher
+from distill.teacher.identity import check_teacher, check_weights
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_dropped
 from distill.training.checkpoint import Checkpoints
@@ -107,6 +107,17 @@ class TrainingStage(Stage):
         return str(self.train.init)  # type: ignore[attr-defined]
 
     @property
+    def outside(self) -> tuple[Path, ...]:
+        return (self.tensorboard_dir,)
+
+    def progress(self) -> list[Path]:
+        return [self.directory / "checkpoints"] if checkpoint_steps(self.directory) else []
+
+    def is_product_missing(self) -> str | None:
+        student = self.directory / "student"
+        return None if (student / "student.json").is_file() else f"{student} is missing"
+
+    @property
     def cache_dir(self) -> Path:
         """Where a task may keep what it computes once; deleted when the stage is finished."""
         return self.directory / "cache"
@@ -133,8 +144,8 @@ class TrainingStage(Stage):
 
     def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Trains to the end; every rank calls it. The student lies in <stage>/student afterwards."""
-        self.check_inputs()
         if rank() == 0:
+            self.check_inputs()
             self.begin()
         barrier()
         precision = self.section(EngineConfig).precision
@@ -162,6 +173,8 @@ class TrainingStage(Stage):
         engine = build_engine(task.module, train, engine_config, num_micro=task.num_micro, temperature_lr=temperature_lr)
         settings, inputs = self.settings("result"), self.inputs()
         must_match = {"settings": settings, "inputs": inputs, "steps_per_epoch": task.steps_per_epoch}
+        if task.depends_on_ranks:
+            must_match["ranks"] = world_size()
         return Trainer(
             name=self.name,
             task=task,
@@ -193,6 +206,8 @@ class TrainingStage(Stage):
             check_student(folder)
         elif (encoder := self.section(StudentConfig).init) != "teacher":
             resolve_model(encoder)
+        elif (model := self.section(TeacherConfig).model) is not None:
+            check_weights(model, self.context.shards_dir, reader.manifest, self.digests)
         self.check(reader)
 
     def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:

@@ -53,7 +53,7 @@ SETUPS: dict[str, list[str]] = {
 }
 STAGES = ("ckd", "simcse", "finetune", "hpd")
 MEASURED = re.compile(  # differs from run to run
-    r"curves/(time|memory|mfu|tokens|texts_per_second|sentences_a_second)|per_second|seconds|/params_per|resamples|index_bytes"
+    r"curves/(time|memory|mfu|tokens|texts_per_second|sentences_a_second)|per_second|seconds|/params_per|resamples|index_bytes|/self$"
 )
 WORDS = (  # noqa: SIM905
     "the a of and to in is that for on with as by from at this are be it an was has model teacher student vector sentence "

@@ -26,7 +26,7 @@ class OtherConfig(Section):
 
 
 class Example(Stage):
-    """A stage without work."""
+    """A stage whose progress is a file `work`."""
 
     name = "example"
     reads = ("other.used",)
@@ -37,6 +37,14 @@ class Example(Stage):
 
     def inputs(self):
         return self.found
+
+    def progress(self):
+        work = self.directory / "work"
+        return [work] if work.exists() else []
+
+    @property
+    def outside(self):
+        return (self.context.run_dir / "curves",)
 
     def run(self, device, stop_requested=lambda step: False):
         return True
@@ -136,6 +144,7 @@ def test_begin_keeps_an_unfinished_stage_of_this_config_and_sets_a_finished_one_
 def test_a_refused_start_says_where_the_finished_stage_is(tmp_path):
     finished(tmp_path)
     stage(tmp_path, lr=0.2).begin()
+    (tmp_path / "run/example/work").touch()
     with pytest.raises(ValueError, match=r"the finished one before it is kept in .*run/\.example\.previous"):
         stage(tmp_path, lr=0.3).begin()
 
@@ -155,12 +164,87 @@ def test_done_records_the_inputs_that_the_stage_began_with(tmp_path):
     assert ours.reason_to_run() == "input shards: abc -> changed mean"
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\x00", b"{"])
-def test_a_damaged_record_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\x00", b"{", "flipped"])
+def test_a_damaged_record_is_named_and_set_aside(tmp_path, content, caplog):
     ours = finished(tmp_path)
-    (ours.directory / "DONE.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run/example/DONE\.json is damaged"):
-        ours.reason_to_run()
+    done = ours.directory / "DONE.json"
+    done.write_bytes(done.read_bytes().replace(b'"steps": 3', b'"steps": 2') if content == "flipped" else content)
+    assert ours.reason_to_run() == "unfinished"
+    assert "run/example/DONE.json is damaged" in caplog.text
+    assert (ours.directory / "DONE.json.damaged").exists()
+
+
+def test_a_lost_record_loses_no_progress(tmp_path, caplog):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "work").write_text("an hour's")
+    (ours.directory / "cache").mkdir()
+    (ours.directory / "BEGUN.json").unlink()
+    ours.begin()
+    assert (ours.directory / "work").read_text() == "an hour's" and not (ours.directory / "cache").exists()
+    assert "example has no BEGUN.json: only work is kept" in caplog.text
+
+
+def test_a_stage_without_progress_begins_again_with_another_config(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "cache").touch()
+    stage(tmp_path, lr=0.2).begin()
+    assert read_json(ours.directory / "BEGUN.json")["settings"] == {"example": {"lr": 0.2}, "other": {"used": 1}}
+    assert not (ours.directory / "cache").exists()
+
+
+def test_the_former_config_brings_the_finished_stage_back_with_what_lies_outside(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    curves = tmp_path / "run/curves"
+    curves.mkdir()
+    (curves / "loss").write_text("0.1")
+    ours.finish({"steps": 3}, "made")
+    other = stage(tmp_path, lr=0.2)
+    other.begin()
+    assert not curves.exists()
+    curves.mkdir()
+    (other.directory / "work").write_text("an hour's")
+    assert stage(tmp_path).reason_to_run() == "unfinished", "work on the other config is not lost by it"
+    (other.directory / "work").unlink()
+    assert stage(tmp_path).reason_to_run() is None
+    assert stage_fingerprint(ours.directory) == "made" and (curves / "loss").read_text() == "0.1"
+    assert not ours.previous.exists()
+
+
+def test_a_missing_input_is_no_refusal_as_it_may_be_made_first(tmp_path):
+    ours = stage(tmp_path)
+    ours.begin()
+    (ours.directory / "work").touch()
+    ours.found = {"shards": ""}
+    assert ours.refusal() is None
+    ours.found = {"shards": "xyz"}
+    assert "input shards: abc -> xyz" in ours.refusal()
+
+
+def test_a_refused_start_leaves_the_config_of_the_run_as_it_was(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    open_run(config)
+    ckd = stage_of(config, "ckd")
+    ckd.begin()
+    checkpoint = ckd.directory / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE.json").touch()
+    before = (config.run_dir / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"ckd\.lr"):
+        open_run(config_of(tmp_path, tiny_encoder, "ckd.lr=0.5"), ["ckd"])
+    assert (config.run_dir / "config.yaml").read_bytes() == before
+
+
+def test_stages_only_selects_what_runs_now(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder, "stages=[export]")
+    assert config.trained_stages == []
+    for name in ("hpd", "ckd"):
+        stage_of(config, name).begin()
+        stage_of(config, name).finish({}, "made")
+    assert config.trained_stages == ["ckd", "hpd"] and config.training_stages == []
+    assert set(stage_of(config, "export").inputs()) == {"ckd", "hpd"}
 
 
 def test_a_stage_that_an_earlier_version_began_is_refused_by_name_and_kept(tmp_path):
@@ -175,12 +259,12 @@ def test_a_stage_that_an_earlier_version_began_is_refused_by_name_and_kept(tmp_p
     assert (ours.directory / "work").read_text() == "an hour's"
 
 
-@pytest.mark.parametrize("left", [["checkpoint"], ["checkpoint", "DONE.json"], []])
+@pytest.mark.parametrize("left", [["cache"], ["cache", "DONE.json"], []])
 def test_a_folder_without_begun_json_is_never_continued(tmp_path, left):
     """Such a folder remains if a clearing is killed."""
     ours = finished(tmp_path)
     (ours.directory / "BEGUN.json").unlink()
-    (ours.directory / "checkpoint").touch()
+    (ours.directory / "cache").touch()
     for path in ours.directory.iterdir():
         if path.name not in left:
             path.unlink()
@@ -256,6 +340,8 @@ def test_a_stage_runs_again_when_its_input_stage_made_something_else(tmp_path, t
     ckd.finish({}, "one")
     finetune.begin()
     finetune.finish({}, "tuned")
+    (finetune.directory / "student").mkdir()
+    (finetune.directory / "student/student.json").touch()
     assert finetune.reason_to_run() is None
     ckd.finish({}, "another")
     assert stage_of(config, "finetune").reason_to_run() == "input ckd: one -> another"

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from shard_sets import BLOCK_ROWS, DIM, finish_set, make_set, make_texts, text_hashes, unit_vectors, write_one
 
-from distill.run.files import publish
+from distill.run.files import publish, seal, unseal, write_json
 from distill.shards import Manifest, ShardError, missing, write_shard
 from distill.shards.blocks import NPY_HEADER
-from distill.shards.format import seal, unseal, write_sealed
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_a_manifest_that_is_sealed_but_wrong_is_refused(tmp_path: Path, change: 
         value["shards"][1][key.removesuffix("_of_1")] = new
     else:
         value[key] = new
-    write_sealed(path, value)
+    write_json(path, value)
     with pytest.raises(ShardError, match=f"^{re.escape(str(path))}: .*{message}"):
         Manifest.load(tmp_path)
 

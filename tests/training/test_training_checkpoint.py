@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -14,7 +13,8 @@ from distributed_ranks import on_ranks
 from engines import CELLS, CPU, embed_text, full_state, new_engine, train_stage, train_steps
 
 from distill.run.collectives import barrier, rank
-from distill.training.checkpoint import Checkpoints, checksum
+from distill.run.files import read_json, write_json
+from distill.training.checkpoint import Checkpoints
 from distill.training.fragments import copy_owned
 
 MUST_MATCH = {"seed": 0, "ckd": {"global_batch": 12}}
@@ -22,7 +22,7 @@ CELL = "zero2"
 
 
 def checkpoints_in(directory, must_match=MUST_MATCH):
-    return Checkpoints(directory, keep=2, device=CPU, must_match=must_match)
+    return Checkpoints(directory, keep=1, device=CPU, must_match=must_match)
 
 
 def save_three(directory):
@@ -66,7 +66,7 @@ def copy(saved, tmp_path):
     return tmp_path / "checkpoints", saved[1]
 
 
-def test_the_last_two_are_kept_and_nothing_half_written(saved):
+def test_the_newest_and_the_one_before_it_are_kept_and_nothing_half_written(saved):
     assert sorted(path.name for path in saved[0].iterdir()) == ["step-00000004", "step-00000006"]
     files = ["COMPLETE.json", "rank-00000.safetensors", "rank-00001.safetensors"]
     assert all(sorted(path.name for path in folder.iterdir()) == files for folder in saved[0].iterdir())
@@ -112,6 +112,8 @@ def damage(folder, how):
     elif how == "step":
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("step-00000004"), folder)
+    elif how in ("list", "empty"):
+        (folder / "COMPLETE.json").write_text("[]" if how == "list" else "{}")
     elif how == "incomplete":
         (folder / "COMPLETE.json").unlink()
 
@@ -120,9 +122,11 @@ MESSAGES = {
     "flipped": "step-00000006 is damaged and is passed over: rank-00001.safetensors does not match its checksum",
     "truncated": "step-00000006 is damaged and is passed over: rank-00001.safetensors does not match its checksum",
     "missing": "step-00000006 is damaged and is passed over: rank-00001.safetensors is missing",
-    "description": "step-00000006 is damaged and is passed over: COMPLETE.json cannot be read",
-    "value": "step-00000006 is damaged and is passed over: COMPLETE.json does not match its checksum",
+    "description": "step-00000006 is damaged and is passed over: COMPLETE.json: Expecting",
+    "value": "step-00000006 is damaged and is passed over: COMPLETE.json: it was changed after it was written",
     "step": "step-00000006 is damaged and is passed over: COMPLETE.json is of step 4",
+    "list": "step-00000006 is damaged and is passed over: COMPLETE.json: it is not a JSON object",
+    "empty": "step-00000006 is damaged and is passed over: COMPLETE.json: it was changed after it was written",
     "incomplete": "",
 }
 
@@ -161,10 +165,9 @@ def test_a_checkpoint_of_other_settings_is_refused_and_the_differences_are_named
     named = r"saved with other settings \(ckd.global_batch: 12 -> 16; seed: 0 -> 1\): restore them to continue it, use another"
     with pytest.raises(AssertionError, match=named):
         on_ranks(2, resume, directory, other)
-    changed = json.loads((directory / "step-00000006/COMPLETE.json").read_text())
+    changed = read_json(directory / "step-00000006/COMPLETE.json")
     changed["must_match"]["parameters"]["projection.bias"] = [4]
-    del changed["sha256"]
-    (directory / "step-00000006/COMPLETE.json").write_text(json.dumps(changed | {"sha256": checksum(changed)}))
+    write_json(directory / "step-00000006/COMPLETE.json", changed)
     with pytest.raises(AssertionError, match=r"\(parameters.projection.bias: \[4\] -> \[3\]\)"):
         on_ranks(2, resume, directory)
 
@@ -193,10 +196,11 @@ def test_the_best_student_is_restored_from_the_newest_valid_checkpoint(tmp_path)
     on_ranks(1, keep_students, tmp_path)
     words = "student/tokenizer/words.txt"
     newest, older = (tmp_path / f"checkpoints/step-0000000{step}" for step in (6, 4))
-    assert (newest / words).samefile(older / words), "a student takes its place on disk once"
+    places = {path.stat().st_ino for path in (newest / words, older / words, tmp_path / words)}
+    assert len(places) == 3, "a damaged file is damaged in one place"
     (tmp_path / "student").rename(tmp_path / "student.old")  # a kill between the two renames
     assert on_ranks(1, student_after_a_load, tmp_path) == [(4, "of step 4")]
-    assert not list(tmp_path.glob("student.*")) and (tmp_path / words).samefile(older / words)
+    assert not list(tmp_path.glob("student.*"))
     (newest / words).unlink()
     (newest / words).write_text("of step 5")
     assert on_ranks(1, student_after_a_load, tmp_path) == [(4, "of step 4")]
@@ -259,15 +263,15 @@ def test_an_error_in_the_background_ends_the_run_on_every_rank_and_the_last_chec
     assert state == other_state == {"step": 1}
 
 
-def train_with_little_space(path):
-    """The system refuses files above 30 kB: TensorBoard's and the stage's records are smaller, a checkpoint is not."""
+def train_with_little_space(path, limit):
+    """The system refuses files above `limit` bytes: students and records are smaller, a checkpoint with its moments is not."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     train_stage(path, "ckd", ["ckd.dev_every=100", "ckd.save_every=5"])
 
 
 def test_a_full_disk_ends_the_run_before_the_next_save(tmp_path, tiny_encoder):
     config = embed_text(write_config(tmp_path, tiny_encoder))
     with pytest.raises(AssertionError, match=r"step-00000005.part/rank-00000.safetensors") as raised:
-        on_ranks(1, train_with_little_space, config)
+        on_ranks(1, train_with_little_space, config, (tiny_encoder / "model.safetensors").stat().st_size * 5 // 4)
     assert "in check" in str(raised.value) and "File too large" in str(raised.value)

@@ -57,7 +57,7 @@ def test_mined_triplets_are_read_again_and_made_again_where_they_are_damaged(con
     rows[0, 0] += 1
     np.save(path, rows)
     assert load_triplets(config.finetune, reader, tmp_path, 0).triplets == triplets
-    assert f"{path} does not match its checksum" in caplog.text
+    assert f"{path} is damaged (it does not match its checksum)" in caplog.text
     assert np.array_equal(np.load(tmp_path / "triplets.npy.damaged"), rows)
 
 

@@ -15,6 +15,7 @@ from engines import embed_text, train_stage
 from distill.run.files import read_json
 from distill.training.batches import prefetch
 from distill.training.engine import learning_rate
+from distill.training.loop import Trainer
 from distill.training.train_config import TrainConfig
 
 
@@ -96,13 +97,13 @@ def train(config, overrides, stop_at=None):
 
 
 def test_a_stage_that_stopped_early_and_was_killed_before_done_json_ends_where_it_stopped(embedded):
-    """A rate of nearly 0 changes no score, so that patience ends the stage at its third evaluation."""
-    overrides = ["name=patient", "ckd.lr=1e-12", "ckd.patience=2", "ckd.dev_every=2", "ckd.save_every=100"]
+    """A rate of nearly 0 changes no score, so that patience ends the stage at its third evaluation after step 0."""
+    overrides = ["name=patient", "ckd.lr=1e-12", "ckd.patience=3", "ckd.dev_every=2", "ckd.save_every=100"]
     run = embedded.parent / "runs"
     (run / "patient").mkdir()
     (run / "patient/shards").symlink_to(run / "tiny/shards")
     (results,) = on_ranks(1, train, embedded, overrides)
-    assert results["steps"] == 6 and results["best_step"] == 2
+    assert results["steps"] == 6 and results["best_step"] == 0
     (run / "patient/ckd/DONE.json").unlink()
     (again,) = on_ranks(1, train, embedded, overrides)
     assert again == results
@@ -112,7 +113,7 @@ def test_a_stage_that_stopped_early_and_was_killed_before_done_json_ends_where_i
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_deferred_evaluation_may_end_the_stage_and_report_the_merged_student(embedded, num_ranks):
     name = f"deferred-{num_ranks}"
-    overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=2", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
+    overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=3", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
     run = embedded.parent / "runs"
     (run / name).mkdir()
     (run / name / "shards").symlink_to(run / "tiny/shards")
@@ -122,7 +123,7 @@ def test_a_deferred_evaluation_may_end_the_stage_and_report_the_merged_student(e
     for _ in range(2):  # the second time its points are in TensorBoard already
         found += on_ranks(num_ranks, train, embedded, overrides)
         (run / name / "ckd/DONE.json").unlink()
-    assert all(results["steps"] == 6 and results["best_step"] == 2 for results in found)
+    assert all(results["steps"] == 6 and results["best_step"] == 0 for results in found)
     assert {results["best_score"] for results in found} == {found[0]["best_score"]}
 
 
@@ -134,3 +135,40 @@ def test_how_often_the_student_is_evaluated_may_change_while_the_stage_is_unfini
     (results,) = on_ranks(1, train, embedded, [*run, "ckd.dev_every=3"])
     done = read_json(embedded.parent / "runs/often/ckd/DONE.json")
     assert results["steps"] == 12 and done["selection"]["ckd"]["dev_every"] == 3
+
+
+def test_a_stage_returns_no_student_worse_than_it_began_with(embedded):
+    run = ["name=worse", "shards_from=tiny", "ckd.lr=1.0", "ckd.dev_every=4", "ckd.warmup=0"]
+    (results,) = on_ranks(1, train, embedded, run)
+    assert results["best_step"] == 0 and results["best_score"] == results["initial_score"]
+
+
+def kill_after(config, overrides, num_steps):
+    """A run that is killed after so many steps, or ends."""
+    step, taken = Trainer._step, []
+
+    def counted(trainer, *arguments):
+        if len(taken) == num_steps:
+            trainer.checkpoints.wait()
+            raise InterruptedError("killed")
+        taken.append(None)
+        return step(trainer, *arguments)
+
+    Trainer._step = counted
+    return train_stage(config, "ckd", overrides)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_whose_newest_checkpoint_is_damaged_before_every_restart_finishes(embedded, keep):
+    name = f"damaged-{keep}"
+    overrides = [f"name={name}", "shards_from=tiny", f"ckd.keep={keep}", "ckd.save_every=1", "ckd.dev_every=6"]
+    checkpoints, starts = embedded.parent / "runs" / name / "ckd/checkpoints", 0
+    while not (checkpoints.parent / "DONE.json").exists():
+        starts += 1
+        try:
+            on_ranks(1, kill_after, embedded, overrides, 6)
+        except AssertionError as killed:
+            assert "killed" in str(killed)
+            newest = max(checkpoints.glob("step-????????")) / "rank-00000.safetensors"
+            newest.write_bytes(newest.read_bytes()[:-1])
+    assert starts <= 6

@@ -82,7 +82,7 @@ def test_a_student_of_an_evaluation_that_a_kill_undid_is_not_kept(embedded_copy)
     config, run = embedded_copy
     overrides = [*STEPS, "ckd.max_steps=6", "ckd.dev_every=2", "ckd.save_every=2", "ckd.keep=3"]
     with pytest.raises(AssertionError, match="killed before this checkpoint"):
-        on_ranks(1, train_with_scores, config, overrides, {2: 0.5, 4: 0.6}, 4)
+        on_ranks(1, train_with_scores, config, overrides, {0: 0.1, 2: 0.5, 4: 0.6}, 4)
     of_step_2 = weights(run / "ckd/checkpoints/step-00000002/student")
     assert not weights(run / "ckd/student")["projection.weight"].equal(of_step_2["projection.weight"])
     (results,) = on_ranks(1, train_with_scores, config, overrides, {4: 0.4, 6: 0.3})

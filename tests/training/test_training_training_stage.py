@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
-from engines import train_stage
+from engines import embed_text, train_stage
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
@@ -56,7 +56,7 @@ def test_a_stage_with_dropout_that_was_stopped_gives_the_same_student(embedded_c
     assert students[0] == students[1]
 
 
-def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_training(embedded_copy):
+def test_a_student_that_is_damaged_since_its_stage_finished_is_restored_from_a_checkpoint_or_refused(embedded_copy, caplog):
     config, run = embedded_copy
     folder = run / "ckd/student"
     folder.mkdir(parents=True)
@@ -65,8 +65,39 @@ def test_a_student_that_is_damaged_since_its_stage_finished_is_refused_before_tr
     stage = stage_of(load_config(config), "finetune")
     stage.check_inputs()
     (folder / "model.safetensors").write_bytes(b"weighus")
-    with pytest.raises(ValueError, match=rf"{folder}: its weights are not those .* delete {run}/ckd and run that stage again$"):
+    with pytest.raises(ValueError, match=rf"{folder}: its files are not those .* delete {run}/ckd and run that stage again$"):
         stage.check_inputs()
+    kept = run / "ckd/checkpoints/step-00000004/student"
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors").write_bytes(b"weights")
+    stage.check_inputs()
+    assert (folder / "model.safetensors").read_bytes() == b"weights" and f"{folder}: restored from step-00000004" in caplog.text
+    assert (run / "ckd/student.damaged/model.safetensors").read_bytes() == b"weighus"
+
+
+def test_other_weights_in_the_teachers_folder_are_refused_before_training(tmp_path, tiny_encoder):
+    teacher = shutil.copytree(tiny_encoder, tmp_path / "teacher")
+    config = embed_text(write_config(tmp_path, teacher))
+    stage = stage_of(load_config(config), "ckd")
+    stage.check_inputs()
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ValueError, match=rf"{teacher}: model\.safetensors changed since this teacher made .*shards"):
+        stage.check_inputs()
+
+
+def test_simcse_without_dropout_is_refused_and_with_dropout_another_number_of_ranks_is(embedded_copy, tiny_encoder, tmp_path):
+    config, _ = embedded_copy
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "without")
+    text = (encoder / "config.json").read_text()
+    (encoder / "config.json").write_text(text.replace('"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 0.0'))
+    steps = ["simcse.global_batch=16", "simcse.max_steps=4", f"student.init={encoder}", "student.layers=null"]
+    with pytest.raises(AssertionError, match=r"the encoder's own dropout is 0.* set simcse\.dropout=0\.1"):
+        on_ranks(1, train_stage, config, "simcse", steps)
+    steps.append("simcse.dropout=0.1")
+    on_ranks(2, train_stage, config, "simcse", steps, lambda step: step == 2)
+    with pytest.raises(AssertionError, match="ranks: 2 -> 1"):
+        on_ranks(1, train_stage, config, "simcse", steps)
 
 
 def test_the_content_of_a_local_encoder_is_an_input_of_the_stage_that_begins_with_it(tmp_path, tiny_encoder):

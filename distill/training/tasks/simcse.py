@@ -54,4 +54,10 @@ class SimcseStage(TrainingStage):
     selects_by_sts = True
 
     def build(self, setup: Setup) -> ContrastTask:
-        return build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)
+        task = build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)
+        if not task.dropout:
+            raise ValueError(
+                "simcse.dropout: the encoder's own dropout is 0, so that the two views of a text would be the same: set"
+                " simcse.dropout=0.1"
+            )
+        return task
