@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 class Letters:
     """Counts of letters, as an encoder of seven dimensions."""
 
-    dim, params = 7, 70
+    dim, params, dtype = 7, 70, "float32"
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def __call__(self, texts: list[str], side: str | None = None) -> np.ndarray:
         return np.array([[text.count(letter) + 0.1 for letter in "abcdefg"] for text in texts], dtype=np.float32)
 
 
