@@ -310,7 +310,7 @@ def _qrels(path: Path) -> Iterator[tuple[str, str, int]]:
     """Rows of a file with a header, or without one: then the last field of its first line is a whole number."""
     records = tsv_records(path)
     first = next(records, (0, [""]))
-    if not first[1][-1].strip().isdigit():
+    if not first[1][-1].strip().lstrip("-").isdigit():
         for number, (query, document, grade) in read_numbered_rows(str(path), ("query-id", "corpus-id", "score")):
             yield query, document, _grade(grade, f"{path}, line {number}")
         return

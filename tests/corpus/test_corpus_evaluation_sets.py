@@ -103,7 +103,7 @@ def test_judgements_that_contradict_each_other_are_refused_and_repeated_ones_are
         read_retrieval(write_folder(tmp_path, LINES + "1\t2\t0\n2\t1\t3\n"))
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "1\t4\t-1\n"])
 def test_judgements_without_a_header_are_all_read(tmp_path, mark):
     expected = read_retrieval(write_folder(tmp_path, LINES))
     (tmp_path / "qrels.tsv").write_text(mark + LINES)
