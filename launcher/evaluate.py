@@ -116,7 +116,7 @@ def check(args: argparse.Namespace) -> None:
 def read(args: argparse.Namespace) -> Tasks:
     from distill.evaluation.tasks import read_tasks
 
-    options = {"searches": args.index, "precisions": args.precision, "rescore": args.rescore}
+    options = {"searches": args.index, "precisions": args.precision, "rescore": args.rescore, "seed": args.seed}
     return read_tasks(args.sts, args.retrieval, args.transfer, **options)
 
 
@@ -124,14 +124,14 @@ def measure(args: argparse.Namespace) -> ModelResults | None:
     """The results; None on ranks other than 0, which only encode."""
     from distill.evaluation.model_encoder import encode_over_ranks, encoder_of
     from distill.metrics.results import ModelResults
-    from distill.metrics.vectors import EncodedTexts
+    from distill.metrics.vectors import EncodedTexts, encode_sided
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
     if not command.is_one_of_many_ranks():
         tasks = read(args)
         encoder = encoder_of(args.model, device=args.device, progress=sys.stderr.isatty(), **options)
         texts = tasks.texts
-        vectors = encoder(texts)
+        vectors = encode_sided(encoder, texts)
     else:
         from distill.run.collectives import rank
 
@@ -151,7 +151,8 @@ def measure(args: argparse.Namespace) -> ModelResults | None:
         shutil.rmtree(folder, ignore_errors=True)
         tasks, vectors = read_here, gathered
     scores = tasks.measure(EncodedTexts(texts, vectors), bootstrap=args.bootstrap, seed=args.seed)
-    return ModelResults(dim=encoder.dim, params=encoder.params, bytes_per_vector=4 * encoder.dim, **scores)
+    scores |= {"params": encoder.params, "dtype": encoder.dtype}
+    return ModelResults(dim=encoder.dim, bytes_per_vector=4 * encoder.dim, **scores)
 
 
 def compare(first: str, second: str) -> str:

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from launcher import command
 if TYPE_CHECKING:
     import numpy as np
 
+    from distill.evaluation.model_encoder import TextEncoder
     from distill.evaluation.passage_index import Hit
 
 
@@ -54,31 +56,29 @@ def search(arguments: argparse.Namespace) -> int:
     from distill.evaluation.model_encoder import encoder_of
     from distill.run.files import read_json
     from distill.student.student import TeacherSpace
-    from distill.teacher.encoder import Teacher
+    from distill.teacher.encoder import Teacher, evaluation_dtype
 
     command.set_up_libraries()
     done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
-    student: Callable[[Sequence[str]], np.ndarray]
+    student: Callable[[list[str]], np.ndarray]
     if arguments.asymmetric:
         student_index = teacher_index
         student = TeacherSpace(config.run_dir / "ckd" / "student").encode
         title = f"student's question, teacher's {teacher_index.vectors.shape[1]} dimensions"
     else:
         encoder = encoder_of(config.run_dir / "export" / done["results"]["index"], device="cpu")
-        student = encoder
-        title = f"student, {encoder.dim} dimensions, {encoder.params / 1e6:.1f}M parameters"
+        student = partial(encoder, side="query")
+        title = described("student", encoder)
     loads_here = config.teacher.model is not None and config.teacher.placement != "zero3"
-    teacher = Teacher(config.teacher, torch.device("cpu"), None) if loads_here else None
-    titles = (
-        title,
-        f"teacher, {teacher.dim} dimensions, {teacher.params / 1e6:.1f}M parameters" if teacher else "teacher: no weights here",
-    )
+    cpu = torch.device("cpu")
+    teacher = Teacher(config.teacher, cpu, evaluation_dtype(config.teacher, cpu)) if loads_here else None
+    titles = (title, described("teacher", teacher) if teacher else "teacher: no weights here")
 
     def answer(question: str) -> None:
         started = time.perf_counter()
         by_student = student_index.search(student([question])[0], arguments.count)
         student_ms = (time.perf_counter() - started) * 1e3
-        by_teacher = teacher_index.search(teacher([question])[0], arguments.count) if teacher else []
+        by_teacher = teacher_index.search(teacher([question], "query")[0], arguments.count) if teacher else []
         total_ms = (time.perf_counter() - started) * 1e3
         width = shutil.get_terminal_size((160, 24)).columns
         print(f"\n{question}\n{side_by_side(by_student, by_teacher, titles=titles, width=width)}")
@@ -90,6 +90,10 @@ def search(arguments: argparse.Namespace) -> int:
     while question := _read(prompt):
         answer(question)
     return 0
+
+
+def described(name: str, encoder: TextEncoder) -> str:
+    return f"{name}, {encoder.dim} dimensions, {encoder.params / 1e6:.1f}M parameters, {encoder.dtype}"
 
 
 def side_by_side(left: Sequence[Hit], right: Sequence[Hit], *, titles: tuple[str, str], width: int) -> str:

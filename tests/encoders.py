@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import (
     BertConfig,
     BertModel,
@@ -62,4 +64,12 @@ def save_family(family: str, tiny_encoder: Path, folder: Path, **options: int) -
         words[:2] = words[1], words[0]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def save_sentence_transformer(encoder: Path, folder: Path, **options: object) -> Path:
+    """The encoder with mean pooling as a sentence-transformers folder; options: prompts, default_prompt_name, truncate_dim."""
+    transformer = Transformer(str(encoder))
+    modules = [transformer, Pooling(transformer.get_embedding_dimension())]
+    SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder))
     return folder

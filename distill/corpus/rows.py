@@ -106,7 +106,8 @@ def _read_table(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
         yield number, tuple(record[column] for column in columns)
 
 
-def _tsv_records(path: Path) -> Iterator[Record]:
+def tsv_records(path: Path) -> Iterator[Record]:
+    """(line number from 1, fields) of every line of a .tsv, its header included."""
     num_columns = 0
     for number, line in _lines(path):
         record = line.removesuffix("\n").removesuffix("\r").split("\t")
@@ -239,5 +240,5 @@ class _ZstdReader(io.RawIOBase):
         return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-_RECORDS = {".tsv": _tsv_records, ".csv": _csv_records}
+_RECORDS = {".tsv": tsv_records, ".csv": _csv_records}
 _READERS = {".txt": _read_txt, ".tsv": _read_table, ".csv": _read_table, ".parquet": _read_parquet}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from distill.corpus.evaluation_sets import set_fingerprints
 from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.evaluation.measure import Measurement, Model
-from distill.evaluation.model_encoder import StudentEncoder, encoder_of
+from distill.evaluation.model_encoder import StudentEncoder, encoder_of, warn_of_unused_prompt
 from distill.evaluation.neighbours import neighbours
 from distill.evaluation.passage_index import build_index
 from distill.evaluation.score_tables import format_results
@@ -24,7 +25,7 @@ from distill.run.session_log import device_name, session
 from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.student.fingerprint import check_recorded
 from distill.student.student_config import StudentConfig
-from distill.teacher.encoder import Teacher
+from distill.teacher.encoder import Teacher, evaluation_dtype
 from distill.teacher.teacher_config import TeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,15 @@ class EvaluateStage(Stage):
     def inputs(self) -> dict[str, str]:
         manifest = self.context.shards_dir / "manifest.json"
         export = stage_fingerprint(self.context.run_dir / "export")
-        return {"export": export, "shards": sha256_of(manifest) if manifest.is_file() else ""}
+        found = {"export": export, "shards": sha256_of(manifest) if manifest.is_file() else ""}
+        recorded = (read_json(self.directory / "DONE.json") or {}).get("inputs", {})
+        sts, retrieval, transfer = self._sets
+        return found | set_fingerprints(sts, retrieval, transfer, self.digests, recorded)
+
+    @property
+    def _sets(self) -> tuple[str | None, Sequence[str], Sequence[str]]:
+        """What `read_tasks` reads: STS, retrieval, transfer."""
+        return self.section.sts, self.section.retrieval or (), self.section.transfer or ()
 
     def is_product_missing(self) -> str | None:
         files = (self.directory / name for name in ("results.json", "table.txt"))
@@ -61,8 +70,7 @@ class EvaluateStage(Stage):
         if not stage_fingerprint(export):
             raise ValueError(f"evaluate needs {export}, which is not finished: run the export stage first")
         check_recorded(export, export, exports_fingerprint(export))
-        sets = (section.sts, section.retrieval or (), section.transfer or ())
-        tasks = read_tasks(*sets, precisions=section.precision or (), rescore=section.rescore)
+        tasks = read_tasks(*self._sets, precisions=section.precision or (), rescore=section.rescore)
         measurement = Measurement(tasks, self.context.shards_dir, section.num_held_out)
         models = list(self.models(measurement, device))
         if not models:
@@ -89,8 +97,9 @@ class EvaluateStage(Stage):
         pca = self._pca_sizes() if self.section.baselines else {}
         teacher = fingerprint({"teacher": measurement.reader.manifest.teacher})
         if config.model is not None and config.placement != "zero3":
-            load = partial(Teacher, config, device, None, offload=self.context.precompute_dir / "offload")
-            yield Model(TEACHER, teacher, load, pca=pca.get(TEACHER, ()))
+            amp = evaluation_dtype(config, device)
+            load = partial(_load_teacher, config, device, amp, self.context.precompute_dir / "offload")
+            yield Model(TEACHER, teacher, load, pca=pca.get(TEACHER, ()), dtype=str(amp or torch.float32))
         if self.section.baselines and stages:
             student = self.context.section(StudentConfig)
             settings = student.model_dump(mode="json", exclude={"freeze_embeddings"})
@@ -100,8 +109,7 @@ class EvaluateStage(Stage):
         for stage in stages:
             folder = self.context.run_dir / "export" / stage
             load_student = partial(encoder_of, folder, batch_size=self.section.batch_size)
-            sizes = {"nested": tuple(nested.get(stage, ())), "pca": pca.get(stage, ())}
-            yield Model(stage, _content(folder), load_student, **sizes)
+            yield Model(stage, _content(folder), load_student, tuple(nested.get(stage, ())), pca.get(stage, ()))
 
     def _measured(self, model: Model, measurement: Measurement, device: torch.device) -> dict[str, ModelResults]:
         file = f"{measurement.key(model, device_name(device))}.json"
@@ -139,6 +147,13 @@ class EvaluateStage(Stage):
             texts, vectors = measurement.held_out
             found = neighbours(texts, encoder(texts), vectors)
             write_json(self.directory / "neighbours.json", {"model": student, **found})
+
+
+def _load_teacher(config: TeacherConfig, device: torch.device, amp: torch.dtype | None, offload: Path) -> Teacher:
+    teacher = Teacher(config, device, amp, offload=offload)
+    for encoder, model in zip(teacher.encoders, config.models, strict=True):
+        warn_of_unused_prompt(encoder.model, model.model)
+    return teacher
 
 
 def _content(folder: Path) -> str:

@@ -14,7 +14,7 @@ from distill.evaluation.tasks import Tasks
 from distill.metrics.fidelity import fidelity
 from distill.metrics.held_out import final_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
-from distill.metrics.vectors import EncodedTexts
+from distill.metrics.vectors import EncodedTexts, encode_sided
 from distill.run.files import fingerprint, sha256_of
 from distill.shards import ShardReader
 from distill.shards.format import HELD_OUT
@@ -25,13 +25,15 @@ Project = Callable[[np.ndarray], np.ndarray]
 
 
 class Model(NamedTuple):
-    """A model to measure. identity: changes when its vectors do. nested, pca: smaller sizes, by truncation and by PCA."""
+    """A model to measure. identity: changes when its vectors do. nested, pca: smaller sizes, by truncation and by PCA.
+    dtype: what it runs in, where the config says so and not its folder."""
 
     name: str
     identity: str
     load: Callable[[], TextEncoder]
     nested: tuple[int, ...] = ()
     pca: tuple[int, ...] = ()
+    dtype: str = ""
 
     @property
     def result_names(self) -> list[str]:
@@ -65,15 +67,15 @@ class Measurement:
         return fingerprint({"tasks": self.tasks.fingerprint, "shards": shards, "held_out": self.num_held_out})
 
     def key(self, model: Model, device: str) -> str:
-        """Equal for measurements of the same vectors on the same sets and texts."""
-        what = [VERSION, model.identity, model.nested, model.pca, self._fingerprint, device]
+        """Equal for measurements of the same vectors, in the same precision, on the same sets and texts."""
+        what = [VERSION, model.identity, model.nested, model.pca, model.dtype, self._fingerprint, device]
         return f"{model.name}-{fingerprint({'measured': what})[:24]}"
 
     def measure(self, model: Model) -> dict[str, ModelResults]:
         """The results of each of the model's sizes by name."""
         encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
-        vectors = encoder(texts) if texts else None
+        vectors = encode_sided(encoder, texts) if texts else None
         held_out_vectors = encoder(held_out[0]) if held_out else None
         has_int8 = bool(self.tasks.sts) and "int8" in self.tasks.precisions
         calibration = encoder(self._training_texts(CALIBRATION_TEXTS)) if has_int8 else None
@@ -86,7 +88,8 @@ class Measurement:
             if vectors is not None:
                 ranges_from = None if calibration is None else project(calibration)
                 scores |= self.tasks.measure(EncodedTexts(texts, project(vectors)), calibration=ranges_from)
-            results[name] = ModelResults(dim=size, params=encoder.params, bytes_per_vector=4 * size, **scores)
+            scores |= {"params": encoder.params, "dtype": encoder.dtype}
+            results[name] = ModelResults(dim=size, bytes_per_vector=4 * size, **scores)
         return results
 
     def _projections(self, model: Model, encoder: TextEncoder) -> Iterator[Project]:

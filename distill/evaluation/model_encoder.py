@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,20 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
-from distill.metrics.vectors import Encode, EncodedTexts
+from distill.metrics.vectors import Encode, EncodedTexts, Side, SidedEncode, SidedText, encode_sided
 from distill.run.collectives import from_rank_0, gather_rows, rank, world_size
+from distill.run.hub import is_hub_reachable
 from distill.run.model_folders import resolve_model
 from distill.student import Student
 from distill.student.encoder import build_encoder
 from distill.student.student_config import StudentConfig
 
+logger = logging.getLogger(__name__)
 TEXTS_PER_BLOCK = 16_384  # gathered at once
 
 
 class TextEncoder(Protocol):
-    """Texts to float32 [n, dim] vectors; params: number of parameters."""
+    """Texts to float32 [n, dim] vectors, a SidedEncode. params: number of parameters; dtype: that it runs in."""
 
     @property
     def dim(self) -> int: ...
@@ -32,7 +35,10 @@ class TextEncoder(Protocol):
     @property
     def params(self) -> int: ...
 
-    def __call__(self, texts: Sequence[str], /) -> np.ndarray: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray: ...
 
 
 class ModelEncoder:
@@ -43,28 +49,34 @@ class ModelEncoder:
         self.batch_size = batch_size
         self.progress = progress
         self.params = sum(parameter.numel() for parameter in model.parameters())
+        self.dtype = "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
         self.dim = len(model.encode("width", show_progress_bar=False))
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def __call__(self, texts: Sequence[str], side: Side | None = None) -> np.ndarray:
         """Vectors float32 [n, dim] in the order given; a text that occurs twice is encoded once.
 
+        side: query or document takes the prompt that `encode_query` or `encode_document` does, None the default prompt.
         Raises ValueError if the model gives a number that is not finite.
         """
         if not len(texts):
             return np.empty((0, self.dim), np.float32)
-        vectors = EncodedTexts.of(self._encode, texts)(texts)
+        vectors = EncodedTexts.of(lambda distinct: self._encode(distinct, side), texts)(texts)
         if not (is_finite := np.isfinite(vectors).all(axis=1)).all():
             raise ValueError(f"the model gives a vector that is not finite, first for {texts[int(is_finite.argmin())]!r}")
         return vectors
 
-    def _encode(self, texts: list[str]) -> np.ndarray:
+    def _encode(self, texts: list[str], side: Side | None) -> np.ndarray:
+        model: Any = self.model
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[side]
         # sentence-transformers itself batches by length, longest first, and restores the order
-        vectors = self.model.encode(texts, batch_size=self.batch_size, show_progress_bar=self.progress, convert_to_numpy=True)
+        vectors = encode(texts, batch_size=self.batch_size, show_progress_bar=self.progress, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
 
 class StudentEncoder:
-    """A student as it is before training, as a TextEncoder."""
+    """A student as it is before training, as a TextEncoder; it has no prompts."""
+
+    dtype = "float32"
 
     def __init__(self, config: StudentConfig, teacher: str | None, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
@@ -75,7 +87,7 @@ class StudentEncoder:
         self.params = sum(parameter.numel() for parameter in student.parameters())
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray:
         return self.student.encode(texts)
 
 
@@ -89,7 +101,8 @@ def encoder_of(
 ) -> ModelEncoder:
     """Loads a folder, `package:NAME/FOLDER` or, where there is no such folder, a hub name; safetensors only, no remote code.
 
-    device None takes the GPU where there is one. truncate_dim keeps the first dimensions of every vector.
+    device None takes the GPU where there is one. truncate_dim keeps the first dimensions of every vector; None keeps those that
+    the model's own truncate_dim says, if it has one.
     Raises ValueError that says what is missing, before anything is loaded where that can be known.
     """
     name = resolve_model(str(path_or_name))
@@ -98,14 +111,29 @@ def encoder_of(
     _check_device(device)
     options: dict[str, Any] = {"device": device, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
     model = _load(name, options)
-    width = model.get_embedding_dimension()
-    if truncate_dim is not None and width is not None and truncate_dim > width:
-        raise ValueError(f"truncate_dim {truncate_dim} is more than the {width} dimensions of {path_or_name}")
-    model.truncate_dim = truncate_dim
+    if truncate_dim is not None:
+        with model.truncate_embeddings(None):
+            width = model.get_embedding_dimension()
+        if width is not None and truncate_dim > width:
+            raise ValueError(f"truncate_dim {truncate_dim} is more than the {width} dimensions of {path_or_name}")
+        model.truncate_dim = truncate_dim
+    warn_of_unused_prompt(model, path_or_name)
     return ModelEncoder(model, batch_size=batch_size, progress=progress)
 
 
-def encode_over_ranks(encode: Encode, texts: Sequence[str], device: torch.device) -> np.ndarray | None:
+def warn_of_unused_prompt(model: SentenceTransformer, name: str | Path | None) -> None:
+    """Warns if a model names its documents' prompt so that sentence-transformers' encode_document does not take it."""
+    unused = next((prompt for prompt in ("passage", "corpus") if model.prompts.get(prompt)), None)
+    if unused is not None and not model.prompts.get("document"):
+        logger.warning(
+            "%s: its prompt %r is not put before documents, since sentence-transformers takes the prompt 'document': give it"
+            " that name too, in config_sentence_transformers.json",
+            name,
+            unused,
+        )
+
+
+def encode_over_ranks(encode: SidedEncode, texts: Sequence[SidedText], device: torch.device) -> np.ndarray | None:
     """Rank 0's vectors float32 [n, d] of its `texts`, in their order; None on the others, whose `texts` are not read.
 
     Rank r of W encodes every W-th text from r on. Vectors are gathered block by block on `device`, which is the process
@@ -115,7 +143,8 @@ def encode_over_ranks(encode: Encode, texts: Sequence[str], device: torch.device
     gathered = []
     for start in range(0, num_texts, TEXTS_PER_BLOCK):
         block = from_rank_0(list(texts[start : start + TEXTS_PER_BLOCK]) if rank() == 0 else None, device)
-        own = torch.from_numpy(encode(block[rank() :: world_size()])).to(device)
+        mine = [(side, text) for side, text in block[rank() :: world_size()]]
+        own = torch.from_numpy(encode_sided(encode, mine)).to(device)
         vectors = gather_rows(own, len(block))
         if rank() == 0:
             gathered.append(vectors.cpu().numpy())
@@ -150,7 +179,7 @@ def _check_device(device: str | None) -> None:
 
 def _load(name: str, options: dict[str, Any]) -> SentenceTransformer:
     is_folder = Path(name).is_dir()
-    is_reachable = not is_folder and _is_hub_reachable()
+    is_reachable = not is_folder and is_hub_reachable()
     try:
         return SentenceTransformer(name, local_files_only=not is_reachable, **options)
     except (OSError, SafetensorError) as error:
@@ -160,15 +189,3 @@ def _load(name: str, options: dict[str, Any]) -> SentenceTransformer:
         if is_reachable:
             why = ": ".join(["the hub has no such model that loads", *str(error).splitlines()[:1]])
         raise ValueError(f"no model {name}: there is no such folder, and {why}") from None
-
-
-def _is_hub_reachable() -> bool:
-    """One short try; the library's own retries take more than a minute without a network."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # the hub's client may be requests, httpx or httpx2, and has no common error
-        return False
-    return True

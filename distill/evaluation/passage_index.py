@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distill.evaluation.retrieval import exact_search
-from distill.metrics.vectors import Encode, unit
+from distill.metrics.vectors import SidedEncode, unit
 from distill.run.files import publish
 from distill.shards import ShardReader
 
@@ -43,14 +43,14 @@ class PassageIndex:
         return [Hit(*hit) for hit in zip(scores.tolist(), rows.tolist(), self.reader.texts(rows), strict=True)]
 
 
-def build_index(reader: ShardReader, encode: Encode, directory: Path, max_texts: int) -> None:
+def build_index(reader: ShardReader, encode: SidedEncode, directory: Path, max_texts: int) -> None:
     """Writes the vectors of the first `max_texts` texts of the shards, [n, dim] fp16, to directory/index.npy."""
     count = min(len(reader), max_texts)
     parts = []
     with tqdm(total=count, desc="search index", unit="text", disable=None) as bar:
         for start in range(0, count, ROWS_PER_BATCH):
             texts = reader.texts(np.arange(start, min(start + ROWS_PER_BATCH, count)))
-            parts.append(unit(encode(texts)).astype(np.float16))
+            parts.append(unit(encode(texts, "document")).astype(np.float16))
             bar.update(len(texts))
     with publish(directory / "index.npy") as file:
         np.lib.format.write_array(file, np.concatenate(parts), allow_pickle=False)

@@ -13,9 +13,9 @@ import numpy as np
 
 from distill.corpus.evaluation_sets import RetrievalSet
 from distill.evaluation.index_types import IndexType, timed_search
-from distill.metrics.bootstrap import draw_counts, interval, resampled_means, sample_name
+from distill.metrics.bootstrap import interval, resampled_means, sample_name
 from distill.metrics.results import Resampled
-from distill.metrics.vectors import Encode, unit_float32
+from distill.metrics.vectors import SidedEncode, unit_float32
 
 DEPTH = 100
 MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
@@ -23,7 +23,7 @@ COMPARED = "ndcg@10"  # the measure whose resamples are kept
 
 
 def retrieval_scores(
-    encode: Encode,
+    encode: SidedEncode,
     sets: Mapping[str, RetrievalSet],
     *,
     types: Sequence[IndexType] = (),
@@ -33,31 +33,32 @@ def retrieval_scores(
     """Means over each set's queries, in 0..1, of ndcg@10 (linear gains, as trec_eval), recall@10, recall@100 and mrr@10.
 
     With 95% percentile intervals from `bootstrap` resamples of the queries: the fields retrieval, retrieval_* of ModelResults.
-    Every index type is measured on the same vectors and the same resamples.
+    Every index type is measured on the same vectors and the same resamples. Documents with equal scores are ranked in the order
+    of the set, which does not depend on that of its files.
     """
     results: dict[str, Any] = {"retrieval": {}, "retrieval_ci": {}, "retrieval_resamples": {}}
     for name, given in sets.items():
-        queries = unit_float32(encode(list(given.queries.values())))
-        documents = unit_float32(encode(list(given.documents.values())))
-        sample = sample_name(seed, {"queries": given.queries, "grades": given.grades, "documents": len(given.documents)})
-        counts = draw_counts(sample, len(queries), bootstrap)
+        queries = unit_float32(encode(list(given.queries.values()), "query"))
+        documents = unit_float32(encode(list(given.documents.values()), "document"))
+        sample = sample_name(
+            seed, {"queries": list(given.queries.items()), "grades": given.grades, "documents": len(given.documents)}
+        )
+        found: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = []  # index type, measure -> [q], costs
+        found.append(("", _by_query(exact_search(queries, documents, DEPTH), given), {}))
+        for index_type in types:
+            rows, costs = timed_search(index_type, queries, documents, DEPTH)
+            found.append((index_type.name, _by_query(rows, given), costs))
+        drawn = iter(resampled_means([values for _, of_type, _ in found for values in of_type.values()], sample, bootstrap))
         scores: dict[str, Any] = {}
         intervals: dict[str, Any] = {}
-        for index_type in (None, *types):
-            costs: dict[str, Any] = {}
-            if index_type is None:
-                rows = exact_search(queries, documents, DEPTH)
-            else:
-                rows, costs = timed_search(index_type, queries, documents, DEPTH)
-            by_query = _by_query(rows, given)
-            resampled = {measure: resampled_means(values, counts) for measure, values in by_query.items()}
-            means = {measure: float(values.mean()) for measure, values in by_query.items()}
+        for index, of_type, costs in found:
+            resampled = {measure: next(drawn) for measure in of_type}
+            means = {measure: float(values.mean()) for measure, values in of_type.items()}
             within = {measure: interval(values) for measure, values in resampled.items() if bootstrap}
-            key = " ".join([name, *([index_type.name] if index_type else []), COMPARED])
             kept = Resampled(score=means[COMPARED], sample=sample, values=resampled[COMPARED].round(5).tolist())
-            results["retrieval_resamples"][key] = kept
-            scores |= means if index_type is None else {index_type.name: means | costs}
-            intervals |= within if index_type is None else {index_type.name: within}
+            results["retrieval_resamples"][" ".join(filter(None, [name, index, COMPARED]))] = kept
+            scores |= {index: means | costs} if index else means
+            intervals |= {index: within} if index else within
         results["retrieval"][name], results["retrieval_ci"][name] = scores, intervals
     return results
 

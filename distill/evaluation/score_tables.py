@@ -75,6 +75,7 @@ def _model_row(name: str, results: ModelResults) -> Row:
     return {
         "model": name,
         "params": cell(results.params, "{:,}"),
+        "dtype": cell(results.dtype),
         "dim": cell(results.dim),
         "bytes/vector": cell(results.bytes_per_vector),
         "texts/s": cell(results.texts_per_second, "{:,.0f}"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,10 +17,10 @@ from distill.corpus.evaluation_sets import (
 )
 from distill.evaluation.index_types import Search, import_faiss, index_types
 from distill.evaluation.retrieval import retrieval_scores
-from distill.evaluation.transfer import transfer_scores
+from distill.evaluation.transfer import check_labels, transfer_scores
 from distill.metrics.quantise import Precision
 from distill.metrics.sts import Pairs, sts_scores
-from distill.metrics.vectors import Encode
+from distill.metrics.vectors import Side, SidedEncode, SidedText
 from distill.run.files import fingerprint
 
 Set = TypeVar("Set")
@@ -38,12 +37,13 @@ class Tasks(NamedTuple):
     rescore: int | None = None
 
     @property
-    def texts(self) -> list[str]:
-        """Every text of every set, once."""
-        parts = [pairs.texts for pairs in self.sts.values()]
-        parts += [[*found.queries.values(), *found.documents.values()] for found in self.retrieval.values()]
-        parts += [labelled.texts for labelled in self.transfer.values()]
-        return list(dict.fromkeys(chain.from_iterable(parts)))
+    def texts(self) -> list[SidedText]:
+        """Every text of every set, once for each side that it is encoded for."""
+        parts: list[tuple[Side | None, Iterable[str]]] = [(None, pairs.texts) for pairs in self.sts.values()]
+        for found in self.retrieval.values():
+            parts += [("query", found.queries.values()), ("document", found.documents.values())]
+        parts += [(None, labelled.texts) for labelled in self.transfer.values()]
+        return list(dict.fromkeys((side, text) for side, texts in parts for text in texts))
 
     @property
     def fingerprint(self) -> str:
@@ -53,7 +53,7 @@ class Tasks(NamedTuple):
         return fingerprint({"tasks": content})
 
     def measure(
-        self, encode: Encode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
+        self, encode: SidedEncode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
     ) -> dict[str, Any]:
         """The fields of ModelResults of these sets. calibration: vectors [m, dim] that int8 STS takes its ranges from."""
         options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
@@ -76,14 +76,21 @@ def read_tasks(
     searches: Sequence[Search] = (),
     precisions: Sequence[Precision] = (),
     rescore: int | None = None,
+    seed: int = 0,
 ) -> Tasks:
-    """Reads folders, hub:OWNER/NAME, and for STS hub. Raises ValueError for what is missing, malformed or named twice."""
+    """Reads folders, hub:OWNER/NAME, and for STS hub. seed: that `Tasks.measure` will be called with.
+
+    Raises ValueError for what is missing, malformed, named twice or cannot be measured.
+    """
     if index_types(searches, precisions, rescore) and retrieval:
         import_faiss()
+    classified = _by_name(transfer, read_transfer)
+    for where, given in zip(transfer, classified.values(), strict=True):
+        check_labels(where, given, seed)
     return Tasks(
         read_sts(sts) if sts is not None else {},
         _by_name(retrieval, read_retrieval),
-        _by_name(transfer, read_transfer),
+        classified,
         tuple(searches),
         tuple(precisions),
         rescore,

@@ -9,7 +9,7 @@ of C are SentEval's range for vectors of that length.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import KFold, PredefinedSplit, ShuffleSplit
 
-from distill.corpus.evaluation_sets import Labelled, TransferSet
-from distill.metrics.bootstrap import draw_counts, interval, resampled_means, sample_name
+from distill.corpus.evaluation_sets import Labelled, TransferSet, part_name
+from distill.metrics.bootstrap import interval, resampled_means, sample_name
 from distill.metrics.results import Resampled
 from distill.metrics.vectors import Encode, unit_float32
 
@@ -37,7 +37,7 @@ def transfer_scores(encode: Encode, sets: Mapping[str, TransferSet], *, bootstra
         tested = given.test or given.train
         correct, strength = _correct(encode, given, seed)
         sample = sample_name(seed, {"texts": tested.texts, "labels": tested.labels})
-        accuracies = resampled_means(correct.astype(np.float64), draw_counts(sample, len(correct), bootstrap))
+        (accuracies,) = resampled_means([correct.astype(np.float64)], sample, bootstrap)
         _, counts = np.unique(tested.labels, return_counts=True)
         accuracy = float(correct.mean())
         results["transfer"][name] = {
@@ -54,6 +54,26 @@ def transfer_scores(encode: Encode, sets: Mapping[str, TransferSet], *, bootstra
     return results
 
 
+def check_labels(where: str, given: TransferSet, seed: int = 0) -> None:
+    """Raises ValueError if a regression of `transfer_scores` would be fitted on no row of one of the labels it is tested on."""
+    if given.test is not None:
+        return
+    labels, labels_of_dev = np.array(given.train.labels), given.dev.labels if given.dev is not None else []
+    for rows, fold in _folds(len(labels), seed):
+        if alone := set(labels[fold].tolist()) - set(labels[rows].tolist()) - set(labels_of_dev):
+            label = min(alone)
+            raise ValueError(
+                f"{part_name(where, 'train')}: without a test set, {where} is measured by {FOLDS}-fold cross-validation, and"
+                f" all rows of label {label!r} ({int((labels == label).sum())}) are in one fold: add rows of it, leave it out,"
+                " or add a test set"
+            )
+
+
+def _folds(num_rows: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows outside and inside of each fold."""
+    yield from KFold(FOLDS, shuffle=True, random_state=seed).split(np.arange(num_rows))
+
+
 def _correct(encode: Encode, given: TransferSet, seed: int) -> tuple[np.ndarray, float]:
     """Whether each test row is predicted correctly by a regression that was not fitted on it, bool [n]; and C."""
     x, y = _arrays(encode, given.train)
@@ -67,7 +87,7 @@ def _correct(encode: Encode, given: TransferSet, seed: int) -> tuple[np.ndarray,
         return model.predict(test_x) == test_y, strength
     correct = np.empty(num_train, dtype=bool)
     strengths = []
-    for rows, fold in KFold(FOLDS, shuffle=True, random_state=seed).split(x[:num_train]):
+    for rows, fold in _folds(num_train, seed):
         kept = np.concatenate([rows, np.arange(num_train, len(y))])
         model, strength = _fit(x[kept], y[kept], len(rows), seed)
         correct[fold] = model.predict(x[fold]) == y[fold]

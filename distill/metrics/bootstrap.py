@@ -6,7 +6,7 @@ set are measured on the same resamples, and their difference, resample by resamp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,32 @@ import numpy as np
 from distill.metrics.results import Interval, Resampled
 from distill.run.files import fingerprint
 
+BLOCK = 64  # resamples drawn at once
+
 
 def sample_name(seed: int, content: dict[str, Any]) -> str:
     """Identifies resamples: 16 hex digits that are equal for the same seed and the same JSON-able content."""
     return fingerprint({"seed": seed, "content": content})[:16]
 
 
-def draw_counts(sample: str, num_items: int, resamples: int) -> np.ndarray:
-    """How often each item comes in each resample with replacement: int64 [resamples, num_items], a function of `sample`."""
+def draw_counts(sample: str, num_items: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each item comes in each resample with replacement: int64 [<= BLOCK, num_items] at a time, since all of them
+    may take gigabytes; a function of `sample`."""
     rng = np.random.default_rng(int(sample, 16))
-    return rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=resamples)
+    chances = np.full(num_items, 1 / num_items)
+    for start in range(0, resamples, BLOCK):
+        yield rng.multinomial(num_items, chances, size=min(BLOCK, resamples - start))
 
 
-def resampled_means(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The mean of scores [num_items] in each resample: [resamples]."""
-    return counts @ scores / len(scores)
+def resampled_means(scores: Sequence[np.ndarray], sample: str, resamples: int) -> list[np.ndarray]:
+    """The means [resamples] of each of the scores [num_items] in the same resamples of the items."""
+    num_items = len(scores[0])
+    blocks: list[list[np.ndarray]] = [[np.empty(0)] for _ in scores]
+    for drawn in draw_counts(sample, num_items, resamples):
+        counts = drawn.astype(np.float64)
+        for of_scores, values in zip(blocks, scores, strict=True):
+            of_scores.append(counts @ values / num_items)
+    return [np.concatenate(of_scores) for of_scores in blocks]
 
 
 def interval(values: np.ndarray | Sequence[float]) -> Interval:

@@ -41,6 +41,7 @@ class Fidelity(BaseModel):
 class ModelResults(BaseModel):
     """What was measured of one model at one size. Sets that were not measured are absent; *_ci are 95% intervals.
 
+    dtype          that the model ran in: float32, bfloat16, float16
     sts            set -> Spearman x 100; AVG: the mean of the sets AVG_OF
     sts_quantised  float16, int8, binary -> the same with such vectors
     retrieval      set -> ndcg@10, recall@10, recall@100, mrr@10 of exact search, 0..1; index type -> the same and its costs
@@ -52,6 +53,7 @@ class ModelResults(BaseModel):
 
     dim: int
     params: int
+    dtype: str | None = None
     bytes_per_vector: int
     texts_per_second: float | None = None
     fidelity: Fidelity | None = None

@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 
 Encode = Callable[[list[str]], np.ndarray]
 """Texts [n] to their vectors, float32 [n, d], in the same order; not necessarily normalised."""
 
+Side = Literal["query", "document"]
+"""What a text is in retrieval: a model may have a prompt for each side."""
+
+SidedText = tuple[Side | None, str]
+
+
+class SidedEncode(Protocol):
+    """An Encode that also encodes queries and documents, with the model's prompts for them."""
+
+    def __call__(self, texts: list[str], side: Side | None = None, /) -> np.ndarray: ...
+
 
 class EncodedTexts:
-    """An Encode that looks up the stored vectors [n, d] of n distinct texts instead of running a model."""
+    """A SidedEncode that looks up the stored vectors [n, d] of n distinct texts instead of running a model."""
 
-    def __init__(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+    def __init__(self, texts: Sequence[SidedText], vectors: np.ndarray) -> None:
         self.texts, self.vectors = texts, vectors
         self._row_of = {text: row for row, text in enumerate(texts)}
 
     @classmethod
     def of(cls, encode: Encode, texts: Iterable[str]) -> EncodedTexts:
-        """Each text encoded once, all of them in one call."""
+        """Each text encoded once, all of them in one call, without a side."""
         distinct = list(dict.fromkeys(texts))
-        return cls(distinct, encode(distinct))
+        return cls([(None, text) for text in distinct], encode(distinct))
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        return self.vectors[[self._row_of[text] for text in texts]]
+    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray:
+        return self.vectors[[self._row_of[side, text] for text in texts]]
+
+
+def encode_sided(encode: SidedEncode, texts: Sequence[SidedText]) -> np.ndarray:
+    """The vectors [n, d] of texts of several sides, in their order; all texts of a side are encoded in one call."""
+    rows_of: dict[Side | None, list[int]] = {}
+    for row, (side, _) in enumerate(texts):
+        rows_of.setdefault(side, []).append(row)
+    vectors = encode([]) if not rows_of else None
+    for side, rows in rows_of.items():
+        part = encode([texts[row][1] for row in rows], side)
+        if vectors is None:
+            vectors = np.empty((len(texts), part.shape[1]), part.dtype)
+        vectors[rows] = part
+    assert vectors is not None
+    return vectors
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

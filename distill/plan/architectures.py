@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
         if files is None:
             raise FileNotFoundError("it is not downloaded")
         config = AutoConfig.from_pretrained(first_module(files)[0], local_files_only=True, trust_remote_code=False)
-        dim = _dense_dim(files) or config.hidden_size
+        dim = min(_dense_dim(files) or config.hidden_size, _truncate_dim(files) or sys.maxsize)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the shape of {name} is not known here: {ENCODERS.name} has no line for it. Add one to {ENCODERS}, or download it"
@@ -64,6 +65,12 @@ def _cached_folder(name: str, revision: str | None) -> Path | None:
     """The folder in the hub's cache that has a model's files, or some of them."""
     found = (try_to_load_from_cache(name, file, revision=revision) for file in ("modules.json", "config.json"))
     return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def _truncate_dim(folder: Path) -> int | None:
+    """The number of dimensions that a sentence-transformers folder keeps; None for all."""
+    path = folder / "config_sentence_transformers.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("truncate_dim") if path.is_file() else None
 
 
 def _dense_dim(folder: Path) -> int | None:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.metrics.vectors import Side
 from distill.run.collectives import add_over_ranks, rank, world_size
+from distill.run.precision import autocast_dtype
 from distill.teacher.batching import Batch, Tokens, can_tokenise, cut, pad, tokenise
 from distill.teacher.load import load_model, packed_flops
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
@@ -21,7 +23,18 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 PACKED_FLOPS = {torch.ops.mkldnn._linear_pointwise: packed_flops}
 TEXTS_PER_BATCH = 256  # for models that take texts, not tokens
 
-Read = list[Tokens | list[str]]  # the input of each encoder, of the same texts
+SIDE_PROMPTS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""Names of a side's prompt in sentence-transformers, of which it takes the first that a model has."""
+
+
+class Prompted(NamedTuple):
+    """Texts for a model that takes no tokens, and the prompt to put before each."""
+
+    prompt: str
+    texts: list[str]
+
+
+Read = list[Tokens | Prompted]  # the input of each encoder, of the same texts
 
 
 @dataclass
@@ -53,13 +66,24 @@ class Teacher:
         self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
         self.work = Work()
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, dim], L2-normalised: for evaluation and search."""
-        return self.encode(self.read(texts)).astype(np.float32)
+    def __call__(self, texts: Sequence[str], side: Side | None = None) -> np.ndarray:
+        """float32 [n, dim], L2-normalised: for evaluation and search.
+
+        side: query or document takes the model's own prompt for it, unless the config names a prompt; None takes the prompt
+        that text is embedded with.
+        """
+        if not len(texts):
+            return np.empty((0, self.dim), np.float32)
+        return self.encode([encoder.read(texts, side) for encoder in self.encoders]).astype(np.float32)
 
     @cached_property
     def dim(self) -> int:
         return int(self(["width"]).shape[1])
+
+    @property
+    def dtype(self) -> str:
+        """What its matrix products run in."""
+        return str(self.encoders[0].amp or torch.float32).removeprefix("torch.")
 
     @property
     def params(self) -> int:
@@ -93,23 +117,24 @@ class _Encoder:
         self.model = load_model(config, device, amp, **place)
         self.device = device
         self.amp = amp
-        self.prompt = prompt_of(self.model, config)
+        self.prompts = {side: prompt_of(self.model, config, side) for side in (None, *SIDE_PROMPTS)}
         self.tokens_per_batch = tokens_per_batch
         with torch.inference_mode():
             self._flops_linear, self._flops_square = self._count_flops()
 
-    def read(self, texts: Sequence[str]) -> Tokens | list[str]:
-        return tokenise(self.model, texts, self.prompt) if can_tokenise(self.model) else list(texts)
+    def read(self, texts: Sequence[str], side: Side | None = None) -> Tokens | Prompted:
+        prompt = self.prompts[side]
+        return tokenise(self.model, texts, prompt) if can_tokenise(self.model) else Prompted(prompt, list(texts))
 
     @torch.inference_mode()
-    def encode(self, read: Tokens | list[str], work: Work, number: int, tick: Callable[[int], object]) -> torch.Tensor:
+    def encode(self, read: Tokens | Prompted, work: Work, number: int, tick: Callable[[int], object]) -> torch.Tensor:
         """float32 [n, d] on the device, L2-normalised.
 
         If the weights are sharded over W ranks, each rank encodes every W-th batch; a forward pass is then a collective, so
         all ranks run the same number of them.
         """
         if not isinstance(read, Tokens):
-            return self._encode_texts(read, tick)
+            return self._encode_texts(*read, tick)
         batches = list(cut(read.lengths, self.tokens_per_batch, self.model.max_seq_length))
         mine = batches[rank() :: world_size()]
         rows, vectors = [], []
@@ -128,12 +153,12 @@ class _Encoder:
             return add_over_ranks(encoded.new_zeros((len(read.lengths), encoded.shape[1])))
         return add_over_ranks(_in_order(vectors, rows, len(read.lengths)))
 
-    def _encode_texts(self, texts: list[str], tick: Callable[[int], object]) -> torch.Tensor:
+    def _encode_texts(self, prompt: str, texts: list[str], tick: Callable[[int], object]) -> torch.Tensor:
         order = np.array(sorted(range(len(texts)), key=lambda row: -len(texts[row])))
         rows = np.array_split(order, range(TEXTS_PER_BATCH, len(order), TEXTS_PER_BATCH))
         vectors = []
         for chosen in rows:
-            features = self.model.preprocess([texts[row] for row in chosen], prompt=self.prompt or None)
+            features = self.model.preprocess([texts[row] for row in chosen], prompt=prompt or None)
             vectors.append(self._forward(features))
             tick(len(chosen))
         return _in_order(vectors, rows, len(order))
@@ -159,17 +184,26 @@ class _Encoder:
         }
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             vectors = self.model(features)["sentence_embedding"]
-        return torch.nn.functional.normalize(vectors.float(), dim=-1)
+        return torch.nn.functional.normalize(vectors[:, : self.model.truncate_dim].float(), dim=-1)
 
 
-def prompt_of(model: SentenceTransformer, config: ModelConfig) -> str:
+def evaluation_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype | None:
+    """The teacher's precision for evaluation and search: bfloat16 or None (float32), which it also is for bf16 on a device that
+    does not have it, since no vectors are kept."""
+    return autocast_dtype("auto" if config.precision == "bf16" else config.precision, device)
+
+
+def prompt_of(model: SentenceTransformer, config: ModelConfig, side: Side | None = None) -> str:
     """The prompt put before every text: `prompt`, or the model's own prompt named `prompt_name`, or its default prompt.
 
+    Where neither is given, a `side` has the prompt that sentence-transformers' encode_query or encode_document takes.
     Raises ValueError for a name that the model does not have.
     """
     if config.prompt is not None:
         return config.prompt
     name = config.prompt_name or model.default_prompt_name
+    if side is not None and config.prompt_name is None:
+        name = next((name for name in SIDE_PROMPTS[side] if name in model.prompts), name)
     if name is None:
         return ""
     if name not in model.prompts:

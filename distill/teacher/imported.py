@@ -12,6 +12,8 @@ import pyarrow.parquet as parquet
 
 from distill.teacher.teacher_config import TeacherConfig
 
+BLOCK = 4096  # rows normalised at once, in float64
+
 
 class ImportedVectors:
     """Rows of an .npy file, memory-mapped, or of a list column of a .parquet file. Raises ValueError for anything else."""
@@ -27,6 +29,11 @@ class ImportedVectors:
             self._rows = _open_parquet(self.path, config.vectors_field)
         else:
             raise ValueError(f"teacher.vectors: {self.path} is neither .npy nor .parquet")
+        if self._rows.dtype.kind != "f":
+            raise ValueError(
+                f"teacher.vectors: {self.path} holds {self._rows.dtype}, not float16, float32 or float64: decode quantised or"
+                " packed vectors first"
+            )
         if self._rows.ndim != 2:
             raise ValueError(f"teacher.vectors: {self.path} has shape {self._rows.shape}; it must be [texts, dimensions]")
 
@@ -40,12 +47,17 @@ class ImportedVectors:
     def read(self, texts: list[str], numbers: np.ndarray | None) -> np.ndarray:
         """The L2-normalised fp16 vectors of the raw texts with these row numbers. Raises ValueError naming a zero vector."""
         assert numbers is not None
-        vectors = np.asarray(self._rows[numbers], dtype=np.float32)
-        norms = np.linalg.norm(vectors, axis=1)
-        bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+        blocks = [numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)]
+        return np.concatenate([self._unit(block) for block in blocks] or [np.empty((0, self.dim), np.float16)])
+
+    def _unit(self, numbers: np.ndarray) -> np.ndarray:
+        vectors = np.asarray(self._rows[numbers], dtype=np.float64)
+        largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
+        bad = np.flatnonzero(~np.isfinite(largest) | (largest == 0))
         if len(bad):
             raise ValueError(f"teacher.vectors: row {numbers[bad[0]]} of {self.path} is zero or not finite")
-        return (vectors / norms[:, None]).astype(np.float16)
+        vectors /= largest  # the squares of very large and very small float64 are not finite or zero
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
     def encode(self, read: np.ndarray, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
         tick(len(read))

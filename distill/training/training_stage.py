@@ -16,7 +16,7 @@ from distill.corpus.evaluation_sets import read_sts_dev
 from distill.metrics.held_out import dev_rows
 from distill.run.collectives import barrier, rank, world_size
 from distill.run.config import Effect, Section
-from distill.run.files import read_json, sha256_of
+from distill.run.files import sha256_of
 from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
@@ -27,7 +27,7 @@ from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
 from distill.student.fingerprint import check_student, student_fingerprint
 from distill.student.student_config import StudentConfig
-from distill.teacher.dev_score import TEACHER_DEV
+from distill.teacher.dev_score import read_dev_score
 from distill.teacher.identity import check_teacher, check_weights
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_dropped
@@ -242,8 +242,7 @@ class TrainingStage(Stage):
         if len(rows) < 3:
             return None
         sts: str | None = value("evaluate.sts")
-        teacher = read_json(self.context.precompute_dir / TEACHER_DEV) or {}
-        teacher_sts = teacher.get("STSB-dev") if teacher.get("sts") == sts else None
+        teacher_sts = read_dev_score(self.context.precompute_dir, sts)
         pairs = read_sts_dev(sts) if sts is not None else None
         batch_size: int = value("evaluate.batch_size")
         return DevEvaluation(held_out, rows, pairs, batch_size=batch_size, amp=amp, teacher_sts=teacher_sts)

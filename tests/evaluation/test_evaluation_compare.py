@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ class Noisy:
     def __init__(self, noise: float, seed: int = 1) -> None:
         self.noise, self.seed = noise, seed
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def __call__(self, texts: list[str], side: str | None = None) -> np.ndarray:
         vectors = []
         for text in texts:
             concept, number = text.split()
@@ -57,29 +59,48 @@ def everything(encode: Noisy, seed: int = 0, bootstrap: int = 400) -> ModelResul
 
 def test_draws_are_resamples_with_replacement_and_a_function_of_what_they_are_of():
     of = sample_name(0, {"a": [1, 2]})
-    drawn = draw_counts(of, 50, 2000)
+    drawn = np.concatenate(list(draw_counts(of, 50, 2000)))
     assert (drawn.sum(axis=1) == 50).all() and drawn.mean(axis=0) == pytest.approx(np.ones(50), abs=0.15)
     assert drawn.var(axis=0).mean() == pytest.approx(1 - 1 / 50, abs=0.05)  # binomial, as with replacement
-    assert (draw_counts(sample_name(0, {"a": [1, 2]}), 50, 2000) == drawn).all()
+    assert (np.concatenate(list(draw_counts(sample_name(0, {"a": [1, 2]}), 50, 2000))) == drawn).all()
     assert sample_name(1, {"a": [1, 2]}) != of != sample_name(0, {"a": [1, 3]})
 
 
 def test_the_interval_of_a_mean_is_the_normal_one_for_many_items():
     scores = np.random.default_rng(0).uniform(size=400)
-    low, high = interval(resampled_means(scores, draw_counts(sample_name(0, {}), 400, 4000)))
+    low, high = interval(*resampled_means([scores], sample_name(0, {}), 4000))
     half = 1.96 * scores.std() / 20
     assert (low, high) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.004)
+
+
+@pytest.mark.parametrize("num_items", [7, 300, 1379])
+@pytest.mark.parametrize("resamples", [0, 1, 100, 1000])
+def test_blocks_of_resamples_give_the_bits_of_all_resamples_drawn_at_once(num_items, resamples):
+    of, scores = sample_name(0, {}), np.random.default_rng(0).uniform(size=(2, num_items))
+    rng = np.random.default_rng(int(of, 16))
+    at_once = rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=resamples)
+    for means, values in zip(resampled_means(list(scores), of, resamples), scores, strict=True):
+        assert means.tobytes() == (at_once @ values / num_items).tobytes()
+
+
+def test_resamples_are_never_held_all_at_once():
+    tracemalloc.start()
+    resampled_means([np.ones(10_000)], sample_name(0, {}), 1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1000 * 10_000 * 8 / 5
 
 
 def test_a_paired_difference_is_the_difference_of_each_resample():
     rng = np.random.default_rng(0)
     first = rng.uniform(size=300)
     second = first + 0.02 + 0.01 * rng.standard_normal(300)
-    drawn = draw_counts(sample_name(0, {}), 300, 1000)
-    paired = difference(resampled_means(first, drawn), resampled_means(second, drawn))
-    assert paired == pytest.approx(interval(resampled_means(second - first, drawn)))
+    of = sample_name(0, {})
+    means, other_means, means_of_difference = resampled_means([first, second, second - first], of, 1000)
+    paired = difference(means, other_means)
+    assert paired == pytest.approx(interval(means_of_difference))
     assert 0 < paired[0] < 0.02 < paired[1]
-    unpaired = difference(resampled_means(first, drawn), resampled_means(second, draw_counts(sample_name(1, {}), 300, 1000)))
+    unpaired = difference(means, *resampled_means([second], sample_name(1, {}), 1000))
     assert unpaired[0] < 0 < unpaired[1]
     with pytest.raises(ValueError, match="3 and 2 resamples"):
         difference([1.0, 2.0, 3.0], [1.0, 2.0])

@@ -7,10 +7,11 @@ from retrieval_sets import encode, write_folder
 
 from distill.corpus.evaluation_sets import read_retrieval
 from distill.evaluation.index_types import IndexType, VectorIndex, index_types, timed_search
-from distill.evaluation.retrieval import exact_search, retrieval_scores
+from distill.evaluation.retrieval import MEASURES, exact_search, retrieval_scores
 from distill.metrics.quantise import Int8, sign_bits, signs
 
 TYPES = index_types(["exact", "hnsw"], ["float32", "float16", "int8", "binary"], 4)
+INDEX_NAMES = [each.name for each in TYPES]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -104,6 +105,36 @@ class TestWithFaiss:
         for search, precision in product(["exact", "hnsw"], ["float32", "binary"]):
             rows = VectorIndex(IndexType(search, precision, "float32" if precision == "binary" else None, 4), documents[:7])
             assert (np.sort(rows.search(queries, 100), axis=1) == np.arange(7)).all()
+
+    @pytest.mark.parametrize("dim", [16, 32])
+    def test_the_order_of_the_corpus_changes_no_measure_of_any_index_type(self, tmp_path, dim):
+        """Signs of 16 dimensions have many equal cosines and equal codes, normal values of 32 equal codes alone."""
+        documents = [(str(number), "", f"document {number}") for number in range(800)]
+        queries = [(str(number), f"query {number}") for number in range(20)]
+        qrels = "".join(f"{number}\t{document}\t1\n" for number in range(20) for document in range(number, 800, 20))
+
+        def draw(texts: list[str], side: str) -> np.ndarray:
+            drawn = np.array([np.random.default_rng(list(text.encode())).standard_normal(dim) for text in texts])
+            return (np.sign(drawn) if dim == 16 else drawn).astype(np.float32)
+
+        found = []
+        for order in (documents, documents[::-1], documents[300:] + documents[:300]):
+            given = read_retrieval(write_folder(tmp_path, qrels, documents=order, queries=queries))
+            results = retrieval_scores(draw, {"made": given}, types=TYPES, bootstrap=5)
+            found.append(results["retrieval_resamples"])
+            scores = results["retrieval"]["made"]
+            found[-1] |= {(name, measure): scores[name][measure] for name in INDEX_NAMES for measure in MEASURES}
+            found[-1] |= {measure: scores[measure] for measure in MEASURES}
+        assert found[0] == found[1] == found[2]
+
+    @pytest.mark.parametrize("line", [0, 1, 25, 49])
+    def test_a_collapsed_model_gains_nothing_from_the_line_of_the_relevant_document(self, tmp_path, line):
+        documents = [(f"document {number}", "", f"text {number}") for number in range(50)]
+        documents.insert(line, documents.pop(0))  # the relevant one
+        given = read_retrieval(write_folder(tmp_path, "1\tdocument 0\t1\n", documents=documents))
+        results = retrieval_scores(lambda texts, side: np.ones((len(texts), 8), np.float32), {"made": given}, types=TYPES)
+        scores = results["retrieval"]["made"]
+        assert all(found["ndcg@10"] < 0.5 for found in (scores, *(scores[name] for name in INDEX_NAMES)))
 
     def test_other_index_types_are_under_their_names_and_the_default_keeps_its_keys(self, tmp_path):
         made = {"made": read_retrieval(write_folder(tmp_path, "1\t2\t2\n1\t1\t1\n2\t1\t1\n"))}

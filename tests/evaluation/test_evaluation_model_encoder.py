@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reference_times import hang_limit
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -54,6 +55,20 @@ def test_truncated_vectors_are_the_first_dimensions(tiny):
     assert part(["abc"]) == pytest.approx(whole(["abc"])[:, :8])
     with pytest.raises(ValueError, match="truncate_dim 33 is more than the 32 dimensions"):
         encoder_of(tiny, device="cpu", truncate_dim=33)
+
+
+def test_a_models_own_truncate_dim_is_kept_unless_another_is_given(tiny, tmp_path):
+    SentenceTransformer(str(tiny), device="cpu", truncate_dim=12).save(str(tmp_path / "short"))
+    whole, short = encoder_of(tiny, device="cpu"), encoder_of(tmp_path / "short", device="cpu")
+    assert short.dim == 12 and short(["abc"]) == pytest.approx(whole(["abc"])[:, :12])
+    assert [encoder_of(tmp_path / "short", device="cpu", truncate_dim=size).dim for size in (4, 20)] == [4, 20]
+    with pytest.raises(ValueError, match="truncate_dim 33 is more than the 32 dimensions"):
+        encoder_of(tmp_path / "short", device="cpu", truncate_dim=33)
+
+
+def test_an_encoder_names_the_type_that_it_runs_in(tiny, tmp_path):
+    SentenceTransformer(str(tiny), device="cpu").to(torch.bfloat16).save(str(tmp_path / "half"))
+    assert [encoder_of(folder, device="cpu").dtype for folder in (tiny, tmp_path / "half")] == ["float32", "bfloat16"]
 
 
 def test_a_model_that_gives_nan_is_refused(tiny):

@@ -40,7 +40,7 @@ def test_exact_search_is_a_full_sort_with_ties_in_order():
 def test_a_vectors_length_changes_nothing(tmp_path):
     made = {"made": read_retrieval(write_folder(tmp_path, "1\t2\t2\n2\t1\t1\n"))}
     scale = np.random.default_rng(0).uniform(0.1, 9, size=100)
-    scaled = retrieval_scores(lambda texts: encode(texts) * scale[: len(texts), None].astype(np.float32), made)
+    scaled = retrieval_scores(lambda texts, side: encode(texts) * scale[: len(texts), None].astype(np.float32), made)
     assert scaled["retrieval"]["made"] == pytest.approx(retrieval_scores(encode, made)["retrieval"]["made"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import write_config, write_pairs
 from retrieval_sets import write_folder
 
 from distill.config import load_config, stage_of
+from distill.corpus import evaluation_sets
 from distill.evaluation import measure
 from distill.evaluation.measure import Measurement, Model
 from distill.evaluation.tasks import read_tasks
@@ -26,9 +28,9 @@ CPU = torch.device("cpu")
 class Letters:
     """Counts of letters, as an encoder of seven dimensions."""
 
-    dim, params = 7, 70
+    dim, params, dtype = 7, 70, "float32"
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def __call__(self, texts: list[str], side: str | None = None) -> np.ndarray:
         return np.array([[text.count(letter) + 0.1 for letter in "abcdefg"] for text in texts], dtype=np.float32)
 
 
@@ -54,9 +56,12 @@ def test_the_key_of_a_measurement_changes_with_the_model_its_sizes_and_the_sets(
     before = measurement()
     keys = {
         before.key(model, "cpu")
-        for model in (Model("a", "1", Letters), Model("a", "2", Letters), Model("a", "1", Letters, (3,)))
+        for model in (
+            *(Model("a", "1", Letters), Model("a", "2", Letters), Model("a", "1", Letters, (3,))),
+            Model("a", "1", Letters, dtype="torch.bfloat16"),
+        )
     }
-    assert len(keys) == 3 and measurement().key(Model("a", "1", Letters), "cpu") in keys
+    assert len(keys) == 4 and measurement().key(Model("a", "1", Letters), "cpu") in keys
     write_pairs(tmp_path / "sts", count=50)
     assert measurement().key(Model("a", "1", Letters), "cpu") not in keys
 
@@ -67,6 +72,51 @@ def stage(tmp_path, tiny_encoder):
     found = stage_of(load_config(write_config(tmp_path, tiny_encoder)), "evaluate")
     found.context.run_dir.mkdir(parents=True)
     return found
+
+
+def test_the_content_of_the_files_that_are_read_is_an_input(tmp_path, tiny_encoder):
+    sts, found, kind = write_pairs(tmp_path / "sts"), write_folder(tmp_path / "found", "1\t2\t2\n"), tmp_path / "kind"
+    kind.mkdir()
+    (kind / "train.tsv").write_text("label\ttext\n" + "a\tb\n" * 20)
+    overrides = [f"evaluate.sts={sts}", f"evaluate.retrieval=[{found}]", f"evaluate.transfer=[{kind}]"]
+    inputs = stage_of(load_config(write_config(tmp_path, tiny_encoder), overrides), "evaluate").inputs
+    seen = [inputs()]
+    assert seen[0].keys() == {"export", "shards", f"sts {sts}", f"retrieval {found}", f"transfer {kind}"}
+
+    def changed() -> list[str]:
+        seen.append(inputs())
+        return [name for name in seen[-1] if seen[-1][name] != seen[-2][name]]
+
+    assert changed() == []
+    qrels = found / "qrels.tsv"
+    before = qrels.stat()
+    qrels.write_text(qrels.read_text().replace("1\t2\t2", "1\t3\t2"))  # of the same size
+    os.utime(qrels, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert changed() == [f"retrieval {found}"]
+    write_pairs(sts, "sts13_test")
+    assert changed() == [f"sts {sts}"]
+    (kind / "dev.tsv").write_text("label\ttext\na\tb\n")
+    assert changed() == [f"transfer {kind}"]
+    (kind / "notes.txt").write_text("not read")
+    assert changed() == []
+    (kind / "train.tsv").unlink()
+    (kind / "dev.tsv").unlink()
+    assert changed() == [f"transfer {kind}"] and seen[-1][f"transfer {kind}"] == ""
+
+
+def test_a_set_of_the_hub_is_an_input_by_its_commit_and_unchanged_without_a_connection(tmp_path, tiny_encoder, monkeypatch):
+    commits = {"made/up": "1"} | dict.fromkeys(evaluation_sets.HUB.values(), "2")
+    monkeypatch.setattr(evaluation_sets, "dataset_commit", lambda name: commits.get(name, ""))
+    overrides = ["evaluate.sts=hub", "evaluate.retrieval=[hub:made/up]", "evaluate.transfer=[hub:made/up]"]
+    stage = stage_of(load_config(write_config(tmp_path, tiny_encoder), overrides), "evaluate")
+    first = stage.inputs()
+    commits["made/up-qrels"] = "3"
+    second = stage.inputs()
+    assert [name for name in first if first[name] != second[name]] == ["retrieval hub:made/up"]
+    stage.directory.mkdir(parents=True)
+    write_json(stage.directory / "DONE.json", {"inputs": second})
+    commits.clear()
+    assert stage.inputs() == second
 
 
 MODEL = Model("hpd", "id", Letters, nested=(3,), pca=(2, 4, 1))
@@ -140,6 +190,31 @@ def test_a_model_that_was_measured_on_the_same_sets_is_not_measured_again(run, m
     with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
         stage_of(other, "evaluate").run(CPU)
     shutil.rmtree(other.run_dir / "evaluate")
+
+
+def test_a_finished_stage_runs_again_and_measures_again_when_the_content_of_a_set_has_changed(run, tmp_path, monkeypatch):
+    sts = shutil.copytree(run().evaluate.sts, tmp_path / "sts")
+    stage = stage_of(run(f"evaluate.sts={sts}"), "evaluate")
+    stage.run(CPU)
+    assert stage.reason_to_run() is None
+    write_pairs(sts, "stsb_test", count=50)
+    assert stage.reason_to_run().startswith(f"input sts {sts}: ")
+    monkeypatch.setattr(Measurement, "measure", lambda self, model: pytest.fail(f"{model.name} is measured again"))
+    with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
+        stage.run(CPU)
+    shutil.rmtree(stage.directory)
+
+
+def test_the_teacher_is_measured_in_its_configured_precision_and_every_row_names_its_type(run, monkeypatch):
+    monkeypatch.setattr("distill.run.precision.has_bf16", lambda device: True)
+    stage = stage_of(run("teacher.precision=bf16"), "evaluate")
+    stage.run(CPU)
+    results = read_results(stage.directory / "results.json")
+    assert {name: row.dtype for name, row in results.items()} == {
+        "teacher": "bfloat16", **dict.fromkeys(["ckd", "finetune", "hpd", "hpd-8"], "float32")
+    }  # fmt: skip
+    assert "bfloat16" in (stage.directory / "table.txt").read_text()
+    shutil.rmtree(stage.directory)
 
 
 def test_exported_weights_that_changed_after_the_export_stage_finished_are_not_measured(run):

@@ -8,11 +8,13 @@ from retrieval_sets import write_folder
 
 from distill.evaluation.model_encoder import encode_over_ranks
 from distill.evaluation.tasks import read_tasks
-from distill.metrics.vectors import EncodedTexts
+from distill.metrics.vectors import EncodedTexts, encode_sided
 from distill.run.collectives import rank
 
 
-def encode(texts: list[str]) -> np.ndarray:
+def encode(texts: list[str], side: str | None = None) -> np.ndarray:
+    """Counts of letters; a query has a prompt of two letters, a document one of three."""
+    texts = [{"query": "ab", "document": "cde"}.get(side, "") + text for text in texts]
     return np.array([[len(text), *(text.count(letter) for letter in "abcdefg")] for text in texts], dtype=np.float32)
 
 
@@ -28,19 +30,20 @@ def places(tmp_path) -> dict:
     return {"sts": str(tmp_path), "retrieval": [str(tmp_path / "found")], "transfer": [str(tmp_path / "kind")]}
 
 
-def test_every_text_is_encoded_once_and_measured_as_if_it_were_encoded_on_the_spot(places):
+def test_every_text_of_a_side_is_encoded_once_and_measured_as_if_it_were_encoded_on_the_spot(places):
     tasks = read_tasks(**places)
     texts = tasks.texts
     assert len(set(texts)) == len(texts)
-    calls = []
+    calls = {}
 
-    def counted(texts: list[str]) -> np.ndarray:
-        calls.append(len(texts))
-        return encode(texts)
+    def counted(texts: list[str], side: str | None) -> np.ndarray:
+        assert side not in calls
+        calls[side] = len(texts)
+        return encode(texts, side)
 
-    encoded = EncodedTexts(texts, counted(texts))
+    encoded = EncodedTexts(texts, encode_sided(counted, texts))
     results = tasks.measure(encoded)
-    assert calls == [len(texts)]
+    assert calls == {side: sum(each == side for each, _ in texts) for side in (None, "query", "document")}
     assert results == tasks.measure(encode)
     assert set(results) == {
         *("sts", "sts_ci", "sts_quantised", "sts_resamples", "sts_warnings"),
@@ -63,15 +66,15 @@ def test_two_sets_of_one_name_are_refused(places, tmp_path):
         read_tasks(retrieval=[*places["retrieval"], str(other / "found")])
 
 
-def _encoded_on_this_rank(texts: list[str], block: int) -> list | None:
+def _encoded_on_this_rank(texts: list, block: int) -> list | None:
     from distill.evaluation import model_encoder
 
     model_encoder.TEXTS_PER_BLOCK = block
     seen = []
 
-    def encode_and_count(some: list[str]) -> np.ndarray:
-        seen.extend(some)
-        return encode(some).reshape(-1, 8)
+    def encode_and_count(some: list[str], side: str | None = None) -> np.ndarray:
+        seen.extend([side, text] for text in some)
+        return encode(some, side).reshape(-1, 8)
 
     vectors = encode_over_ranks(encode_and_count, texts if rank() == 0 else [], torch.device("cpu"))
     return [seen, None if vectors is None else vectors.tolist()]
@@ -79,8 +82,8 @@ def _encoded_on_this_rank(texts: list[str], block: int) -> list | None:
 
 @pytest.mark.parametrize(("num_texts", "block"), [(11, 100), (11, 4), (1, 4), (8, 4)])
 def test_ranks_share_the_texts_and_rank_0_alone_has_all_vectors_in_order(num_texts, block):
-    texts = [f"{'abcdefg'[i % 7] * (i + 1)} {i}" for i in range(num_texts)]
+    texts = [[(None, "query", "document")[i % 3], f"{'abcdefg'[i % 7] * (i + 1)} {i}"] for i in range(num_texts)]
     answers = on_ranks(3, _encoded_on_this_rank, texts, block)
-    assert answers[0][1] == encode(texts).tolist()
+    assert answers[0][1] == [encode([text], side)[0].tolist() for side, text in texts]
     assert answers[1][1] is None and answers[2][1] is None
-    assert sorted(text for seen, _ in answers for text in seen) == sorted(texts)
+    assert sorted((text for seen, _ in answers for text in seen), key=str) == sorted(texts, key=str)

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from distill.corpus.evaluation_sets import Labelled, read_transfer
 from distill.evaluation import transfer
 from distill.evaluation.model_encoder import encoder_of
+from distill.evaluation.tasks import read_tasks
 from distill.evaluation.transfer import STRENGTHS, transfer_scores
 from distill.metrics.vectors import unit
 
@@ -173,6 +174,22 @@ def test_a_malformed_set_is_refused_by_what_it_lacks(tmp_path, files, message):
         write(tmp_path / name, given)
     with pytest.raises(ValueError, match=message):
         read_transfer(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_label_that_all_folds_but_one_lack_is_refused_by_set_and_file_when_it_is_read(tmp_path, count):
+    """The first fold of seed 0 has the rows of `alone`."""
+    alone = next(transfer._folds(40, 0))[1][:count]
+    given = [("rare" if row in alone else f"{row % 2}", f"text {row}") for row in range(40)]
+    write(tmp_path / "train.tsv.gz", given)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/train\.tsv\.gz: .* all rows of label 'rare' \({count}\) are in one fold"
+    ):
+        read_tasks(transfer=[str(tmp_path)])
+    write(tmp_path / "test.tsv", given)
+    assert read_tasks(transfer=[str(tmp_path)]).transfer
+    (tmp_path / "test.tsv").rename(tmp_path / "dev.tsv")
+    assert read_tasks(transfer=[str(tmp_path)]).transfer
 
 
 def test_a_file_without_the_columns_is_refused(tmp_path):

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 
 import pytest
+from encoders import save_sentence_transformer
+from sentence_transformers import SentenceTransformer
 
+from distill.evaluation.model_encoder import encoder_of
+from distill.evaluation.passage_index import PassageIndex, build_index
+from distill.run.files import write_json
+from distill.shards import ShardReader
 from launcher.search import search
 
 
@@ -22,6 +28,29 @@ def test_a_run_is_found_by_its_directory_whatever_its_name(tmp_path, monkeypatch
     for run in (".", tmp_path / name):
         with pytest.raises(ValueError, match=f"nothing to search in {tmp_path / name}"):
             search(arguments(run))
+
+
+def test_a_question_is_encoded_as_a_query_and_found_among_documents(embedded_copy, tiny_encoder, monkeypatch, capsys):
+    _, run = embedded_copy
+    model = save_sentence_transformer(
+        tiny_encoder, run / "export/ckd", prompts={"query": "the query asks for ", "document": "a key of the queue "}
+    )
+    (run / "evaluate").mkdir()
+    build_index(ShardReader(run / "shards"), encoder_of(model, device="cpu"), run / "evaluate", max_texts=100)
+    write_json(run / "evaluate/DONE.json", {"results": {"index": "ckd"}})
+    searched = []
+    find = PassageIndex.search
+    monkeypatch.setattr(PassageIndex, "search", lambda self, query, count: searched.append(query) or find(self, query, count))
+    monkeypatch.setattr("launcher.search._read", lambda prompt: "")
+    assert search(arguments(run)) == 0
+    by_student, by_teacher = searched
+    reference = SentenceTransformer(str(model), device="cpu")
+    assert by_student == pytest.approx(reference.encode_query("which one?"), abs=1e-5)
+    best = reference.encode_document(ShardReader(run / "shards").texts(range(100)), normalize_embeddings=True)
+    score = float((best @ reference.encode_query("which one?", normalize_embeddings=True)).max())
+    printed = capsys.readouterr().out
+    assert f"  {score:.2f} " in printed or f"= {score:.2f} " in printed
+    assert "student, 32 dimensions, 0.0M parameters, float32" in printed and len(by_teacher) == 32
 
 
 def test_no_run_and_no_answers_are_refused(tmp_path):

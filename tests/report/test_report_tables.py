@@ -122,7 +122,11 @@ def test_quantised_vectors_of_a_retrieval_set_are_charted_and_tabulated_as_they_
     results = {}
     for seed, name in enumerate(["teacher", "ckd"]):
         draw = np.random.default_rng(seed)
-        scores = retrieval_scores(lambda texts, draw=draw: draw.normal(size=(len(texts), 16)), {"found": given}, types=types)
+
+        def encode(texts, side, draw=draw):
+            return draw.normal(size=(len(texts), 16))
+
+        scores = retrieval_scores(encode, {"found": given}, types=types)
         results[name] = row(dim=16, bytes_per_vector=64, **scores)
     (chart,) = result_charts(results)
     scores = results["ckd"].retrieval["found"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import write_pairs
 
-from distill.teacher.dev_score import TEACHER_DEV, write_dev_score
+from distill.teacher.dev_score import TEACHER_DEV, lacks_dev_score, read_dev_score, write_dev_score
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,17 @@ def test_a_score_is_computed_once_for_each_set(tmp_path):
             write_dev_score(tmp_path, sts, encode, CPU)
         assert json.loads((tmp_path / TEACHER_DEV).read_text())["sts"] == sts
     assert len(calls) == 2
+
+
+def test_another_content_of_the_set_is_another_score(tmp_path):
+    path = write_pairs(tmp_path / "sts", "stsb_dev") / "stsb_dev.tsv.gz"
+    sts = str(path.parent)
+    write_dev_score(tmp_path, sts, draw, CPU)
+    assert read_dev_score(tmp_path, sts) == json.loads((tmp_path / TEACHER_DEV).read_text())["STSB-dev"]
+    write_pairs(tmp_path / "sts", "stsb_dev", count=50)
+    assert lacks_dev_score(tmp_path, sts) and read_dev_score(tmp_path, sts) is None
+    write_dev_score(tmp_path, sts, draw, CPU)
+    assert not lacks_dev_score(tmp_path, sts) and lacks_dev_score(tmp_path, str(tmp_path))
 
 
 def test_a_set_that_cannot_be_read_is_a_warning_and_no_error(tmp_path, caplog):

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_encoder, sentences
+from encoders import save_sentence_transformer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
-from distill.teacher.encoder import Teacher
+from distill.plan.architectures import architecture_of
+from distill.teacher.encoder import Teacher, evaluation_dtype
 from distill.teacher.teacher_config import TeacherConfig
 
 CPU = torch.device("cpu")
@@ -87,6 +89,25 @@ def test_what_lies_beyond_max_length_does_not_count(tiny_encoder):
     long, longer = "the model reads a tensor", "the model reads a tensor from a queue of keys"
     assert np.array_equal(vectors_of([long], **config, max_length=6), vectors_of([longer], **config, max_length=6))
     assert not np.array_equal(vectors_of([long], **config), vectors_of([longer], **config))
+
+
+def test_the_models_own_truncate_dim_cuts_the_vectors_before_they_are_normalised(tiny_encoder, tmp_path):
+    texts = sentences(5)
+    folder = str(save_sentence_transformer(tiny_encoder, tmp_path / "short", truncate_dim=12))
+    expected = SentenceTransformer(folder, device="cpu").encode(texts, normalize_embeddings=True)
+    teacher = Teacher(TeacherConfig(model=folder, concat=[{"model": str(tiny_encoder), "pooling": "mean"}]), CPU, None)
+    assert expected.shape == (5, 12) and np.allclose(vectors_of(texts, model=folder), expected, atol=1e-3)
+    assert teacher.dim == 12 + 32 and architecture_of(folder).dim == 12
+
+
+@pytest.mark.parametrize(
+    ("precision", "has", "dtype"),
+    [("bf16", True, "bfloat16"), ("bf16", False, "float32"), ("fp32", True, "float32"), ("auto", True, "bfloat16")],
+)
+def test_evaluation_runs_in_the_configured_precision_where_the_device_has_it(monkeypatch, tiny_encoder, precision, has, dtype):
+    monkeypatch.setattr("distill.run.precision.has_bf16", lambda device: has)
+    config = TeacherConfig(model=str(tiny_encoder), pooling="mean", precision=precision)
+    assert Teacher(config, CPU, evaluation_dtype(config, CPU)).dtype == dtype
 
 
 def test_a_plain_encoder_must_say_how_it_pools(tiny_encoder):

@@ -73,6 +73,22 @@ def test_a_row_without_a_direction_is_named_by_its_number(tmp_path, bad):
         found.read([], np.array([2, 31, 5]))
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, bool, np.complex64])
+def test_vectors_that_are_no_floats_are_refused_by_type(tmp_path, dtype):
+    np.save(tmp_path / "v.npy", (3 * VECTORS).astype(dtype))
+    with pytest.raises(ValueError, match=rf"v\.npy holds {np.dtype(dtype)}, not float16, float32 or float64"):
+        imported(tmp_path / "v.npy")
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1e38, np.float32), (1e-40, np.float32), (1e300, np.float64), (1e-300, np.float64)]
+)
+def test_very_long_and_very_short_vectors_have_a_direction(tmp_path, size, dtype):
+    np.save(tmp_path / "v.npy", (VECTORS.astype(np.float64) * (size / float(np.abs(VECTORS).max()))).astype(dtype))
+    found = imported(tmp_path / "v.npy").read([], np.arange(50))
+    assert np.allclose(found, UNIT, atol=1e-3)
+
+
 def test_a_pickled_npy_is_refused_and_never_opened(tmp_path):
     class Bomb:
         def __reduce__(self):
