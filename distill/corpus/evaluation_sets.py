@@ -9,7 +9,7 @@
     transfer   train.tsv(.gz), test.tsv(.gz), dev.tsv(.gz) with the columns label and text, the last two optional
                on the hub           splits train, test and validation with the same columns
 
-What cannot be read is a ValueError that names the file and line or the dataset.
+What cannot be read is a ValueError that names the file and line or the dataset; a hub that does not answer, a TemporaryError.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 from distill.corpus.rows import read_numbered_rows
 from distill.metrics.sts import PAIRS, SICKR_MTEB, Pairs
+from distill.run.temporary import hub_error
 
 PREFIX = "hub:"
 MIN_TRAIN = 20  # rows of a classification set
@@ -259,4 +260,4 @@ def _hub_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot read {where}: {error}; without a connection, name a folder of files instead") from error
+        raise hub_error(f"cannot read {where}: {error}; without a connection, name a folder of files instead", error) from error
