@@ -14,7 +14,7 @@ import torch
 from distill.corpus import held_out_sources
 from distill.corpus.evaluation_sets import read_sts_dev
 from distill.metrics.held_out import dev_rows
-from distill.run.collectives import barrier, rank, world_size
+from distill.run.collectives import any_rank, barrier, rank, world_size
 from distill.run.config import Effect, Section
 from distill.run.files import read_json, sha256_of
 from distill.run.model_folders import model_fingerprint, resolve_model
@@ -22,6 +22,7 @@ from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, stage_fingerprint
+from distill.run.stopping import CheckStop, Stopped, never
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
@@ -55,6 +56,7 @@ class Setup:
     device: torch.device
     amp: torch.dtype | None
     seed: int
+    check_stop: CheckStop = never
 
     @property
     def chunk_rows(self) -> int:
@@ -141,7 +143,12 @@ class TrainingStage(Stage):
         amp = autocast_dtype(precision, device)
         if rank() == 0:
             logger.info("%s: precision: %s", self.name, describe_precision(precision, device))
-        task = self.build(self.setup(device, amp))
+
+        def check_stop() -> None:
+            if any_rank(stop_requested(0)):
+                raise Stopped(f"{self.name}: stopped on request before its first step")
+
+        task = self.build(self.setup(device, amp, check_stop))
         task.module.to(device)
         trainer = self._trainer(task, device, amp, stop_requested)
         if trainer.tensorboard.is_new:
@@ -195,7 +202,7 @@ class TrainingStage(Stage):
             resolve_model(encoder)
         self.check(reader)
 
-    def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:
+    def setup(self, device: torch.device, amp: torch.dtype | None, check_stop: CheckStop = never) -> Setup:
         """The shards and the student that the stage begins with, on the device and ready to train, without dropout."""
         reader = ShardReader(self.context.shards_dir)
         torch.manual_seed(self.context.seed)  # new weights, such as the projection's
@@ -208,7 +215,7 @@ class TrainingStage(Stage):
         student.to(device)
         if device.type == "cpu":
             student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
-        return Setup(reader, student, device, amp, self.context.seed)
+        return Setup(reader, student, device, amp, self.context.seed, check_stop)
 
     def _initial_student(self) -> Student:
         if self.init != "student":
