@@ -154,7 +154,10 @@ class TrainingStage(Stage):
         if trainer.tensorboard.is_new:
             trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
         with session(self.directory, "train", device):
-            results = trainer.run()
+            try:
+                results = trainer.run()
+            except torch.OutOfMemoryError:
+                raise ValueError(self._out_of_memory()) from None
         if rank() == 0:
             self._finish(results | self.results(), device)
         barrier()
@@ -183,6 +186,14 @@ class TrainingStage(Stage):
             max_skipped=engine_config.max_skipped,
             stop_requested=stop_requested,
             selects_by_sts=self.selects_by_sts,
+        )
+
+    def _out_of_memory(self) -> str:
+        size, name = self.train.micro_batch, self.name
+        smaller = f"set {name}.micro_batch={size // 2}, " if size > 1 else ""
+        return (
+            f"{name}: out of device memory with {name}.micro_batch {size}: {smaller}engine.activation_checkpointing=true, or a"
+            " higher ZeRO stage"
         )
 
     @property

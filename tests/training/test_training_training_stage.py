@@ -17,6 +17,7 @@ from distill.config import load_config, stage_of
 from distill.run.files import write_json
 from distill.student.fingerprint import student_fingerprint
 from distill.training.dashboard import describe_run
+from distill.training.loop import Trainer
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",
           "simcse.lr=1e-3", "simcse.dev_every=100", "engine.precision=fp32")  # fmt: skip
@@ -27,6 +28,23 @@ def test_every_module_is_in_training_mode_from_the_first_step(embedded_copy, nam
     stage = stage_of(load_config(embedded_copy[0]), name)
     task = stage.build(stage.setup(torch.device("cpu"), None))
     assert all(module.training for module in task.module.modules())
+
+
+def train_without_memory(config, *overrides) -> str:
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    Trainer.run = run
+    with pytest.raises(ValueError) as error:
+        train_stage(config, "ckd", overrides)
+    return str(error.value)
+
+
+def test_out_of_memory_names_a_smaller_micro_batch(embedded_copy):
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0])
+    assert message.startswith("ckd: out of device memory with ckd.micro_batch 8: set ckd.micro_batch=4, engine.")
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], "ckd.micro_batch=1")
+    assert message.startswith("ckd: out of device memory with ckd.micro_batch 1: engine.activation_checkpointing=true")
 
 
 @pytest.mark.parametrize("name", ["ckd", "simcse"])
