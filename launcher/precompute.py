@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command, slurm_job
 from launcher.rank_log import RankLog
-from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
+from launcher.rendezvous import exiting_together, integer, rank_from_environment, start_process_group
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -78,7 +78,7 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     rank = rank_from_environment() if sharded else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        local = integer("LOCAL_RANK" if "LOCAL_RANK" in os.environ else "SLURM_LOCALID", "0")
         device = torch.device("cuda", local % torch.cuda.device_count())
     with ExitStack() as stack:
         if sharded:

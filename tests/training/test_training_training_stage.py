@@ -11,6 +11,7 @@ import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
 from engines import train_stage
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
@@ -117,3 +118,19 @@ def test_the_row_of_the_hparams_table_names_the_teacher(tmp_path, tiny_encoder):
     data = HParamsPluginData.FromString(row.value[0].metadata.plugin_data.content)
     hparams = data.session_start_info.hparams
     assert hparams["teacher"].string_value == str(tiny_encoder) and hparams["stage"].string_value == "ckd"
+
+
+def test_terms_of_the_loss_have_charts_of_their_own_and_sts_only_where_it_is_evaluated(tmp_path, tiny_encoder):
+    def shown(name: str, *overrides: str) -> dict[str, list[str]]:
+        stage = stage_of(load_config(write_config(tmp_path, tiny_encoder), list(overrides)), name)
+        _, (found, _) = describe_run(stage.context, name, stage.settings("result"), torch.device("cpu"))
+        groups = Layout.FromString(found.value[0].tensor.string_val[0]).category
+        return {chart.title: list(chart.multiline.tag) for group in groups for chart in group.chart}
+
+    charts = shown("ckd", "ckd.weights={ckd: 1.0, congen: 0.5}")
+    assert charts["ckd and its reference"] == ["^loss/ckd$", "^reference_loss/ckd$"]
+    assert charts["congen and its reference"] == ["^loss/congen$", "^reference_loss/congen$"]
+    assert not any("loss/.*" in tag for tags in charts.values() for tag in tags)
+    assert "contrast and its reference" in shown("finetune") and "pca and its reference" in shown("hpd")
+    sts = "STS-B dev, student and teacher"
+    assert sts not in charts and sts in shown("ckd", f"evaluate.sts={tmp_path}")
