@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
+import fcntl
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from distill.run.allocator import keep_freed_memory
+    from distill.run.temporary import TemporaryError
     from distill.run.terminal import TerminalHandler
 except ModuleNotFoundError as missing:
     print(
@@ -29,11 +33,17 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     import torch
 
-FIXABLE = (ValueError, OSError, FloatingPointError)  # by the user, as the message says
+    from distill.run.stopping import StopRequest
+
+FIXABLE = (ValueError, OSError, FloatingPointError)  # reported in one line
+# of an OSError that the user has to fix; others, of a network or a file system, may not come again
+FINAL_ERRORS = {"ENOENT", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EEXIST"}
 CONTINUES = "the same command continues from here"
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
+STARTED = time.time()
 PARENT = "DISTILL_PARENT"  # id of the pipeline's process: the commands that it starts end with it
+IN_PIPELINE = "DISTILL_IN_PIPELINE"  # set for the commands of a pipeline, on any node
 
 USER_ERROR = 2  # the exit code of an error whose message says how to fix it
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, and the same command continues
@@ -91,39 +101,64 @@ def set_environment() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # gloo prints a page for what it raises as well
 
 
-def run(work: Callable[[], int | None], *, rank: int = 0, show_traceback: bool = False) -> int:
+def run(work: Callable[[], int | None], *, show_traceback: bool = False) -> int:
     """Runs `work`, prints its error and returns its exit code.
 
-    That is its own; 2 with a one-line error for what a user can fix, 1 for any other error, 75 if it was stopped, 130 on
+    That is its own; 2 with a one-line error for what a user has to fix, 1 for any other error, 75 if it was stopped, 130 on
     Ctrl-C.
     """
-    prefix = f"rank {rank}: " if rank else ""
     log_to_terminal()
     try:
         return work() or 0
     except KeyboardInterrupt as stop:
         code = exit_code(stop)
-        print(f"{prefix}{'stopped' if code == STOPPED else 'interrupted'}; {CONTINUES}", file=sys.stderr)
+        print(f"{_prefix()}{'stopped' if code == STOPPED else 'interrupted'}; {CONTINUES}", file=sys.stderr)
         return code
     except Exit as end:
         return int(end.args[0])
     except Exception as error:
         if show_traceback or not isinstance(error, FIXABLE):
             traceback.print_exc()
-        print(f"{prefix}error: {describe(error)}", file=sys.stderr)
+        print(f"{_prefix()}error: {describe(error)}", file=sys.stderr)
         return exit_code(error)
+
+
+def _prefix() -> str:
+    """Which rank prints a line; rank 0 and a process alone do not say."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) -> None:
     """Runs a stage of the run that the arguments describe, unless it is finished and nothing it depends on has changed."""
     from distill.config import load_config
 
-    stage = load_config(arguments.config, arguments.overrides).stage_of(name)
+    config = load_config(arguments.config, arguments.overrides)
+    stage = config.stage_of(name)
     if stage.reason_to_run() is None:
         print(f"{name}: done already; nothing it depends on has changed")
         return
     set_up_libraries()
-    stage.run(device)
+    with only_one(config.run_dir / f".{name}.lock"):
+        stage.run(device)
+
+
+def remove_left_over(stop: StopRequest) -> None:
+    """Removes a file STOP that is not of this start, and reports it."""
+    if stop.remove_left_over(STARTED):
+        print(f"removed {stop.file}, which an earlier start has left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Holds a stage's lock as long as this process lives. Raises TemporaryError if another process runs the stage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TemporaryError(f"{path}: another process runs this stage; wait for it, or end it") from None
+        yield
 
 
 def log_to_terminal() -> None:
@@ -150,7 +185,9 @@ def exit_code(error: BaseException) -> int:
     """The exit code that an error ends a command with."""
     if isinstance(error, KeyboardInterrupt):
         return STOPPED if isinstance(error, Terminated) else INTERRUPTED
-    return USER_ERROR if isinstance(error, FIXABLE) and not isinstance(error, TimeoutError) else 1
+    if isinstance(error, OSError):
+        return USER_ERROR if errno.errorcode.get(error.errno or 0) in FINAL_ERRORS else 1
+    return USER_ERROR if isinstance(error, FIXABLE) else 1
 
 
 def stop_on_signals() -> None:
@@ -215,7 +252,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_one_of_many_ranks() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 _REMEDIES = {

@@ -56,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="the time that it takes at most (120)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
-    rank = rank_from_environment()
-    return command.run(lambda: diagnose(arguments, started), rank=rank, show_traceback=arguments.traceback)
+    return command.run(lambda: diagnose(arguments, started), show_traceback=arguments.traceback)
 
 
 def diagnose(arguments: argparse.Namespace, started: float) -> int:
     """Examines this node together with the others; returns the exit code."""
+    rank_from_environment()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the findings report what fails
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     faulthandler.dump_traceback_later(arguments.timeout + GRACE, exit=True, file=2)  # stderr; works even where the GIL is held

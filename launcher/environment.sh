@@ -12,7 +12,7 @@ fi
 if [ -n "${DISTILL_CONTAINER:-}" ]; then
   # shellcheck disable=SC2206  # options are meant to be split
   python=(apptainer exec ${DISTILL_CONTAINER_OPTIONS:-} --bind "$PWD" --env "PYTHONPATH=$PWD" "$DISTILL_CONTAINER" python)
-  export DISTILL_PYTHON="${python[*]}" # in the container, srun starts the container on the other nodes
+  export DISTILL_PYTHON="${python[*]@Q}" # in the container, srun starts the container on the other nodes
 elif [ -x .venv/bin/python ]; then
   python=(.venv/bin/python)
 else

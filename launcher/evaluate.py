@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.local_rank is not None:
         command.end_with_parent()
-    rank = this_rank()
-    return command.run(lambda: evaluate(args), rank=rank, show_traceback=args.traceback)
+    return command.run(lambda: evaluate(args), show_traceback=args.traceback)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -164,6 +163,7 @@ def compare(first: str, second: str) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    rank_from_environment()
     if args.compare:
         print(compare(*args.compare))
         return 0
@@ -194,13 +194,6 @@ def evaluate_run(args: argparse.Namespace) -> int:
 
     command.run_stage(args, "evaluate", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return 0
-
-
-def this_rank() -> int:
-    """The rank of this process. Slurm's variables are used only in a step of several tasks: a batch script has them too."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return 0
-    return rank_from_environment()
 
 
 if __name__ == "__main__":

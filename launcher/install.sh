@@ -38,8 +38,9 @@ numbers = lambda version: [int(part) for part in version.split("+")[0].split("."
 print(torch.__version__ if numbers(torch.__version__) >= numbers(sys.argv[1]) else "")
 PY
 )
-  if [ ! -x "$venv/bin/python" ]; then
-    "$python" -m venv ${own_torch:+--system-site-packages} "$venv"
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    [ ! -e "$venv" ] || say "$venv is incomplete: it is made anew"
+    "$python" -m venv --clear ${own_torch:+--system-site-packages} "$venv"
   fi
   local pip=("$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)
   # shellcheck disable=SC2206  # words are meant to be split

@@ -36,6 +36,7 @@ LAUNCHER = Path(__file__).resolve().parent
 WAIT_FOR_RANKS = 60  # seconds from the exit of a training stage's first rank to that of its last
 ASK_TO_STOP = signal.SIGUSR1  # srun passes it on to its tasks; of SIGTERM it kills them
 STOPPED_CODES = (command.INTERRUPTED, *(128 + each for each in (ASK_TO_STOP, signal.SIGTERM, signal.SIGKILL)))
+WAIT_FOR_TASKS = 2.0  # seconds until it is seen again whether other tasks have finished
 GRACE = 20.0  # seconds that the other processes of a stage have to exit once one has failed
 
 
@@ -54,6 +55,7 @@ def run_pipeline(arguments: argparse.Namespace) -> int:
     if not arguments.srun:
         pipeline.begin()
         return pipeline.run_stages()
+    slurm_job.check_environment("--srun")
     begun = None
     try:
         begun = slurm_job.progress(config)
@@ -117,6 +119,7 @@ class Pipeline:
         from distill.run.stopping import StopRequest
 
         stop = StopRequest(self.config.run_dir / "STOP")
+        command.remove_left_over(stop)
         signals = Signals(stop)
         with command.listening(signals.on_signal):
             ran = False
@@ -180,20 +183,59 @@ class Pipeline:
         return self.run_all(commands, signals, threads=threads, environments=local_environments(ranks), stops_by_file=True)
 
     def precompute(self, same: list[str], cores: int, signals: Signals) -> int:
-        """The text first, once; then tasks side by side."""
-        script, tasks = [str(LAUNCHER / "precompute.py"), *same], self.config.teacher.tasks
+        """The text first, once; then tasks side by side, and again where tasks of others have left shards out."""
+        script = [str(LAUNCHER / "precompute.py"), *same]
         if code := self.run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
             return code
+        num_missing = None
+        while not (code := self.run_tasks(script, cores, signals)) and (left := self.wait_for_others(signals)):
+            if signals.stop.is_requested:
+                return command.STOPPED
+            if left == num_missing:  # the next stage says what is wrong
+                break
+            num_missing = left
+        return code
+
+    def run_tasks(self, script: list[str], cores: int, signals: Signals) -> int:
+        """The tasks of the precompute stage on this machine or on the nodes of the job; returns the exit code."""
+        tasks = self.tasks_per_node()
         if self.arguments.srun:
-            srun, threads = slurm_job.srun_python(num_gpus() or tasks)
+            srun, threads = slurm_job.srun_python(tasks)
             return self.run_all([[*srun, *script]], signals, threads=threads)
         if self.config.teacher.placement == "zero3":
-            tasks = ranks_per_node(self.config)
             environments = local_environments(tasks)
         else:
             environments = [{"LOCAL_RANK": str(number)} for number in range(tasks)]  # where each finds its GPU
         commands = [[sys.executable, *script]] * tasks
         return self.run_all(commands, signals, threads=max(1, cores // tasks), environments=environments)
+
+    def tasks_per_node(self) -> int:
+        """The processes of the precompute stage on a node: a teacher placed by accelerate uses all of its devices in one."""
+        teacher = self.config.teacher
+        if teacher.placement == "auto":
+            return 1
+        if teacher.placement == "zero3":
+            return ranks_per_node(self.config)
+        return num_gpus() or teacher.tasks if self.arguments.srun else teacher.tasks
+
+    def wait_for_others(self, signals: Signals) -> str | None:
+        """What is left of the stage, in words, once no task of another command makes it; None if nothing is."""
+        from distill.teacher.claims import Claims
+        from distill.teacher.precompute import PrecomputeStage
+
+        stage, claims = self.config.stage_of("precompute"), Claims()
+        assert isinstance(stage, PrecomputeStage)
+        is_waiting = False
+        while (reason := stage.reason_to_run()) is not None:
+            missing = stage.missing_shards()
+            if not missing or not all(claims.state(claim) in ("live", "unknown") for claim in missing):
+                return f"{reason}, {len(missing)} shards"
+            if not is_waiting:
+                print(f"precompute: waiting for {len(missing)} shards that tasks of another command make", flush=True)
+            is_waiting = True
+            if signals.stop.wait(WAIT_FOR_TASKS):
+                break
+        return reason
 
     def run_all(
         self,
@@ -209,7 +251,7 @@ class Pipeline:
         A stop is passed on: by the file STOP to ranks, which stop together, by a signal to others. Returns the exit code of the
         first that failed, 0 if none did, and STOPPED for processes that were ended because of a stop.
         """
-        shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+        shared = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | {command.IN_PIPELINE: "1"}
         if not self.arguments.srun:  # the tasks of srun have another parent, on other nodes
             shared[command.PARENT] = str(os.getpid())
         own = environments or [{}] * len(commands)
@@ -224,8 +266,7 @@ class Pipeline:
             if signals.stop.is_requested and not passed_on:
                 passed_on = True
                 if stops_by_file:
-                    assert signals.stop.file is not None
-                    signals.stop.file.touch()
+                    signals.stop.pass_on()
                 else:
                     send(processes, ASK_TO_STOP)
             if deadline == math.inf and code:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher import command, slurm_job
 from launcher.rank_log import RankLog
-from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
+from launcher.rendezvous import exiting_together, integer, rank_from_environment, start_process_group
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -38,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job if it is asked to stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    return command.run(lambda: precompute_or_requeue(arguments), rank=rank, show_traceback=arguments.traceback)
+    return command.run(lambda: precompute_or_requeue(arguments), show_traceback=arguments.traceback)
 
 
 def precompute_or_requeue(arguments: argparse.Namespace) -> int:
     from distill.config import load_config
 
+    if arguments.requeue:
+        slurm_job.check_environment("--requeue")
     config, begun = load_config(arguments.config, arguments.overrides), None
     try:
         begun = slurm_job.progress(config) if arguments.requeue else None
@@ -60,6 +61,7 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     import torch
 
     from distill.config import open_run, stage_of
+    from distill.run.precision import autocast_dtype
     from distill.teacher.precompute import PrecomputeStage
 
     open_run(config, ["precompute"])
@@ -76,11 +78,13 @@ def precompute(config: RunConfig, *, text_only: bool) -> int:
     rank = rank_from_environment() if sharded else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        local = integer("LOCAL_RANK" if "LOCAL_RANK" in os.environ else "SLURM_LOCALID", "0")
         device = torch.device("cuda", local % torch.cuda.device_count())
     with ExitStack() as stack:
         if sharded:
             stack.enter_context(RankLog(config.precompute_dir.with_name("logs"), "precompute", rank))
+            stage.prepare()  # which may take longer than a collective's timeout: ranks wait for a file lock
+            stage.identify(autocast_dtype(config.teacher.precision, device))
             start_process_group(config.engine.timeout)
             heartbeats = config.precompute_dir.with_name(".precompute.ranks")
             stack.enter_context(exiting_together(heartbeats, device, config.engine.timeout, lambda: command.CONTINUES))

@@ -7,13 +7,15 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.run import cores
 from distill.run.heartbeats import RankHeartbeats
+from distill.run.temporary import TemporaryError
 from launcher import command, slurm_job
 from launcher.rank_log import log_to_file, show_on_terminal
 
@@ -23,15 +25,39 @@ if TYPE_CHECKING:
 RANK_0_FIRST = 1.0  # seconds in which rank 0 may report what all ranks have found
 
 
+OF_A_RANK = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
 def rank_from_environment() -> int:
-    """Sets RANK, WORLD_SIZE and LOCAL_RANK from Slurm's names if nobody has set them; returns the rank."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-        os.environ.update({ours: os.environ[slurm] for ours, slurm in names.items()})
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    return int(os.environ["RANK"])
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK if nobody has set them; returns the rank. Raises ValueError if they do not fit.
+
+    Slurm's variables are used only in a step of several tasks: a batch script has SLURM_PROCID and SLURM_NTASKS too.
+    """
+    names: Sequence[str] = list(OF_A_RANK)
+    if not os.environ.keys() & set(names):
+        if integer("SLURM_STEP_NUM_TASKS", "1") == 1:
+            os.environ |= ALONE
+        else:
+            names = list(OF_A_RANK.values())
+    if absent := [name for name in names if name not in os.environ]:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise ValueError(f"{' and '.join(absent)} not set, but {found}: set all of {', '.join(names)}, or none")
+    rank, world_size, local_rank = map(integer, names)
+    if not 0 <= rank < world_size or not 0 <= local_rank < world_size:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise ValueError(f"{found} do not fit: the ranks of W processes are 0 to W - 1")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    return rank
+
+
+def integer(name: str, default: str | None = None) -> int:
+    """An environment variable that holds a whole number. Raises ValueError if it does not, or is not set."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value or "")
+    except ValueError:
+        raise ValueError(f"{name} is {'not set' if value is None else repr(value)}: it must be a whole number") from None
 
 
 def local_environments(ranks: int) -> list[dict[str, str]]:
@@ -59,8 +85,8 @@ def ranks_per_node(config: RunConfig) -> int:
 def num_cores(local_world_size: int = 1) -> int:
     """The cores that the ranks of this machine share: those of this process, or of the Slurm step that binds each to a part."""
     if local_world_size > 1 and "SLURM_CPUS_ON_NODE" in os.environ:
-        return int(os.environ["SLURM_CPUS_ON_NODE"])
-    return len(os.sched_getaffinity(0))
+        return integer("SLURM_CPUS_ON_NODE")
+    return cores.num_cores()
 
 
 def check_batch(config: RunConfig, stage: str, world_size: int) -> None:
@@ -71,7 +97,10 @@ def check_batch(config: RunConfig, stage: str, world_size: int) -> None:
 
 
 def start_process_group(timeout: float) -> Any:
-    """Joins the other ranks, unless this process has; returns this rank's device. Raises ValueError if the port is taken."""
+    """Joins the other ranks, unless this process has; returns this rank's device.
+
+    Raises TemporaryError if the port is taken, and TimeoutError if not all ranks join.
+    """
     import logging
 
     import torch
@@ -104,7 +133,7 @@ def start_process_group(timeout: float) -> Any:
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=limit, auto_mpi_discovery=False, verbose=False)
     except Exception as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            raise ValueError(
+            raise TemporaryError(
                 f"port {os.environ['MASTER_PORT']} is in use on {os.environ['MASTER_ADDR']}: choose another, --master_port N"
             ) from None
         if is_collective_failure(error):

@@ -24,7 +24,25 @@ if TYPE_CHECKING:
 
 MAX_WITHOUT_PROGRESS = 3
 SLURM_TIMEOUT = 10.0  # seconds for an answer of a Slurm client
+OF_A_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_ON_NODE")
+KEPT = ("*/cache/**/*.npy", "*/triplets.npy", "measured/*.json")  # what a stage keeps before it is finished
 FINAL = (0, 2, command.INTERRUPTED)  # exit codes after which another start is of no use, or not wanted
+
+
+def check_environment(option: str) -> None:
+    """Raises ValueError where this process is not in a Slurm job, or its variables are not what Slurm sets."""
+    if absent := [name for name in OF_A_JOB if not os.environ.get(name)]:
+        missing = " and ".join(absent)
+        raise ValueError(f"{option} is for a Slurm job, and {missing} not set here: submit it with sbatch, or leave it out")
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_CPUS_ON_NODE", "SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(f"{name} is {os.environ[name]!r}: it must be a whole number, as Slurm sets it")
+
+
+def job_id() -> str:
+    """The id by which Slurm knows this job alone. One task of an array has the array's id, which means all of its tasks."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
 def srun_python(ranks_per_node: int, *, wait: int = 0) -> tuple[list[str], int]:
@@ -51,13 +69,19 @@ def hostnames(nodes: str) -> list[str]:
 
 
 def rendezvous() -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT: the first node, and a port of no other job, nor of an earlier start of this one."""
+    """MASTER_ADDR and MASTER_PORT: the first node, and a port of no other job, nor of an earlier start of this one.
+
+    What the user has exported stays. The ports are below those that Linux gives to clients.
+    """
+    exported = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
+    if len(exported) == 2:
+        return exported
     try:
         first = hostnames(os.environ["SLURM_JOB_NODELIST"])[0]
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(f"Slurm does not give the nodes of this job ({error}): export MASTER_ADDR and MASTER_PORT") from None
     number = int(os.environ["SLURM_JOB_ID"]) + 1009 * restarts()
-    return {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + number % 20000)}
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(10000 + number % 20000)} | exported
 
 
 def maybe_requeue(config: RunConfig, code: int, begun: dict[str, Any] | None) -> int:
@@ -65,7 +89,7 @@ def maybe_requeue(config: RunConfig, code: int, begun: dict[str, Any] | None) ->
 
     `begun`: the run's progress when this start began; None if it was stopped before that was known.
     """
-    record = config.run_dir / f".job-{os.environ['SLURM_JOB_ID']}.json"
+    record = config.run_dir / f".job-{job_id()}.json"
     if code in FINAL:
         record.unlink(missing_ok=True)
         return code
@@ -107,7 +131,7 @@ def _remedy(code: int) -> str:
 
 def requeue() -> None:
     """Asks Slurm to requeue this job, once it has ended."""
-    scontrol = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    scontrol = ["scontrol", "requeue", job_id()]
     try:
         asked = subprocess.run(scontrol, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
@@ -131,7 +155,7 @@ def state() -> dict[str, str]:
     Restarts has increased; Reason is TimeLimit if the job ran past its limit. PreemptTime is of this start, None if not
     preempted.
     """
-    asked = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    asked = ["scontrol", "--oneliner", "show", "job", job_id()]
     try:
         shown = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SLURM_TIMEOUT).stdout
     except (OSError, subprocess.SubprocessError):
@@ -148,12 +172,13 @@ def progress(config: RunConfig) -> dict[str, Any]:
     steps = {stage: checkpoint_steps(config.run_dir / stage) for stage in TRAINING_STAGES}
     text = 0
     with suppress(FileNotFoundError):  # another task renames it
-        for path in config.precompute_dir.glob("text*/*"):
-            text += path.stat().st_size
+        for path in config.precompute_dir.glob("text*/**/*"):
+            text += path.stat().st_size if path.is_file() else 0
     shards = len(list(config.shards_dir.glob("**/*.tar")))
+    kept = sum(1 for pattern in KEPT for _ in config.run_dir.glob(pattern))
     newest = {stage: found[-1] for stage, found in steps.items() if found}
-    return {"done": done, "steps": newest, "text": text, "shards": shards}
+    return {"done": done, "steps": newest, "text": text, "shards": shards, "kept": kept}
 
 
 def report(line: str) -> None:
-    print(f"job {os.environ['SLURM_JOB_ID']}: {line}", file=sys.stderr, flush=True)
+    print(f"job {job_id()}: {line}", file=sys.stderr, flush=True)

@@ -11,19 +11,19 @@ On a machine without GPUs, `deepspeed --num_gpus N` starts N ranks on its proces
 SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or a file runs/NAME/STOP, stop all ranks after the same step, with a checkpoint; the
 same command continues from there. So does Ctrl-C; a second one ends at once.
 
-Exit codes: 0 done; 75 stopped on request; 130 stopped by Ctrl-C; 2 an error that its message says how to fix; else a failure.
+Exit codes: 0 done; 75 stopped on request; 130 stopped by Ctrl-C; 2 an error that the user has to fix, as its message says; else
+a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.local_rank is not None:
         command.end_with_parent()
-    rank = rank_from_environment()
-    return command.run(lambda: train(arguments, rank), rank=rank, show_traceback=arguments.traceback)
+    return command.run(lambda: train(arguments), show_traceback=arguments.traceback)
 
 
-def train(arguments: argparse.Namespace, rank: int) -> int:
+def train(arguments: argparse.Namespace) -> int:
     """Runs the stage on this rank, together with the others; returns the exit code."""
+    rank = rank_from_environment()
     stop = RankStop(rank)
     with command.listening(stop.on_signal):
         try:
@@ -72,6 +72,8 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
     if stop.rank == 0:
         open_run(config, [config.stage])
         stop.request = StopRequest(config.run_dir / "STOP")
+        if command.IN_PIPELINE not in os.environ:
+            command.remove_left_over(stop.request)
     with RankLog(config.run_dir / "logs", config.stage, stop.rank) as log:
         command.set_up_libraries()
         device = start_process_group(config.engine.timeout)
@@ -93,7 +95,7 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
                 return stop.request.is_requested
 
             if reason is not None:
-                with only_one(config.run_dir / f".{stage.name}.lock") if stop.rank == 0 else nullcontext():
+                with command.only_one(config.run_dir / f".{stage.name}.lock") if stop.rank == 0 else nullcontext():
                     try:
                         stage.run(device, stop_requested)
                     except Stopped as stopped:
@@ -127,17 +129,6 @@ class RankStop:
             print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         self.interrupted |= is_interrupt
         self.request.request()
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Holds a lock as long as this process lives. Raises ValueError if another process trains here."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is training this stage; wait for it, or end it") from None
-        yield
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@
                on the hub           splits train, test and validation with the same columns
 
 What cannot be read is a ValueError that names the file and line or the dataset. Documents and queries are in the order of a
-hash of their ids: no result depends on the order of the files' lines, not even where documents have equal scores.
+hash of their ids: no result depends on the order of the lines of files, not even where scores are equal. A hub that does not
+answer is a TemporaryError.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distill.corpus.rows import text_of
+from distill.run.temporary import hub_error
 
 PREFIX = "hub:"
 NUMBERED = ("_id", "query-id", "corpus-id", "label")  # columns that may hold whole numbers
@@ -31,7 +32,8 @@ def hub_rows(
 ) -> Iterable[tuple[Any, ...]]:
     """The values of `columns` in one split of a hub dataset, downloaded once; an absent column is its default in every row.
 
-    A null text is an empty string, as in files; ids and labels may be whole numbers. Raises ValueError for other types.
+    A null text is an empty string, as in files; ids and labels may be whole numbers. Raises ValueError for other types,
+    and TemporaryError if the hub does not answer.
     """
     import datasets
 
@@ -76,4 +78,4 @@ def _hub_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot read {where}: {error}; without a connection, name a folder of files instead") from error
+        raise hub_error(f"cannot read {where}: {error}; without a connection, name a folder of files instead", error) from error

@@ -18,6 +18,7 @@ from typing import Any
 from distill.corpus.rows import file_format, read_rows, rows_of
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import DigestCache, fingerprint
+from distill.run.temporary import hub_error
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -93,7 +94,7 @@ def read_dataset(
 ) -> Iterator[tuple[str, ...]]:
     """The values of `fields`, in that order, of every row of a Hugging Face dataset, streaming; a null is an empty string.
 
-    Raises ValueError naming the dataset and, for an unknown field, those it has.
+    Raises ValueError naming the dataset and, for an unknown field, those it has; TemporaryError if the hub does not answer.
     """
     _refuse_url(name, "name")
     import datasets
@@ -110,7 +111,7 @@ def read_dataset(
             for values in zip(*(batch[field] for field in fields), strict=True):
                 yield from rows_of(values, wheres)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot read the {where}: {error}") from error
+        raise hub_error(f"cannot read the {where}: {error}", error) from error
 
 
 def source_files(config: TextConfig) -> list[Path]:

@@ -27,6 +27,7 @@ from distill.plan.devices import DeviceTable, local_devices
 from distill.plan.planner import Inputs, plan_stage
 from distill.plan.shapes import stage_chain
 from distill.run.collectives import barrier, from_rank_0
+from distill.run.cores import num_cores
 from distill.run.files import read_json, write_json
 from distill.run.precision import autocast_dtype
 from distill.shards import ShardReader, fingerprint, finish, write_shard
@@ -212,7 +213,7 @@ def _run_rank(rank: int, config: RunConfig, environments: Sequence[dict[str, str
         os.dup2(log.fileno(), 2)
     os.environ |= environments[rank]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(environments)))
+        torch.set_num_threads(max(1, num_cores() // len(environments)))
     try:
         write_json(folder / f"rank-{rank}.json", measure(config, join(config.engine.timeout)))
     except (ValueError, OSError, FloatingPointError) as error:

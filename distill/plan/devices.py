@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 import distill
 from distill.config import RunConfig
+from distill.run.cores import num_cores
 from distill.run.precision import autocast_dtype
 
 TABLES = Path(distill.__file__).parents[1] / "configs" / "plan"
@@ -115,7 +116,7 @@ def local_devices() -> tuple[str, int]:
     """The name that the driver gives this machine's GPUs, or "cpu", and their number; of a CPU, that of its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.device_count()
-    return "cpu", len(os.sched_getaffinity(0))
+    return "cpu", num_cores()
 
 
 def find_cluster(

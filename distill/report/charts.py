@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ CSS_COLORS |= {color: f"var(--series-{number})" for number, color in enumerate(S
 MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.")  # cycles of different lengths: 60 series differ
 MAX_MARKERS = 40  # points of a series; a longer one is a plain line
 MAX_LEGEND_BELOW = 6  # series; a longer legend is beside the axes
+SAME_SPOT = 0.02  # of the width and height of the values: points that are nearer hide one another
 MIN_SPAN = 0.01  # of the largest value: a narrower range of y is widened, so that noise does not fill a chart
 
 
@@ -74,9 +76,10 @@ class Chart:
                 axes.bar(low, height, high - low, align="edge", color=SERIES[0], edgecolor=WHITE, linewidth=0.5)[0]
                 for low, high, height in self.bars
             ]
-            numbers = count()
+            numbers, around = count(), _overlaps(list(self.series.values()), self.x_log2)
             lines = [
-                _plot(axes, label, points, None if label == TEACHER else next(numbers)) for label, points in self.series.items()
+                _plot(axes, label, points, None if label == TEACHER else next(numbers), hidden)
+                for (label, points), hidden in zip(self.series.items(), around, strict=True)
             ]
             for number, artist in enumerate([*bars, *lines]):
                 artist.set_gid(f"values-{number}")
@@ -146,8 +149,32 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
 
 
-def _plot(axes: Axes, label: str, points: Sequence[Point], number: int | None) -> Line2D:
-    """Adds a series in the style of its number, None for the teacher's."""
+def _overlaps(series: Sequence[Sequence[Point]], x_log2: bool) -> list[int]:
+    """How many series' markers lie around one another where a marker of each series would hide those of earlier ones."""
+    places = [
+        np.array([(math.log2(x) if x_log2 and x > 0 else x, y) for x, y, *_ in _finite(points)]).reshape(-1, 2)
+        if len(points) <= MAX_MARKERS
+        else np.empty((0, 2))
+        for points in series
+    ]
+    every = np.concatenate([*places, np.empty((0, 2))])
+    near = SAME_SPOT * (np.ptp(every, axis=0) if len(every) else np.zeros(2))
+    found: list[int] = []
+    for number, here in enumerate(places):
+        below = [
+            found[earlier] + 1
+            for earlier, there in enumerate(places[:number])
+            if (abs(here[:, None] - there[None]) <= near).all(axis=2).any()
+        ]
+        found.append(max(below, default=0))
+    return found
+
+
+def _plot(axes: Axes, label: str, points: Sequence[Point], number: int | None, hidden: int) -> Line2D:
+    """Adds a series in the style of its number, None for the teacher's.
+
+    hidden: how many series' markers it would hide; it then has larger, hollow markers around theirs.
+    """
     finite = _finite(points)
     color, marker, dash = MUTED, "X", DASHES[0]
     if number is not None:
@@ -155,6 +182,8 @@ def _plot(axes: Axes, label: str, points: Sequence[Point], number: int | None) -
     dash, marker = dash if len(points) > 1 else "", marker if len(points) <= MAX_MARKERS else ""
     xs, ys = [point.x for point in finite], [point.y for point in finite]
     (line,) = axes.plot(xs, ys, color=color, linestyle=dash, marker=marker)
+    if hidden:
+        line.set(markersize=line.get_markersize() * (1 + 0.8 * hidden), markerfacecolor="none")
     for x, y, interval, beside in finite:
         if interval and all(map(math.isfinite, interval)):
             axes.vlines(x, *interval, color=color, linewidth=1)

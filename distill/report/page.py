@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from distill.config import RunConfig
 from distill.export.card import public
@@ -44,6 +45,7 @@ def write_report(config: RunConfig) -> Path:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"shortened": _shortened, "number": "{:,}".format, "bytes": format_bytes, "quoted": shlex.quote}
+    environment.filters["breakable"] = breakable
     path = config.run_dir / "report.html"
     with publish(path) as file:
         file.write(environment.get_template("page.html").render(_context(config, results)).encode())
@@ -128,6 +130,11 @@ def _shared_chart(neighbours: dict[str, Any]) -> Chart:
     bars = [(number - 0.5, number + 0.5, count) for number, count in enumerate(neighbours["shared"])]
     xlabel = f"nearest by the teacher that the student finds, of {neighbours['nearest']}"
     return Chart("How many neighbours are shared", xlabel, "texts", bars=bars)
+
+
+def breakable(name: str) -> Markup:
+    """A name that a narrow column breaks after a slash or underscore, never inside a word."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))  # safe: escaped, and no entity has these characters
 
 
 def _shortened(text: str) -> str:

@@ -49,6 +49,15 @@ def barrier() -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
+def any_rank(value: bool) -> bool:
+    """Whether `value` is true on any rank."""
+    if not is_distributed():
+        return value
+    found = torch.tensor(value, dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:
     """Each scalar summed over ranks; every rank passes the same names."""
     values = add_over_ranks(torch.stack([sums[name].reshape(()) for name in sorted(sums)]))
@@ -66,7 +75,7 @@ def from_rank_0(value: Any, device: torch.device, group: Any = None) -> Any:
     if rank() == 0:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(data, src=0, group=group)
-    return json.loads(bytes(data.cpu().tolist()))
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ RECORD_BYTES = 1024
 BEAT = 1.0
 SILENCE = 6.0  # seconds without a heartbeat after which a rank counts as lost
 PRECEDENCE = 1.0  # seconds in which rank 0, whose terminal is seen, is elected first: a disconnected rank reaches nobody
+NEAR = 16  # ranks to either side, which as a rule include those of the same machine
+POLL = 0.1  # seconds from one look at the ranks nearby to the next, with up to POLLERS ranks; more ranks wait longer
+POLLERS = 64
+READS = 20_000  # files that all ranks together open in a second until one has found what happened
 PATIENCE = 5.0  # seconds in which a rank must exit by itself once another has reported why; then it is ended
 
 
@@ -68,14 +72,26 @@ class RankHeartbeats:
     def diagnose(self, failure: str, timeout: float) -> str:
         """What happened to the other ranks, after a collective failed with `failure`; '' if another rank reports it.
 
-        Takes up to SILENCE seconds. Ranks that are stopped on this machine are killed: they would stay behind, since what ends
-        the rest, a launcher's SIGTERM, does not reach them. That comes after `elect`, or another rank would find them killed.
+        Takes up to SILENCE seconds. Every rank looks at those nearby, of its machine; at all others one rank after the other,
+        the lowest first, as their number grows with the square of the ranks'. Ranks that are stopped on this machine are
+        killed: they would stay behind, since what ends the rest, a launcher's SIGTERM, does not reach them. That comes after
+        `elect`, or another rank would find them killed.
         """
         self._has_failed = True
         self._beat()
-        since, first = time.monotonic(), self._records()
+        begun = next_look = time.monotonic()
+        since, first, poll = 0.0, dict[int, Record](), POLL * max(1, self.world_size / POLLERS)
+        wait_for_lower = self.rank * self.world_size / READS if self.world_size > 2 * NEAR else 0.0
         while self.elected_code is None:
-            message, ended = self._diagnose_once(failure, timeout, first, time.monotonic() - since > SILENCE)
+            time.sleep(max(0.0, min(next_look - time.monotonic(), BEAT)))
+            if (now := time.monotonic()) < next_look:
+                continue
+            next_look = now + poll
+            sees_all = now - begun >= wait_for_lower
+            self._read_records(range(self.world_size) if sees_all else self._nearby)
+            if sees_all and not first:
+                since, first = now, dict(self._seen)
+            message, ended = self._diagnose_once(failure, timeout, first, bool(first) and now - since > SILENCE)
             if message:
                 if self.rank > 0:
                     time.sleep(PRECEDENCE)
@@ -83,19 +99,21 @@ class RankHeartbeats:
                     break
                 _kill(ended)
                 return f"after step {self.step}: {message}"
-            time.sleep(0.1)
         return ""
 
-    def _diagnose_once(self, failure: str, timeout: float, first: list[Record], is_late: bool) -> tuple[str, list[Record]]:
-        """What is known now, '' for nothing yet, and the ranks to be killed; `first`: the records SILENCE seconds ago."""
+    def _diagnose_once(self, failure: str, timeout: float, first: dict[int, Record], is_late: bool) -> tuple[str, list[Record]]:
+        """What is known now, '' for nothing yet, and the ranks to be killed.
+
+        first: the records SILENCE seconds ago; {} while only those of the ranks nearby have been read.
+        """
         limit = f"{timeout:g} s (engine.timeout)"
-        others = [record for record in self._records() if record["rank"] != self.rank]
+        others = [record for number, record in self._seen.items() if number != self.rank]
         running = [record for record in others if not record["has_failed"]]
         if gone := [record for record in others if _state(record) == ""]:
             return f"lost {_names(gone)}: killed (out of memory? see dmesg) or crashed (see its last lines)", []
         if stopped := [record for record in running if _state(record) in ("T", "t")]:
             return f"lost {_names(stopped)}: stopped (SIGSTOP), no answer for {limit}", stopped
-        if not running:
+        if first and not running:
             hosts = ", ".join(sorted({str(record["host"]) for record in [self._process, *others]}))
             return f"all ranks run, but none reaches another: the network between them is cut ({hosts}; {failure})", []
         if not is_late:
@@ -107,11 +125,14 @@ class RankHeartbeats:
             " its work takes longer (then raise engine.timeout)"
         ), []
 
-    def _records(self) -> list[Record]:
-        """The last record of each rank."""
-        for rank in range(self.world_size):
+    @property
+    def _nearby(self) -> range:
+        return range(max(0, self.rank - NEAR), min(self.world_size, self.rank + NEAR + 1))
+
+    def _read_records(self, ranks: range) -> None:
+        """Reads the last record of each of these ranks."""
+        for rank in ranks:
             self._seen[rank] = _read(self._folder / f"{rank}.json") or self._seen[rank]
-        return list(self._seen.values())
 
     def _beat(self) -> None:
         record = {

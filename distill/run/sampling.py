@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW_ROWS = 1 << 20
+SAMPLE_ROWS = 1 << 20
 CHUNK_ROWS = 8
 CHUNK_ROWS_ON_GPU = 512  # below this, launching kernels takes longer than running them
 LENGTH_RATIO = 0.9
@@ -45,6 +46,22 @@ def permutation(size: int, *keys: int) -> np.ndarray:
     """A permutation of range(size), int64, that depends on the integers `keys` alone."""
     ranks = splitmix64(np.arange(size, dtype=np.uint64) ^ mix(*keys))
     return np.argsort(ranks, kind="stable")
+
+
+def first_of_permutation(size: int, count: int, *keys: int) -> np.ndarray:
+    """`permutation(size, *keys)[:count]` without a sort of all: in memory for `count` rows and a block of SAMPLE_ROWS."""
+    rows, ranks, key = np.empty(0, np.int64), np.empty(0, np.uint64), mix(*keys)
+    for start in range(0, size, SAMPLE_ROWS):
+        block = np.arange(start, min(start + SAMPLE_ROWS, size), dtype=np.uint64)
+        found = splitmix64(block ^ key)
+        if len(ranks) == count:
+            near = found < ranks.max(initial=0)
+            block, found = block[near], found[near]
+        rows, ranks = np.concatenate([rows, block.astype(np.int64)]), np.concatenate([ranks, found])
+        if len(ranks) > count:
+            lowest = np.argpartition(ranks, count)[:count]
+            rows, ranks = rows[lowest], ranks[lowest]
+    return rows[np.argsort(ranks)]  # no two are equal: splitmix64 is a bijection
 
 
 class GlobalOrder:

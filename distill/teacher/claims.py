@@ -9,16 +9,21 @@ tasks make the same shard, each writes the same bytes under its own temporary na
 from __future__ import annotations
 
 import json
+import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from distill.run.liveness import Heartbeat, is_here, state_of, this_process
 
+logger = logging.getLogger(__name__)
+CONTENT_BYTES = 512
 BEAT = 10.0
 TIMEOUT = 150.0  # a network file system may show a file as it was a minute ago
 
@@ -56,16 +61,15 @@ class Claims:
         """Creates the claim file `path`, unless another task's claim holds; returns whether it is ours. Never waits."""
         while True:
             try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                with self._lock:
+                    self._create(path)
+                    self._held.add(path)
             except FileExistsError:
                 if self.state(path) in ("live", "unknown"):
                     return False
                 path.unlink(missing_ok=True)
-                continue
-            with self._lock, os.fdopen(descriptor, "wb") as file:
-                file.write(self._content())
-                self._held.add(path)
-            return True
+            else:
+                return True
 
     def release(self, path: Path) -> None:
         with self._lock:
@@ -89,30 +93,51 @@ class Claims:
             return "void"
         return "live" if beating and now - since <= 3 * BEAT else "unknown"
 
+    def _create(self, path: Path) -> None:
+        """Creates a claim with its content: one that is seen names its owner. Raises FileExistsError if there is one."""
+        part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            part.write_bytes(self._content())
+            os.link(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
     def _content(self) -> bytes:
-        return json.dumps({**self._owner, "beat": time.monotonic_ns()}).encode()
+        return json.dumps({**self._owner, "beat": time.monotonic_ns()}).ljust(CONTENT_BYTES).encode()
 
     def _beat(self) -> None:
         with self._lock:
             for path in self._held:
-                try:
-                    path.write_bytes(self._content())
-                except OSError:  # the work itself reports a full disk or a directory that was removed
-                    continue
+                with suppress(OSError):  # the work itself reports a full disk or a directory that was removed
+                    file = os.open(path, os.O_WRONLY)
+                    try:
+                        os.pwrite(file, self._content(), 0)  # in place: no other task sees a part of it
+                    finally:
+                        os.close(file)
+
+
+def claim_of(folder: Path, shard: int) -> Path:
+    return folder / f".{shard:06d}.claim"
 
 
 def claimed(
-    claims: Claims, missing: Callable[[], list[tuple[Path, int]]], *, poll: float = 2.0
+    claims: Claims,
+    missing: Callable[[], list[tuple[Path, int]]],
+    *,
+    poll: float = 2.0,
+    while_waiting: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Path, int, Path]]:
     """Yields (folder, shard, claim) of each missing shard once its claim is held; the caller releases the claim.
 
-    `missing()` lists what is missing now. Ends when nothing is, or when live tasks have claimed all of it.
+    `missing()` lists what is missing now. Ends when nothing is, or when live tasks have claimed all of it. `while_waiting` is
+    called every `poll` seconds while it is not known whether the owners of the last claims live.
     """
     mine: set[tuple[Path, int]] = set()
+    is_waiting = False
     while not claims.stopped and (left := [item for item in missing() if item not in mine]):
         states = []
         for folder, index in left:
-            claim = folder / f".{index:06d}.claim"
+            claim = claim_of(folder, index)
             if claims.take(claim):
                 if (folder, index) not in missing():  # made by another task in the meantime
                     claims.release(claim)
@@ -124,6 +149,10 @@ def claimed(
         else:
             if all(state == "live" for state in states):
                 return
+            if not is_waiting:
+                logger.info("precompute: waiting for %d claims of other machines, up to %.0f s", len(left), TIMEOUT)
+            is_waiting = True
+            while_waiting()
             time.sleep(poll)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from distill.shards import missing, write_shard
 from distill.teacher.claims import Claims, claimed
 
 Tick = Callable[[int], object]
+WAIT = "wait"  # from rank 0, in time for the others' timeout: there is no chunk yet
 
 
 class Source(Protocol):
@@ -121,7 +122,7 @@ def encode_missing(
 def _read_chunks(sets: list[ShardSet], texts: Path, source: Source, claims: Claims, timing: Timing) -> Iterator[Chunk]:
     """Claims missing shards and yields their chunks, read and tokenized."""
     entries_of = {shards.folder: shards.entries for shards in sets}
-    for folder, index, claim in _as_rank_0(claimed(claims, lambda: all_missing(sets))):
+    for folder, index, claim in _claimed_by_rank_0(claims, sets):
         entry = entries_of[folder][index]
         with timing.of("read"):
             content, numbers = read_listed_chunk(texts, entry)
@@ -130,20 +131,22 @@ def _read_chunks(sets: list[ShardSet], texts: Path, source: Source, claims: Clai
         yield Chunk(folder, index, claim, content, entry["sha256"], read)
 
 
-def _as_rank_0(items: Iterator[tuple[Path, int, Path]]) -> Iterator[tuple[Path, int, Path]]:
-    """Rank 0's items on every rank: all ranks of a sharded teacher encode a chunk together."""
+def _claimed_by_rank_0(claims: Claims, sets: list[ShardSet]) -> Iterator[tuple[Path, int, Path]]:
+    """What rank 0 claims, on every rank: all ranks of a sharded teacher encode a chunk together."""
     if not is_distributed():
-        yield from items
+        yield from claimed(claims, lambda: all_missing(sets))
         return
-    # another process group, since these calls come from the reader's thread; rank 0 may wait long for the next chunk
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    cpu = torch.device("cpu")
-    while True:
-        item = next(items, None) if rank() == 0 else None
-        item = from_rank_0(None if item is None else [str(item[0]), item[1], str(item[2])], cpu, group)
-        if item is None:
-            return
-        yield Path(item[0]), item[1], Path(item[2])
+    group = torch.distributed.new_group(backend="gloo")  # another one, since these calls come from the reader's thread
+    share = partial(from_rank_0, device=torch.device("cpu"), group=group)
+    if rank() == 0:
+        for folder, index, claim in claimed(claims, lambda: all_missing(sets), while_waiting=lambda: share(WAIT)):
+            share([str(folder), index, str(claim)])
+            yield folder, index, claim
+        share(None)
+        return
+    while (item := share(None)) is not None:
+        if item != WAIT:
+            yield Path(item[0]), item[1], Path(item[2])
 
 
 def all_missing(sets: Sequence[ShardSet]) -> list[tuple[Path, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from distill.teacher.batching import Batch, Tokens, can_tokenise, cut, pad, toke
 from distill.teacher.load import load_model, packed_flops
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
+logger = logging.getLogger(__name__)
 PACKED_FLOPS = {torch.ops.mkldnn._linear_pointwise: packed_flops}
 TEXTS_PER_BATCH = 256  # for models that take texts, not tokens
 
@@ -140,7 +142,7 @@ class _Encoder:
         rows, vectors = [], []
         for step in range(-(-len(batches) // world_size())):
             batch = mine[step] if step < len(mine) else batches[-1]
-            encoded = self._forward(pad(self.model, read, batch))
+            encoded = self._encode_batch(read, batch)
             if step < len(mine):
                 work.shapes.add((number, len(batch.rows), batch.width))
                 work.flops += round(len(batch.rows) * (self._flops_linear + self._flops_square * batch.width) * batch.width)
@@ -152,6 +154,29 @@ class _Encoder:
         if not mine:
             return add_over_ranks(encoded.new_zeros((len(read.lengths), encoded.shape[1])))
         return add_over_ranks(_in_order(vectors, rows, len(read.lengths)))
+
+    def _encode_batch(self, read: Tokens, batch: Batch) -> torch.Tensor:
+        """float32 [rows, d]; from two halves where the whole does not fit into memory, as later ones of its size then.
+
+        Raises ValueError for what cannot be halved: one text, or a batch of a sharded teacher, whose ranks work together.
+        """
+        rows, width = batch
+        can_be_halved = len(rows) > 1 and world_size() == 1
+        if not can_be_halved or rows.size * width <= self.tokens_per_batch:
+            try:
+                return self._forward(pad(self.model, read, batch))
+            except torch.OutOfMemoryError:
+                if not can_be_halved:
+                    fix = "teacher.max_length" if len(rows) == 1 else "teacher.tokens_per_batch"
+                    raise ValueError(
+                        f"out of memory on {self.device} with a batch of {len(rows)} x {width} tokens: lower {fix}, or use"
+                        " another teacher.placement"
+                    ) from None
+            self.tokens_per_batch = rows.size * width // 2
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: teacher.tokens_per_batch is %d from here on", self.tokens_per_batch)
+        halves = np.array_split(rows, 2)
+        return torch.cat([self._encode_batch(read, Batch(half, width)) for half in halves])
 
     def _encode_texts(self, prompt: str, texts: list[str], tick: Callable[[int], object]) -> torch.Tensor:
         order = np.array(sorted(range(len(texts)), key=lambda row: -len(texts[row])))

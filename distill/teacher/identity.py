@@ -7,6 +7,7 @@ from typing import Any
 
 from distill.run.files import DigestCache
 from distill.run.model_folders import model_digests, resolve_model
+from distill.run.temporary import hub_error
 from distill.shards import Manifest
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
@@ -73,5 +74,5 @@ def _commit(name: str, revision: str | None) -> str:
     try:
         config = hf_hub_download(name, "config.json", revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no teacher {name} on the hub or in its cache here: {str(error).splitlines()[0]}") from None
+        raise hub_error(f"no teacher {name} on the hub or in its cache here: {str(error).splitlines()[0]}", error) from None
     return Path(config).parent.name  # snapshots/COMMIT/config.json

@@ -28,7 +28,7 @@ import torch
 from distill.corpus import can_resume, prepare_text
 from distill.corpus.sources import source_fingerprints
 from distill.corpus.text_config import TextConfig
-from distill.run.collectives import barrier, from_rank_0, rank
+from distill.run.collectives import from_rank_0, rank
 from distill.run.files import fingerprint, read_json, sha256_of, write_json
 from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
@@ -36,6 +36,7 @@ from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, differences
 from distill.run.throughput import Timing, matmul_peak
 from distill.shards import HELD_OUT, Manifest, finish, verify_all
+from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
 from distill.teacher.identity import check_teacher, teacher_identity
@@ -108,12 +109,7 @@ class PrecomputeStage(Stage):
         amp = autocast_dtype(self.teacher.precision, device)
         if rank() == 0 and self.teacher.vectors is None:
             logger.info("precompute: precision: %s", describe_precision(self.teacher.precision, device))
-        if rank() > 0:
-            barrier()  # rank 0 cuts the text and reads the weights for their identity
-        text = self.prepare()
-        identity = self.identify(amp)
-        if rank() == 0:
-            barrier()
+        text, identity = self.prepare(), self.identify(amp)
         timing = Timing()
         source = cache(lambda: self.open_source(device, amp, text))  # loads the teacher when it is needed
 
@@ -140,8 +136,8 @@ class PrecomputeStage(Stage):
         return bool(from_rank_0(self._finish(text, identity, timing) if rank() == 0 else None, device))
 
     def _finish(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
-        is_finished = not timing.texts and self.reason_to_run() is None  # only the dev score was missing
-        return is_finished or self.finish_set(text, identity, timing)
+        with self._locked():  # tasks that find nothing missing at the same time finish one after the other
+            return self.reason_to_run() is None or self.finish_set(text, identity, timing)
 
     @property
     def lacks_dev_score(self) -> bool:
@@ -181,7 +177,20 @@ class PrecomputeStage(Stage):
             self._verify_shards()
             return read_json(self.directory / "text" / "manifest.json") or {}
         with self._locked():
-            return self._prepare()
+            text = self._prepare()
+            self._at_work = self._tasks_lock.open("w")
+            fcntl.flock(self._at_work, fcntl.LOCK_SH)
+            return text
+
+    @property
+    def _tasks_lock(self) -> Path:
+        """Locked, shared, by every task that has prepared its work, as long as it lives."""
+        return self.directory.with_name(".precompute.tasks")
+
+    def missing_shards(self) -> list[Path]:
+        """The claim of each missing shard, which a task that makes it holds; the text has been cut."""
+        text = read_json(self.directory / "text" / "manifest.json")
+        return [] if text is None else [claim_of(*shard) for shard in all_missing(self.shard_sets(text))]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -204,6 +213,7 @@ class PrecomputeStage(Stage):
                 f" {self.directory} and {self.shards_dir}"
             )
         if changes or begun is None:
+            self._check_nobody_works(changes)
             (self.directory / "BEGUN.json").unlink(missing_ok=True)  # so that begin() clears the rest at once
             self.begin()
         text = self.directory / "text"
@@ -222,6 +232,18 @@ class PrecomputeStage(Stage):
         manifest = read_json(text / "manifest.json")
         assert manifest is not None
         return manifest
+
+    def _check_nobody_works(self, changes: list[str]) -> None:
+        """Raises ValueError if tasks of another config have begun and live; they have no shard yet."""
+        with self._tasks_lock.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = "; ".join(changes) or "BEGUN.json was deleted"
+                raise ValueError(
+                    f"{self.directory.parent}: precompute tasks of another config are at work ({what}):"
+                    " use another name=, or end them"
+                ) from None
 
     def identify(self, amp: torch.dtype | None) -> dict[str, Any]:
         """The teacher's identity, written to precompute/teacher.json by the first task.
@@ -242,7 +264,8 @@ class PrecomputeStage(Stage):
                     f"the teacher's files have changed since {self.shards_dir} was begun; put them back, use another"
                     f" name=, or delete {self.shards_dir} and {path.parent}"
                 )
-            write_json(path, identity)
+            if not path.exists():
+                write_json(path, identity)
         return identity
 
     def open_source(self, device: torch.device, amp: torch.dtype | None, text: dict[str, Any]) -> Source:

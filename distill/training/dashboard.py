@@ -25,14 +25,12 @@ from distill.run.files import read_json
 from distill.run.session_log import device_name, versions
 from distill.run.stage import RunContext
 
+LOSSES, DEV = "Loss and reference loss", "Dev evaluation, with the teacher's scores"
+STS = {"STS-B dev, student and teacher": ["dev/sts/.*", "teacher/sts/.*"]}
 CHARTS: dict[str, dict[str, list[str]]] = {
-    "Loss and reference loss": {
-        "loss and reference loss": ["loss", "reference_loss"],
-        "terms of the loss and their references": ["loss/.*", "reference_loss/.*"],
-    },
-    "Dev evaluation, with the teacher's scores": {
+    LOSSES: {"weighted sum, of all stages on one axis": ["loss", "reference_loss"]},
+    DEV: {
         "fidelity on held-out text (the teacher's is 1)": ["dev/fidelity/.*", "teacher/fidelity"],
-        "STS-B dev, student and teacher": ["dev/sts/.*", "teacher/sts/.*"],
         "score that chooses the student to keep": ["dev/score"],
     },
     "Similarity of positives and hardest negatives": {
@@ -65,7 +63,17 @@ def describe_run(
     """Markdown by name, and summaries. Of a sweep, the hparams columns that differ are the fields that were swept."""
     teacher = context.value("teacher.model")
     row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
-    return description(context.run_dir, device), [layout(), settings_row(row, f"{context.name}/{stage}")]
+    charts = charts_of(settings.get(stage, {}), has_sts=context.value("evaluate.sts") is not None)
+    return description(context.run_dir, device), [layout(charts), settings_row(row, f"{context.name}/{stage}")]
+
+
+def charts_of(section: dict[str, Any], *, has_sts: bool) -> dict[str, dict[str, list[str]]]:
+    """The charts of a stage, by their group: CHARTS, one for each term of the loss, as terms differ in size, and STS."""
+    terms = [name for name, weight in section.get("weights", {}).items() if weight]
+    if "teacher_weight" in section:
+        terms = ["contrast", *(["teacher"] if section["teacher_weight"] else [])]
+    of_terms = {f"{term} and its reference": [f"loss/{term}", f"reference_loss/{term}"] for term in terms or [".*"]}
+    return CHARTS | {LOSSES: of_terms | CHARTS[LOSSES], DEV: CHARTS[DEV] | (STS if has_sts else {})}
 
 
 def inherited_settings(context: RunContext, settings: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +103,8 @@ def _block(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def layout() -> Summary:
-    """The layout of the custom-scalars page: CHARTS, each of the tags that match wholly, in all runs."""
+def layout(groups: dict[str, dict[str, list[str]]]) -> Summary:
+    """The layout of the custom-scalars page: charts, each of the tags that match wholly, in all runs."""
     categories = [
         Category(
             title=title,
@@ -106,7 +114,7 @@ def layout() -> Summary:
                 for name, tags in charts.items()
             ],
         )
-        for title, charts in CHARTS.items()
+        for title, charts in groups.items()
     ]
     encoded = Layout(category=categories).SerializeToString()
     tensor = TensorProto(dtype=DT_STRING, string_val=[encoded])

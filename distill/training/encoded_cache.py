@@ -9,6 +9,8 @@ the weights and of the text, so that nothing else's vectors are taken for these.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +18,28 @@ import torch
 from tqdm import tqdm
 
 from distill.run.collectives import barrier, rank, world_size
+from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader, fingerprint
 from distill.student import Student
 from distill.student.student import PooledVectors
 from distill.training.recorded_array import is_saved, save_array
 
 BLOCK = 4096
+MAX_OPEN = 64  # each takes a file descriptor
 
 
 class Encoded:
-    """The vectors of blocks of rows, mapped into memory; what the loader reads instead of tokens."""
+    """The vectors of blocks of rows, at most MAX_OPEN of them open; what the loader reads instead of tokens.
 
-    def __init__(self, blocks: list[np.ndarray]) -> None:
-        self._blocks = blocks
+    open_block: number of a block -> its vectors, float16 [rows, d_s].
+    """
 
-    @property
+    def __init__(self, open_block: Callable[[int], np.ndarray]) -> None:
+        self._block = lru_cache(MAX_OPEN)(open_block)
+
+    @cached_property
     def width(self) -> int:
-        return int(self._blocks[0].shape[1])
+        return int(self._block(0).shape[1])
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         """float16 [d_s] of each of rows [n]; as tokens have, an input has a length."""
@@ -40,7 +47,7 @@ class Encoded:
         numbers, within = np.divmod(rows, BLOCK)
         for number in np.unique(numbers):
             here = numbers == number
-            vectors[here] = self._blocks[number][within[here]]
+            vectors[here] = self._block(int(number))[within[here]]
         return list(vectors)
 
     def pad(self, read: list[np.ndarray]) -> PooledVectors:
@@ -49,7 +56,9 @@ class Encoded:
         return PooledVectors(torch.from_numpy(vectors.astype(np.float32)))
 
 
-def encode_all(student: Student, reader: ShardReader, directory: Path, amp: torch.dtype | None) -> Encoded:
+def encode_all(
+    student: Student, reader: ShardReader, directory: Path, amp: torch.dtype | None, check_stop: CheckStop = never
+) -> Encoded:
     """All vectors of a student without a head; a collective. Raises ValueError if one is beyond float16."""
     assert student.head is None
     of = {
@@ -74,7 +83,8 @@ def encode_all(student: Student, reader: ShardReader, directory: Path, amp: torc
                 raise ValueError("the frozen encoder's vectors are beyond float16: use hpd.freeze_encoder=false")
             save_array(paths[number], vectors)
         barrier()  # so that no rank waits longer than for a block
-    return Encoded([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
+        check_stop()
+    return Encoded(lambda number: np.load(paths[number], mmap_mode="r", allow_pickle=False))
 
 
 def _digest(student: Student) -> str:

@@ -7,17 +7,20 @@ procrustes   fixed: the map with orthonormal columns that brings the untrained s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from distill.run.sampling import permutation
+from distill.run.sampling import first_of_permutation
+from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
 from distill.student import Student
 
 FIT_TEXTS = 2048
+TEXTS_PER_CHECK = 256  # a multiple of the batch size, so that batches are those of one call
 RIDGE = 1e-3
 
 LinearMap = tuple[np.ndarray, np.ndarray]
@@ -38,13 +41,15 @@ def build_projection(width: int, teacher_dim: int, kind: Kind) -> nn.Linear | No
     return projection
 
 
-def fit_projection(projection: nn.Linear, student: Student, reader: ShardReader, kind: Kind, seed: int) -> None:
+def fit_projection(
+    projection: nn.Linear, student: Student, reader: ShardReader, kind: Kind, seed: int, check_stop: CheckStop = never
+) -> None:
     """Sets a projection to its initial value, or to its final one where it is not trained."""
     if kind == "pca":
         weight, bias = reader.moments.pca(student.dim)[0].T, np.zeros(reader.dim)
     else:
         texts, teacher = fit_sample(reader, seed)
-        vectors = student.encode(texts, normalize=kind == "procrustes").astype(np.float64)
+        vectors = encode_sample(student, texts, check_stop, normalize=kind == "procrustes")
         if kind == "procrustes":
             left, _, right = np.linalg.svd(teacher.T @ vectors, full_matrices=False)
             weight, bias = left @ right, np.zeros(reader.dim)
@@ -55,8 +60,19 @@ def fit_projection(projection: nn.Linear, student: Student, reader: ShardReader,
 
 def fit_sample(reader: ShardReader, seed: int) -> tuple[list[str], np.ndarray]:
     """Texts to fit a map on, and their teacher vectors, float64 [n, d_t]."""
-    rows = permutation(len(reader), seed, 0)[:FIT_TEXTS]
+    rows = first_of_permutation(len(reader), FIT_TEXTS, seed, 0)
     return reader.texts(rows), reader.vectors(rows).astype(np.float64)
+
+
+def encode_sample(student: Student, texts: Sequence[str], check_stop: CheckStop, *, normalize: bool) -> np.ndarray:
+    """The student's vectors of the texts, float64 [n, d_s]; every rank calls it with the same texts."""
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # as Student.encode sorts them
+    vectors = np.empty((len(texts), student.dim))
+    for start in range(0, len(order), TEXTS_PER_CHECK):
+        rows = order[start : start + TEXTS_PER_CHECK]
+        vectors[rows] = student.encode([texts[i] for i in rows], normalize=normalize)
+        check_stop()
+    return vectors
 
 
 def ridge_regression(vectors: np.ndarray, targets: np.ndarray) -> LinearMap:

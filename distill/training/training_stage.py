@@ -14,7 +14,7 @@ import torch
 from distill.corpus import held_out_sources
 from distill.corpus.evaluation_sets import read_sts_dev
 from distill.metrics.held_out import dev_rows
-from distill.run.collectives import barrier, rank, world_size
+from distill.run.collectives import any_rank, barrier, rank, world_size
 from distill.run.config import Effect, Section
 from distill.run.files import sha256_of
 from distill.run.model_folders import model_fingerprint, resolve_model
@@ -22,6 +22,7 @@ from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fingerprint
+from distill.run.stopping import CheckStop, Stopped, never
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
@@ -55,6 +56,7 @@ class Setup:
     device: torch.device
     amp: torch.dtype | None
     seed: int
+    check_stop: CheckStop = never
 
     @property
     def chunk_rows(self) -> int:
@@ -152,13 +154,21 @@ class TrainingStage(Stage):
         amp = autocast_dtype(precision, device)
         if rank() == 0:
             logger.info("%s: precision: %s", self.name, describe_precision(precision, device))
-        task = self.build(self.setup(device, amp))
+
+        def check_stop() -> None:
+            if any_rank(stop_requested(0)):
+                raise Stopped(f"{self.name}: stopped on request before its first step")
+
+        task = self.build(self.setup(device, amp, check_stop))
         task.module.to(device)
         trainer = self._trainer(task, device, amp, stop_requested)
         if trainer.tensorboard.is_new:
             trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
         with session(self.directory, "train", device):
-            results = trainer.run()
+            try:
+                results = trainer.run()
+            except torch.OutOfMemoryError:
+                raise ValueError(self._out_of_memory()) from None
         if rank() == 0:
             self._finish(results | self.results(), device)
         barrier()
@@ -191,6 +201,14 @@ class TrainingStage(Stage):
             selects_by_sts=self.selects_by_sts,
         )
 
+    def _out_of_memory(self) -> str:
+        size, name = self.train.micro_batch, self.name
+        smaller = f"set {name}.micro_batch={size // 2}, " if size > 1 else ""
+        return (
+            f"{name}: out of device memory with {name}.micro_batch {size}: {smaller}engine.activation_checkpointing=true, or a"
+            " higher ZeRO stage"
+        )
+
     @property
     def tensorboard_dir(self) -> Path:
         return self.context.run_dir / "tensorboard" / self.name
@@ -210,7 +228,7 @@ class TrainingStage(Stage):
             check_weights(model, self.context.shards_dir, reader.manifest, self.digests)
         self.check(reader)
 
-    def setup(self, device: torch.device, amp: torch.dtype | None) -> Setup:
+    def setup(self, device: torch.device, amp: torch.dtype | None, check_stop: CheckStop = never) -> Setup:
         """The shards and the student that the stage begins with, on the device and ready to train, without dropout."""
         reader = ShardReader(self.context.shards_dir)
         torch.manual_seed(self.context.seed)  # new weights, such as the projection's
@@ -223,7 +241,7 @@ class TrainingStage(Stage):
         student.to(device)
         if device.type == "cpu":
             student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
-        return Setup(reader, student, device, amp, self.context.seed)
+        return Setup(reader, student, device, amp, self.context.seed, check_stop)
 
     def _initial_student(self) -> Student:
         if self.init != "student":

@@ -179,6 +179,7 @@ def test_a_port_in_use(embedded_copy):
             timeout=hang_limit(),
         )
     refused(done, f"port {port} is in use", "--master_port")
+    assert done.returncode == 1, "under Slurm the next start takes another port"
     assert time.monotonic() - started < starts(8)
 
 

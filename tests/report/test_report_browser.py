@@ -32,6 +32,14 @@ addEventListener("load", () => {{
     headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
     scripts: page.querySelectorAll("script, img, [onload], [onerror]").length,
     charts: [...page.querySelectorAll("figure > svg")].map(svg => svg.getBoundingClientRect().width),
+    tables: [...page.querySelectorAll(".wide")].map(table => [
+      table.scrollWidth > table.clientWidth, (table.querySelector(".more") || {{offsetHeight: 0}}).offsetHeight > 0
+    ]),
+    names: [...page.querySelectorAll("#results tbody th")].map(name => {{
+      const range = page.createRange();
+      range.selectNodeContents(name);
+      return [name.textContent, new Set([...range.getClientRects()].map(line => line.top)).size];
+    }}),
     background: getComputedStyle(root).backgroundColor,
     chartBackground: getComputedStyle(page.querySelector("figure > svg path")).fill,
     text: getComputedStyle(page.querySelector("svg text")).fill,
@@ -77,6 +85,9 @@ def test_it_opens_from_disk_on_a_narrow_screen_in_light_and_dark(look, run, widt
     assert found["width"] <= width and found["overflow"] == 0
     assert all(0.8 * width < each < width for each in found["charts"]) and len(found["charts"]) >= 9
     assert found["chartBackground"] == found["background"]
+    assert found["tables"][0] == [True, True], "a hint that the table goes on"
+    assert {lines for name, lines in found["names"] if name in ("teacher", "ckd", "finetune", "hpd")} == {1}
+    assert all(goes_on for goes_on, has_hint in found["tables"] if has_hint)
     background, text = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("background", "text"))
     assert (background < 200 and text > 450) if is_dark else (background > 700 and text < 330)
 

@@ -124,3 +124,17 @@ def test_a_page_has_each_id_once_and_colours_that_follow_its_mode():
 def test_a_file_is_whole_and_equal_charts_have_equal_bytes():
     first, again = squares().svg(), squares().svg()
     assert first == again and ElementTree.fromstring(first).tag.endswith("svg")
+
+
+def test_of_points_on_one_spot_the_later_ones_are_larger_and_hollow_so_that_all_are_visible():
+    """A chart of three series whose points nearly coincide, and of one whose points are elsewhere."""
+    same = {name: [Point(8, 0.5 + shift), Point(64, 0.7)] for name, shift in (("a", 0), ("b", 0.0001), ("c", -0.0001))}
+    svg = inline(Chart("t", "x", "y", same | {"d": [Point(8, 0.9), Point(64, 1.5)]}, x_log2=True))
+    paths = {path.get("id"): path for path in svg.iter("path") if path.get("id")}
+    sizes, hollow = {}, {}
+    for text, marker in values(svg).items():
+        path = paths[marker.get("href")[1:]]
+        numbers = [abs(float(number)) for number in re.findall(r"-?[0-9.]+", path.get("d"))]
+        sizes[text[0]], hollow[text[0]] = max(numbers), "fill-opacity: 0" in marker.get("style")
+    assert hollow == {"a": False, "b": True, "c": True, "d": False}
+    assert sizes["a"] < sizes["b"] < sizes["c"] and len(values(svg)) == 8

@@ -14,6 +14,7 @@ from report_pages import HOSTILE, change, copy_of, spoil
 from distill.config import load_config
 from distill.report import write_report
 from distill.report.__main__ import main
+from distill.report.page import breakable
 from distill.run.files import read_json
 
 SECTIONS = ["results", "training", "neighbours", "data", "cost", "recipe", "reproduce"]
@@ -190,3 +191,8 @@ def test_what_cannot_be_reported_is_an_error_of_one_line(run, tmp_path, capsys):
     assert main([str(tmp_path)]) == 2 and "has no config.yaml" in capsys.readouterr().err
     shutil.copy(run.run_dir / "config.yaml", tmp_path)
     assert main([str(tmp_path)]) == 2 and "run its evaluate stage first" in capsys.readouterr().err
+
+
+def test_a_name_may_be_broken_after_a_separator_and_is_only_text():
+    assert breakable("data/my_text.txt") == "data/<wbr>my_<wbr>text.txt" and breakable("finetune") == "finetune"
+    assert breakable("<b>/&") == "&lt;b&gt;/<wbr>&amp;"

@@ -6,10 +6,13 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
+import pytest
 from reference_times import hang_limit, starts
 
+from distill.run import heartbeats
 from distill.run.heartbeats import PATIENCE, SILENCE, RankHeartbeats
 from distill.run.liveness import this_process
 
@@ -72,3 +75,38 @@ def test_a_rank_that_hangs_ends_once_another_has_reported_why(tmp_path):
     assert results.get(timeout=hang_limit()) == (1, True)
     hanging.join(PATIENCE + starts(1))
     assert hanging.exitcode == 7
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The ranks whose files have been read, in order."""
+    found: list[int] = []
+    read = heartbeats._read
+    monkeypatch.setattr(heartbeats, "_read", lambda path: found.append(int(path.stem)) or read(path))
+    return found
+
+
+def test_of_thousands_of_ranks_each_reads_the_few_nearby_until_one_has_reported(tmp_path, reads):
+    beats = RankHeartbeats(tmp_path, 3000, 4096)
+    threading.Timer(0.5, lambda: (tmp_path / "elected").symlink_to("1")).start()
+    assert beats.diagnose("Timed out waiting", 60) == ""
+    beats.close()
+    assert set(reads) == set(range(2984, 3017)) and len(reads) < 100
+
+
+def test_of_thousands_of_ranks_one_that_was_killed_is_named_by_those_of_its_machine_at_once(tmp_path, reads):
+    (tmp_path / "3007.json").write_text(json.dumps(this_process() | {"pid": 2**30, "rank": 3007, "has_failed": False}))
+    beats = RankHeartbeats(tmp_path, 3000, 4096)
+    assert f"lost rank 3007 (pid {2**30} on {os.uname().nodename}): killed" in beats.diagnose("Connection closed", 60)
+    beats.close()
+    assert len(reads) == 33
+
+
+def test_of_thousands_of_ranks_rank_0_looks_at_all(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(heartbeats, "SILENCE", 0.0)
+    beats = RankHeartbeats(tmp_path, 0, 1000)
+    for rank in range(1, 1000):
+        (tmp_path / f"{rank}.json").write_text(json.dumps({"host": "far", "pid": 1, "rank": rank, "has_failed": rank != 999}))
+    assert "lost rank 999 (pid 1 on far): no heartbeat" in beats.diagnose("Timed out waiting", 60)
+    beats.close()
+    assert len(reads) == 2000

@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from distill.run.sampling import GlobalOrder, assign_rows, length_order, permutation, seed_of
+from distill.run import sampling
+from distill.run.sampling import GlobalOrder, assign_rows, first_of_permutation, length_order, permutation, seed_of
 
 
 def epoch_rows(order: GlobalOrder, epoch: int) -> np.ndarray:
@@ -43,6 +44,12 @@ def test_epochs_and_seeds_differ():
 def test_the_order_never_changes():
     """A change of this list changes every run's batches and breaks resuming: do not."""
     assert permutation(10, 1, 2).tolist() == [0, 5, 6, 3, 9, 2, 1, 8, 4, 7]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 999, 1000, 5000])
+def test_the_first_of_a_permutation_are_found_without_sorting_all(monkeypatch, count):
+    monkeypatch.setattr(sampling, "SAMPLE_ROWS", 64)
+    assert first_of_permutation(1000, count, 3, 0).tolist() == permutation(1000, 3, 0)[:count].tolist()
 
 
 def test_seeds_never_change():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -62,7 +64,41 @@ def test_a_container_takes_the_place_of_the_virtual_environment():
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
     *words, exported = done.stdout.strip().split("|")
     assert words[:4] == ["apptainer", "exec", "--nv", "--cleanenv"] and words[-2:] == ["/images/distill.sif", "python"]
-    assert exported.split() == words
+    assert shlex.split(exported) == words
+
+
+def test_the_words_of_a_container_stay_whole_in_a_clone_whose_path_has_a_space(tmp_path):
+    clone = tmp_path / "a clone"
+    clone.mkdir()
+    script = f'source {ROOT}/launcher/environment.sh; echo "$DISTILL_PYTHON"'
+    variables = {"PATH": "/usr/bin:/bin", "DISTILL_CONTAINER": "/images/distill.sif"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=clone, env=variables, check=True)
+    assert str(clone) in shlex.split(done.stdout) and f"PYTHONPATH={clone}" in shlex.split(done.stdout)
+
+
+def test_a_half_made_virtual_environment_is_made_anew(tmp_path):
+    """One whose installation was killed has a Python without pip; every later `pip install` is recorded here, not run."""
+    root = tmp_path / "clone"
+    (root / "launcher").mkdir(parents=True)
+    for name in ("pyproject.toml", "launcher/constraints.txt", "launcher/install.sh"):
+        shutil.copy(ROOT / name, root / name)
+    (root / ".venv/bin").mkdir(parents=True)
+    (root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    (root / ".venv/bin/python").chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        'for folder; do :; done; case "$*" in "-m venv"*) printf "#!/bin/sh\\nexit 0\\n" > "$folder/bin/python";; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(root / "launcher/install.sh")],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+    )
+    assert done.returncode == 0 and "is incomplete: it is made anew" in done.stderr, done.stderr
+    assert f"-m venv --clear {root}/.venv" in (tmp_path / "calls").read_text()
 
 
 def test_without_a_container_or_a_virtual_environment_the_error_says_what_to_do(tmp_path):

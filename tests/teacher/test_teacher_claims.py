@@ -109,3 +109,40 @@ def test_a_task_ends_when_live_tasks_have_claimed_the_rest_and_takes_over_from_k
         (tmp_path / ".000001.claim").write_text(elsewhere(1))
         monkeypatch.setattr(module, "TIMEOUT", 0.3)
         assert [index for _, index, _ in claimed(claims, lambda: list(left), poll=0.05)] == [1]
+
+
+def _be_killed_before_writing(path):
+    Claims._content = lambda self: os._exit(0)
+    Claims().take(path)
+
+
+def test_a_task_that_is_killed_while_it_claims_leaves_nothing_to_wait_for(claim):
+    task = multiprocessing.get_context("fork").Process(target=_be_killed_before_writing, args=(claim,))
+    task.start()
+    task.join()
+    with Claims() as claims:
+        assert claims.take(claim)
+    assert not list(claim.parent.glob("*.part"))
+
+
+def test_a_heartbeat_is_written_in_place_and_creates_no_claim_that_was_removed(claim):
+    with Claims() as claims:
+        assert claims.take(claim)
+        before, size = claim.read_bytes(), claim.stat().st_size
+        with claim.open("rb") as seen_by_another:
+            claims._beat()
+            assert claim.read_bytes() != before and len(seen_by_another.read()) == claim.stat().st_size == size
+        claim.unlink()
+        claims._beat()
+        assert not claim.exists()
+
+
+def test_waiting_for_a_task_elsewhere_is_reported_once_and_calls_back(tmp_path, monkeypatch, caplog):
+    (tmp_path / ".000000.claim").write_text(elsewhere(1))
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    caplog.set_level("INFO")
+    calls: list[int] = []
+    with Claims() as claims:
+        waiting = claimed(claims, lambda: [(tmp_path, 0)], poll=0.05, while_waiting=lambda: calls.append(1))
+        assert [index for _, index, _ in waiting] == [0]
+    assert len(calls) > 1 and caplog.text.count("waiting for 1 claims of other machines") == 1

@@ -163,3 +163,42 @@ def test_python_files_of_a_model_folder_never_run(tiny_encoder, tmp_path, monkey
     with contextlib.suppress(ValueError, KeyError, OSError):
         Teacher(config, CPU, None)(["a text"])
     assert not ran.exists()
+
+
+@pytest.fixture
+def teacher_of_little_memory(tiny_encoder, monkeypatch):
+    """Makes a teacher whose device has memory for batches of some number of tokens, and the sizes that it has tried."""
+
+    def make(fitting: int, tokens_per_batch: int = 512):
+        teacher = Teacher(TeacherConfig(model=str(tiny_encoder), pooling="mean", tokens_per_batch=tokens_per_batch), CPU, None)
+        forward, tried = teacher.encoders[0]._forward, []
+
+        def limited(features):
+            tried.append(features["input_ids"].numel())
+            if tried[-1] > fitting:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(features)
+
+        monkeypatch.setattr(teacher.encoders[0], "_forward", limited)
+        return teacher, tried
+
+    return make
+
+
+def test_a_batch_beyond_the_memory_is_halved_and_so_are_later_ones(tiny_encoder, teacher_of_little_memory, caplog):
+    texts = sentences(100)
+    teacher, tried = teacher_of_little_memory(fitting=200)
+    found = teacher(texts)
+    assert worst_cosine(found, vectors_of(texts, model=str(tiny_encoder), pooling="mean")) > 0.9999
+    failed = [size for size in tried if size > 200]
+    assert 1 <= len(failed) <= 3 and tried.index(failed[-1]) < 4, "only the first batch is tried in vain"
+    assert f"teacher.tokens_per_batch is {teacher.encoders[0].tokens_per_batch} from here on" in caplog.text
+    tried.clear()
+    teacher(texts)
+    assert max(tried) <= 200
+
+
+def test_one_text_beyond_the_memory_is_an_error_that_names_what_to_lower(teacher_of_little_memory):
+    teacher, _ = teacher_of_little_memory(fitting=2)
+    with pytest.raises(ValueError, match=r"out of memory on cpu with a batch of 1 x \d+ tokens: lower teacher.max_length"):
+        teacher(["a sentence that has more than two tokens"])

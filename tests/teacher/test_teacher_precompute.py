@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from reference_times import hang_limit
 
 from distill.config import load_config, stage_of
 from distill.corpus import HELD_OUT_MODULUS, text_hash
+from distill.run.throughput import Timing
 from distill.shards import ShardReader, verify_all
 from distill.shards.__main__ import main as shards_command
 from distill.teacher import claims
 from distill.teacher import precompute as precompute_module
+from distill.teacher.precompute import PrecomputeStage
 
 CPU = torch.device("cpu")
 
@@ -288,3 +292,36 @@ def test_damage_is_named_by_verify_and_fixed_by_repair_and_the_same_command(whol
     remade = {path.name for path in shards.glob("*.tar") if path.stat().st_mtime_ns != made.get(path.name)}
     assert remade <= {"000001.tar"}, "more was made again than what was bad"
     assert stage_of(config, "precompute").reason_to_run() is None
+
+
+def test_a_second_config_is_refused_while_tasks_of_the_first_work_and_have_no_shard_yet(tmp_path, tiny_encoder):
+    first, second = (stage_of(config_of(tmp_path, tiny_encoder, f"text.min_chars={size}"), "precompute") for size in (12, 13))
+    first.prepare()
+    with pytest.raises(ValueError, match=r"tasks of another config are at work \(text.min_chars: 12 -> 13\)"):
+        second.prepare()
+    del first  # the task has ended
+    second.prepare()
+
+
+def test_tasks_that_finish_together_do_so_one_after_the_other(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    assert precompute(config)
+    shutil.copytree(config.run_dir / "precompute", config.run_dir / ".precompute.previous")
+    (config.run_dir / "precompute/DONE.json").unlink()
+    stages, running, overlaps = [stage_of(config, "precompute") for _ in range(2)], [], []
+
+    def finish_set(*arguments):
+        overlaps.append(len(running))
+        running.append(1)
+        time.sleep(0.2)
+        PrecomputeStage.finish_set(stages[0], *arguments)
+        running.pop()
+        return True
+
+    text = stages[0].prepare()
+    identity = stages[0].identify(None)
+    for stage in stages:
+        stage.finish_set = finish_set
+    with ThreadPoolExecutor(2) as tasks:
+        assert list(tasks.map(lambda stage: stage._finish(text, identity, Timing()), stages)) == [True, True]
+    assert overlaps == [0] and not (config.run_dir / ".precompute.previous").exists()

@@ -15,8 +15,10 @@ from engines import train_stage
 from safetensors.torch import load_file
 
 from distill.config import load_config, stage_of
+from distill.run.collectives import any_rank, rank
 from distill.run.sampling import GlobalOrder
 from distill.run.session_log import read_sessions
+from distill.run.stopping import Stopped
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
@@ -94,7 +96,8 @@ def test_a_step_has_the_same_rows_in_the_same_places_with_vectors_for_tokens(sha
     student, reader = new_student(tiny_encoder), ShardReader(shards)
     vectors = student.encode(reader.texts(np.arange(NUM_ROWS)), normalize=False).astype(np.float16)
     student.add_head(8, "tanh", seed=0)
-    encoded = Encoded([vectors[start : start + encoded_cache.BLOCK] for start in range(0, NUM_ROWS, encoded_cache.BLOCK)])
+    blocks = [vectors[start : start + encoded_cache.BLOCK] for start in range(0, NUM_ROWS, encoded_cache.BLOCK)]
+    encoded = Encoded(blocks.__getitem__)
     order = GlobalOrder(reader.shard_rows, global_batch=32, seed=0)
     part = {"micro_batch": 8, "rank": 1, "world_size": 2}
     outputs = []
@@ -107,8 +110,44 @@ def test_a_step_has_the_same_rows_in_the_same_places_with_vectors_for_tokens(sha
 
 
 def test_a_rank_without_a_row_still_has_a_chunk():
-    encoded = Encoded([np.zeros((4, 6), dtype=np.float16)])
+    encoded = Encoded(lambda number: np.zeros((4, 6), dtype=np.float16))
     assert encoded.pad([]).vectors.shape == (1, 6)
+
+
+def test_a_few_blocks_are_open_at_a_time_whatever_the_number_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_cache, "BLOCK", 2)
+    monkeypatch.setattr(encoded_cache, "MAX_OPEN", 3)
+    for number in range(12):
+        np.save(tmp_path / f"{number}.npy", np.full((2, 4), number, np.float16))
+    encoded = Encoded(lambda number: np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    found = np.stack(encoded.read(np.arange(24)[::-1]))
+    assert found[:, 0].tolist() == [row // 2 for row in range(24)][::-1]
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert len(mapped) == 3
+
+
+def encode_and_stop(shards: Path, encoder_folder: Path, directory: Path) -> int:
+    """The number of checks until the ranks stop, which rank 1 alone is asked for after its first block."""
+    encoded_cache.BLOCK = BLOCK
+    num_checks = 0
+
+    def check_stop() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if any_rank(rank() == 1 and num_checks == 2):
+            raise Stopped("stopped on request")
+
+    with pytest.raises(Stopped):
+        encode_all(new_student(encoder_folder), ShardReader(shards), directory, None, check_stop)
+    return num_checks
+
+
+def test_a_stop_on_one_rank_ends_the_encoding_of_all_after_a_block_and_what_is_encoded_is_kept(shards, tiny_encoder, tmp_path):
+    assert on_ranks(2, partial(encode_and_stop, shards, tiny_encoder, tmp_path)) == [2, 2]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert len(kept) == 4
+    on_ranks(1, partial(encode, shards, tiny_encoder, tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(list(tmp_path.rglob("*.npy"))) > 4
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from conftest import write_config
 from engines import embed_text
 
 from distill.run.sampling import permutation
+from distill.run.stopping import Stopped
 from distill.shards import ShardReader
-from distill.training.tasks.finetune import FinetuneConfig, mine_triplets
+from distill.training.tasks.finetune import FinetuneConfig, load_triplets, mine_triplets
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def finetune(**options):
 
 
 def mine(reader, path, seed=0, **options):
-    count = mine_triplets(reader, finetune(**options), seed, path)
+    *_, count = mine_triplets(reader, finetune(**options), seed, path)
     triplets = np.load(path, allow_pickle=False)
     assert triplets.shape == (count, 3) and triplets.dtype == np.int64
     return triplets
@@ -70,4 +71,17 @@ def test_too_few_triplets_or_texts_are_refused_and_nothing_is_written(reader, tm
         mine(reader, tmp_path / "t.npy", positive_range=(0.1, 0.11))
     with pytest.raises(ValueError, match=r"finetune\.negative_rank 20 needs more than 21 texts"):
         mine(reader, tmp_path / "t.npy", mining_pool=21)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_is_checked_after_every_block_and_nothing_is_written(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.training.tasks.finetune.ANCHORS_PER_BLOCK", 100)
+    checks = iter([None, None, Stopped("stopped on request")])
+
+    def check_stop() -> None:
+        if (stopped := next(checks)) is not None:
+            raise stopped
+
+    with pytest.raises(Stopped):
+        load_triplets(finetune(), reader, tmp_path, 0, check_stop)
     assert not list(tmp_path.iterdir())

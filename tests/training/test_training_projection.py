@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_encoder, write_config
+from conftest import make_encoder, sentences, write_config
 from distributed_ranks import on_ranks
 from engines import CPU, embed_text, train_stage
 
@@ -14,7 +14,8 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import build_encoder
 from distill.student.student import TeacherSpace, load_extra
-from distill.training.projection import build_projection, fit_projection, ridge_regression
+from distill.student.student_config import StudentConfig
+from distill.training.projection import build_projection, encode_sample, fit_projection, ridge_regression
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,12 @@ def test_a_compact_head_begins_with_the_map_that_ckd_learned(run, tiny_encoder):
     student.save(after.context.run_dir / "finetune/student", student.state_dict())
     weight, bias = after._learned_map(after.setup(CPU, None).student, components)
     assert (weight == components).all() and not bias.any()
+
+
+def test_the_vectors_of_a_sample_are_those_of_one_call_and_a_stop_is_checked_in_between(tiny_encoder, monkeypatch):
+    monkeypatch.setattr("distill.training.projection.TEXTS_PER_CHECK", 64)
+    config = StudentConfig(init=str(tiny_encoder), layers=[0, 2])
+    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32)
+    texts, checks = sentences(200), []
+    found = encode_sample(student, texts, lambda: checks.append(1), normalize=True)
+    assert np.array_equal(found, student.encode(texts).astype(np.float64)) and len(checks) == 4

@@ -11,12 +11,14 @@ import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
 from engines import embed_text, train_stage
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
 from distill.run.files import write_json
 from distill.student.fingerprint import student_fingerprint
 from distill.training.dashboard import describe_run
+from distill.training.loop import Trainer
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",
           "simcse.lr=1e-3", "simcse.dev_every=100", "engine.precision=fp32")  # fmt: skip
@@ -27,6 +29,23 @@ def test_every_module_is_in_training_mode_from_the_first_step(embedded_copy, nam
     stage = stage_of(load_config(embedded_copy[0]), name)
     task = stage.build(stage.setup(torch.device("cpu"), None))
     assert all(module.training for module in task.module.modules())
+
+
+def train_without_memory(config, *overrides) -> str:
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    Trainer.run = run
+    with pytest.raises(ValueError) as error:
+        train_stage(config, "ckd", overrides)
+    return str(error.value)
+
+
+def test_out_of_memory_names_a_smaller_micro_batch(embedded_copy):
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0])
+    assert message.startswith("ckd: out of device memory with ckd.micro_batch 8: set ckd.micro_batch=4, engine.")
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], "ckd.micro_batch=1")
+    assert message.startswith("ckd: out of device memory with ckd.micro_batch 1: engine.activation_checkpointing=true")
 
 
 @pytest.mark.parametrize("name", ["ckd", "simcse"])
@@ -130,3 +149,19 @@ def test_the_row_of_the_hparams_table_names_the_teacher(tmp_path, tiny_encoder):
     data = HParamsPluginData.FromString(row.value[0].metadata.plugin_data.content)
     hparams = data.session_start_info.hparams
     assert hparams["teacher"].string_value == str(tiny_encoder) and hparams["stage"].string_value == "ckd"
+
+
+def test_terms_of_the_loss_have_charts_of_their_own_and_sts_only_where_it_is_evaluated(tmp_path, tiny_encoder):
+    def shown(name: str, *overrides: str) -> dict[str, list[str]]:
+        stage = stage_of(load_config(write_config(tmp_path, tiny_encoder), list(overrides)), name)
+        _, (found, _) = describe_run(stage.context, name, stage.settings("result"), torch.device("cpu"))
+        groups = Layout.FromString(found.value[0].tensor.string_val[0]).category
+        return {chart.title: list(chart.multiline.tag) for group in groups for chart in group.chart}
+
+    charts = shown("ckd", "ckd.weights={ckd: 1.0, congen: 0.5}")
+    assert charts["ckd and its reference"] == ["^loss/ckd$", "^reference_loss/ckd$"]
+    assert charts["congen and its reference"] == ["^loss/congen$", "^reference_loss/congen$"]
+    assert not any("loss/.*" in tag for tags in charts.values() for tag in tags)
+    assert "contrast and its reference" in shown("finetune") and "pca and its reference" in shown("hpd")
+    sts = "STS-B dev, student and teacher"
+    assert sts not in charts and sts in shown("ckd", f"evaluate.sts={tmp_path}")

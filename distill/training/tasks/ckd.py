@@ -44,7 +44,7 @@ class CkdStage(TrainingStage):
         config, student = self.section(CkdConfig), setup.student
         projection = build_projection(student.width, setup.reader.dim, config.projection)
         if projection is not None:
-            fit_projection(projection, student, setup.reader, config.projection, setup.seed)
+            fit_projection(projection, student, setup.reader, config.projection, setup.seed, setup.check_stop)
         student.is_aligned = projection is None
         module = TeacherKeysModule(student, projection, config, setup.amp, seed=setup.seed)
         return TeacherKeysTask(module, setup.shard_batches(config), setup.device)

@@ -6,7 +6,7 @@ negatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from distill.corpus import read_dataset, read_rows
-from distill.run.collectives import barrier, rank
+from distill.run.collectives import any_rank, rank
 from distill.run.config import result
 from distill.run.files import fingerprint
-from distill.run.sampling import permutation
+from distill.run.sampling import first_of_permutation
+from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
 from distill.training.recorded_array import is_saved, save_array
@@ -87,11 +88,13 @@ class FinetuneStage(TrainingStage):
 
     def build(self, setup: Setup) -> ContrastTask:
         config = self.section(FinetuneConfig)
-        rows = load_triplets(config, setup.reader, self.directory, setup.seed)
+        rows = load_triplets(config, setup.reader, self.directory, setup.seed, setup.check_stop)
         return build_contrast_task(self, config, rows, setup)
 
 
-def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, seed: int) -> Triplets:
+def load_triplets(
+    config: FinetuneConfig, reader: ShardReader, directory: Path, seed: int, check_stop: CheckStop = never
+) -> Triplets:
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     if config.triplets or config.dataset:
         if config.triplets:
@@ -100,22 +103,22 @@ def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, 
             found = read_dataset(str(config.dataset), config.fields, config.split, config.subset)
         return Triplets(list(islice(found, config.limit)))
     path = directory / "triplets.npy"
-    if rank() == 0 and not is_saved(path):
-        mine_triplets(reader, config, seed, path)
-    barrier()
+    mining = mine_triplets(reader, config, seed, path) if rank() == 0 and not is_saved(path) else iter(())
+    while any_rank(next(mining, None) is not None):  # so that no rank waits longer than for a block
+        check_stop()
     rows = np.load(path, allow_pickle=False)
     columns = [reader.texts(rows[:, column]) for column in range(Triplets.num_views)]
     return Triplets(list(zip(*columns, strict=True)))
 
 
-def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: Path) -> int:
-    """Writes rows of the shard set, int64 [n, 3] (anchor, positive, hard negative), to `path`; returns n.
+def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: Path) -> Iterator[int]:
+    """Writes rows of the shard set, int64 [n, 3] (anchor, positive, hard negative), to `path`; yields n after each block of it.
 
     Among `mining_pool` random texts, an anchor's positive is its nearest neighbour by teacher cosine, if that lies in
     `positive_range`; its hard negative is the neighbour of rank `negative_rank`. Raises ValueError if fewer than one global
     batch is found.
     """
-    pool = permutation(len(reader), seed, 0)[: config.mining_pool]
+    pool = first_of_permutation(len(reader), config.mining_pool, seed, 0)
     if len(pool) <= config.negative_rank + 1:
         raise ValueError(f"finetune.negative_rank {config.negative_rank} needs more than {len(pool)} texts to mine from")
     vectors = torch.from_numpy(reader.vectors(pool)).float()
@@ -131,6 +134,7 @@ def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: 
         rows = torch.stack([anchors, nearest.indices[:, 0], nearest.indices[:, -1]], dim=1).numpy()[good]
         found.append(pool[rows])
         num_found += len(rows)
+        yield num_found
         if num_found >= config.num_mined:
             break
     triplets = np.concatenate(found)[: config.num_mined]
@@ -140,4 +144,4 @@ def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: 
             f" {config.global_batch}: widen finetune.positive_range or lower finetune.global_batch"
         )
     save_array(path, triplets)
-    return len(triplets)
+    yield len(triplets)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from distill.objectives.loss_terms.relational import Relational, whitening_map
 from distill.run.config import result
 from distill.run.session_log import session
+from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.student import load_projection
 from distill.training.encoded_cache import encode_all
-from distill.training.projection import LinearMap, fit_sample, ridge_regression, set_linear
+from distill.training.projection import LinearMap, encode_sample, fit_sample, ridge_regression, set_linear
 from distill.training.teacher_keys import KeysConfig, TeacherKeysModule, TeacherKeysTask
 from distill.training.training_stage import Setup, TrainingStage
 
@@ -118,12 +119,12 @@ class HpdStage(TrainingStage):
         encoded = None
         if config.freeze_encoder:
             with session(self.directory, "encode", setup.device):
-                encoded = encode_all(student, reader, self.cache_dir, setup.amp)
+                encoded = encode_all(student, reader, self.cache_dir, setup.amp, setup.check_stop)
         student.add_head(config.dim, config.head, setup.seed)
         components = torch.from_numpy(reader.moments.pca(config.dim)[0]).float()
         texts, vectors = fit_sample(reader, setup.seed)
         known = self._learned_map(student, components.double().numpy())
-        fit_head(student, texts, vectors @ components.numpy().T, known=known)
+        fit_head(student, texts, vectors @ components.numpy().T, known=known, check_stop=setup.check_stop)
         whitening = fit_whitening(config, reader)
         module = HpdModule(student, components, config, setup.amp, whitening=whitening, seed=setup.seed)
         return TeacherKeysTask(module, setup.shard_batches(config, encoded), setup.device)
@@ -141,7 +142,14 @@ class HpdStage(TrainingStage):
         return (components, np.zeros(len(components))) if student.is_aligned else None
 
 
-def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, known: LinearMap | None = None) -> None:
+def fit_head(
+    student: Student,
+    sentences: list[str],
+    targets: np.ndarray,
+    *,
+    known: LinearMap | None = None,
+    check_stop: CheckStop = never,
+) -> None:
     """Sets the head near `targets` [n, dim], which training then refines.
 
     known: (weight [dim, d_s], bias [dim]), a map from the student's vectors to the directions of the targets that an earlier
@@ -150,7 +158,7 @@ def fit_head(student: Student, sentences: list[str], targets: np.ndarray, *, kno
     head = student.head
     assert head is not None
     student.head = None
-    vectors = student.encode(sentences, normalize=False).astype(np.float64)
+    vectors = encode_sample(student, sentences, check_stop, normalize=False)
     student.head = head
     wanted = np.arctanh(targets.clip(-0.999, 0.999)) if len(head) > 1 else targets
     if known is None:
