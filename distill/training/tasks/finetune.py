@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
 from distill.corpus import read_dataset, read_rows
 from distill.run.collectives import barrier, rank
-from distill.run.config import result
+from distill.run.config import FileName, result
 from distill.run.files import fingerprint
 from distill.run.sampling import permutation
 from distill.shards import ShardReader
@@ -33,9 +34,13 @@ class FinetuneConfig(ContrastConfig):
     init: str = result(
         "ckd", description="the task whose student is fine-tuned; student: the encoder that the section student describes"
     )
-    triplets: str | None = result(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
+    triplets: FileName | None = result(
+        None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards"
+    )
     fields: tuple[str, str, str] = result(("anchor", "positive", "hard_negative"), description="their columns in it")
-    dataset: str | None = result(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
+    dataset: FileName | None = result(
+        None, description="instead of a file: the name of a Hugging Face dataset with these columns"
+    )
     subset: str | None = result(None, description="dataset: its configuration")
     split: str = result("train", description="dataset: its split")
     limit: int | None = result(None, gt=0, description="read at most this number of triplets")
@@ -43,6 +48,15 @@ class FinetuneConfig(ContrastConfig):
     mining_pool: int = result(50_000, gt=0, description="texts among which neighbours are mined")
     positive_range: tuple[float, float] = result((0.6, 0.98), description="teacher cosine of a mined positive")
     negative_rank: int = result(50, gt=1, description="a mined hard negative is the neighbour of this rank")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> FinetuneConfig:
+        if self.triplets is not None and self.dataset is not None:
+            raise ValueError("finetune.triplets and finetune.dataset are both given; leave one out")
+        low, high = self.positive_range
+        if not -1 <= low < high <= 1:
+            raise ValueError(f"finetune.positive_range [{low}, {high}] must be two cosines from -1 to 1, the lower one first")
+        return self
 
 
 class Triplets:
@@ -127,7 +141,8 @@ def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: 
         cosines = vectors[anchors] @ vectors.T
         cosines[torch.arange(len(anchors)), anchors] = -torch.inf
         nearest = cosines.topk(config.negative_rank, dim=1)
-        good = ((nearest.values[:, 0] >= low) & (nearest.values[:, 0] <= high)).numpy()
+        best = nearest.values[:, 0].clamp(-1, 1)  # of float16 vectors, a cosine may be above 1
+        good = ((best >= low) & (best <= high)).numpy()
         rows = torch.stack([anchors, nearest.indices[:, 0], nearest.indices[:, -1]], dim=1).numpy()[good]
         found.append(pool[rows])
         num_found += len(rows)
