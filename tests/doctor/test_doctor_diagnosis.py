@@ -41,7 +41,6 @@ FAULTS = {
     "config": ({"software": {"config": "dd"}}, "the config is not the same as on n1"),
     "import": ({"deepspeed": {"error": "ImportError: libfoo"}}, "DeepSpeed does not import: ImportError: libfoo"),
     "settings": ({"deepspeed": {"settings_error": "no DeepSpeed configuration at x"}}, "no DeepSpeed configuration at x"),
-    "optimiser": ({"deepspeed": {"refuses_adamw": True}}, "any but its own CPU Adam"),
     "number of gpus": ({"devices": {"gpus": [H100, H100]}}, "2 x NVIDIA H100 80 GiB here, no GPU on n1"),
     "driver": ({"devices": {"driver": "550.1", "gpus": []}}, "the GPU driver is 550.1 here, None on n1"),
     "bf16": ({"devices": {"bf16": False}}, "no bf16 here, but on n1"),
