@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from distill.plan.devices import TABLES
 from distill.run.model_folders import first_module, resolve_model
@@ -31,10 +32,11 @@ class Architecture:
     folder: Path | None = None
 
     def build(self) -> PreTrainedModel:
-        """The encoder with new weights; under FakeTensorMode it takes no memory."""
+        """The encoder, its weights not initialised; under FakeTensorMode it takes no memory."""
         config = copy.deepcopy(self.config)  # keep_layers changes it
         cls: Any = encoder_class(config)
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        with no_init_weights():  # ModernBERT's initialisation looks at values, which fake tensors do not have
+            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:

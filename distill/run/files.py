@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_LFS_BEGIN = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER = "is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned"
+
 
 @contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
@@ -55,6 +58,15 @@ def write_json(path: Path, value: Any) -> None:
 def fingerprint(value: dict[str, Any]) -> str:
     """The hex sha256 of `value` as canonical JSON: equal for equal content, whatever the order of its keys."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves of a large file where git-lfs has not downloaded it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_BEGIN)) == _LFS_BEGIN
+    except OSError:
+        return False
 
 
 def canonical_json(value: dict[str, Any], indent: int | None = None) -> bytes:

@@ -106,7 +106,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{found} is not JSON ({error}); it has no comments, and no comma after a last entry") from None
     if not isinstance(settings, dict):
         raise ConfigError(f'{found} is JSON, but no object {{"zero_optimization": ...}}')
-    for key in settings.keys() & WHOSE.keys():
+    for key in filter(WHOSE.__contains__, settings):
         raise ConfigError(f"{found}: {key} is not read from this file; {WHOSE[key]} in the run's config decides: leave it out")
     if isinstance(zero := settings.get("zero_optimization"), dict):
         if automatic := [key for key, value in zero.items() if value == "auto"]:

@@ -8,9 +8,10 @@ from conftest import write_config
 from encoders import FAMILIES, save_family
 from plan.plans import inputs_of
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DebertaV2Config, ModernBertConfig
 
 from distill.config import load_config
-from distill.plan.architectures import architecture_of
+from distill.plan.architectures import Architecture, architecture_of
 from distill.plan.planner import plan_stage
 from distill.plan.shapes import Growth, task_shape, teacher_shape
 from distill.plan.step_cost import batch_bytes, collectives_per_step, loss_flops, loss_workspace
@@ -30,6 +31,18 @@ def test_flops_of_every_family_are_those_of_a_real_forward_pass(family, tiny_enc
         encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     # a pooler's FLOPs do not grow with the length
     assert shape.forward_flops([(3, 28.0)]) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("config_class", [ModernBertConfig, DebertaV2Config])
+def test_architectures_whose_modules_look_at_values_or_gradients_are_planned(config_class, tiny_encoder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if config_class is DebertaV2Config else {}
+    architecture = Architecture(config_class(**sizes, **tokens, **relative), 32, False)
+    config = load_config(write_config(tmp_path, tiny_encoder))
+    shape = task_shape(config, "ckd", architecture, 32, is_bf16=False, on_cpu=False)
+    flops = teacher_shape(architecture, is_bf16=True).forward_flops([(1, 16.0)])
+    assert flops > shape.forward_flops([(1, 16.0)]) > 0  # the student has two of the four layers
 
 
 def test_known_encoders_have_the_published_number_of_parameters():
