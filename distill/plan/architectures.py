@@ -36,7 +36,9 @@ class Architecture:
         config = copy.deepcopy(self.config)  # keep_layers changes it
         cls: Any = encoder_class(config)
         with no_init_weights():  # ModernBERT's initialisation looks at values, which fake tensors do not have
-            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            encoder = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        encoder.tie_weights()
+        return encoder
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:

@@ -71,7 +71,9 @@ def shape_of(tiny_encoder, folder, name: str, *overrides: str, teacher_dim: int 
 
 def test_a_stage_that_starts_from_hpd_has_its_head(tiny_encoder, tmp_path):
     _, hpd = shape_of(tiny_encoder, tmp_path, "hpd", "hpd.init=ckd")
-    _, finetune = shape_of(tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd")
+    _, finetune = shape_of(
+        tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd", "stages=[ckd, hpd, finetune]"
+    )
     _, plain = shape_of(tiny_encoder, tmp_path, "finetune")
     assert (finetune.student_dim, plain.student_dim) == (16, 32)
     assert finetune.num_parameters == hpd.num_parameters == plain.num_parameters + 32 * 16 + 16
@@ -82,7 +84,7 @@ def test_a_stage_that_starts_from_hpd_has_its_head(tiny_encoder, tmp_path):
     [
         ((), True),
         (("finetune.teacher_weight=0",), False),
-        (("finetune.init=hpd", "hpd.init=ckd"), False),
+        (("finetune.init=hpd", "hpd.init=ckd", "stages=[ckd,hpd,finetune]"), False),
         (("finetune.init=simcse", "simcse.init=ckd"), False),
         (("finetune.init=simcse", "simcse.init=ckd", "simcse.teacher_weight=1"), True),
         (("finetune.init=simcse", "simcse.init=student", "simcse.teacher_weight=1"), False),
