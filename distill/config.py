@@ -76,7 +76,7 @@ class BaseRunConfig(Section):
             if hasattr(self.train(stage), "init"):
                 self._check_init(stage)
         for place, stage in enumerate(self.stages):
-            if later := [need for need in self._needs(stage) if need in self.stages[place:]]:
+            if later := [need for need in self.needs(stage) if need in self.stages[place:]]:
                 raise ValueError(f"stages {self.stages}: {stage} needs {later[0]}, which is listed after it; put it before")
         if self.teacher.model is None and self.student.init == "teacher":
             raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
@@ -87,7 +87,7 @@ class BaseRunConfig(Section):
                 raise ValueError(f"{stage}.global_batch {global_batch} is smaller than engine.num_ranks {ranks}")
         return self
 
-    def _needs(self, stage: str) -> list[str]:
+    def needs(self, stage: str) -> list[str]:
         """The stages whose results a stage reads."""
         if stage in TRAINING_STAGES:
             return ["precompute", getattr(self.train(stage), "init", "student")]

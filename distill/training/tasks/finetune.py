@@ -6,7 +6,7 @@ negatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
-from distill.corpus import read_dataset, read_rows
+from distill.corpus import read_dataset
+from distill.corpus.rows import read_numbered_rows
 from distill.run.collectives import barrier, rank
 from distill.run.config import FileName, result
 from distill.run.files import fingerprint
@@ -25,6 +26,7 @@ from distill.training.recorded_array import is_saved, save_array
 from distill.training.training_stage import Setup, TrainingStage
 
 ANCHORS_PER_BLOCK = 1024
+CHECKED_TRIPLETS = 10_000  # that are read before any stage has run
 
 
 class FinetuneConfig(ContrastConfig):
@@ -93,11 +95,19 @@ class FinetuneStage(TrainingStage):
         return found
 
     def check(self, reader: ShardReader) -> None:
+        self.check_early(None, None)
+
+    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
         config = self.section(FinetuneConfig)
         if config.triplets:
             if not Path(config.triplets).is_file():
                 raise ValueError(f"finetune.triplets: no file at {config.triplets}")
-            next(read_rows(config.triplets, config.fields), None)  # names a field that is not there
+            num_rows = sum(1 for _ in islice(read_triplets(config), CHECKED_TRIPLETS))
+            if num_rows < min(config.global_batch, CHECKED_TRIPLETS):
+                raise ValueError(
+                    f"finetune.triplets: {config.triplets} has {num_rows} rows, less than one global batch of"
+                    f" {config.global_batch}: lower finetune.global_batch"
+                )
 
     def build(self, setup: Setup) -> ContrastTask:
         config = self.section(FinetuneConfig)
@@ -108,11 +118,7 @@ class FinetuneStage(TrainingStage):
 def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, seed: int) -> Triplets:
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     if config.triplets or config.dataset:
-        if config.triplets:
-            found = read_rows(config.triplets, config.fields)
-        else:
-            found = read_dataset(str(config.dataset), config.fields, config.split, config.subset)
-        return Triplets(list(islice(found, config.limit)))
+        return Triplets(list(read_triplets(config)))
     path = directory / "triplets.npy"
     if rank() == 0 and not is_saved(path):
         mine_triplets(reader, config, seed, path)
@@ -120,6 +126,25 @@ def load_triplets(config: FinetuneConfig, reader: ShardReader, directory: Path, 
     rows = np.load(path, allow_pickle=False)
     columns = [reader.texts(rows[:, column]) for column in range(Triplets.num_views)]
     return Triplets(list(zip(*columns, strict=True)))
+
+
+def read_triplets(config: FinetuneConfig) -> Iterator[tuple[str, ...]]:
+    """The rows of the file or dataset that the config names, up to its limit.
+
+    Raises ValueError naming the line, of a .parquet or dataset the row, of one that lacks a text.
+    """
+    rows: Iterator[tuple[int, tuple[str, ...]]]
+    if config.triplets:
+        where, rows = f"finetune.triplets: {config.triplets}", read_numbered_rows(config.triplets, config.fields)
+    else:
+        where = f"finetune.dataset: {config.dataset}"
+        rows = ((0, row) for row in read_dataset(str(config.dataset), config.fields, config.split, config.subset))
+    for count, (line, row) in enumerate(islice(rows, config.limit), start=1):
+        if not all(map(str.strip, row)):
+            empty = next(field for field, text in zip(config.fields, row, strict=True) if not text.strip())
+            place = f"line {line}" if line else f"row {count}"
+            raise ValueError(f"{where}, {place}: {empty!r} is empty or null; every triplet needs three texts")
+        yield row
 
 
 def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: Path) -> int:
