@@ -99,7 +99,7 @@ class Progress:
 def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
     """Writes texts, records and row numbers, continuing an interrupted call that had the same config and sources."""
     made_from = {
-        "journal": 4,
+        "journal": 5,
         "num_buckets": spool.num_buckets,
         "has_rows": spool.has_rows,
         "text": config.model_dump(mode="json"),
