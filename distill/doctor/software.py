@@ -12,11 +12,11 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-import psutil
 import torch
 
 import distill
 from distill.doctor.check import Context, Facts, Finding, Findings, Nodes, outliers, shorten, warning
+from distill.doctor.memory import memory_limit
 from distill.doctor.needs import num_parameters
 from distill.run.config import dump_config
 from distill.run.files import sha256_of
@@ -86,7 +86,7 @@ def _memory(context: Context, stage: int, offloads: bool) -> Facts:
     needed = sum(num_bytes / (ranks if stage >= splits else 1) for splits, num_bytes in bytes_by_stage.items())
     if torch.cuda.is_available() and not offloads:
         return {"needed": needed, "memory": torch.cuda.get_device_properties(0).total_memory, "holder": "a GPU"}
-    return {"needed": needed * context.ranks_per_node, "memory": psutil.virtual_memory().total, "holder": "the node"}
+    return {"needed": needed * context.ranks_per_node, "memory": memory_limit(), "holder": "the node"}
 
 
 def diagnose_deepspeed(context: Context, nodes: Nodes) -> Findings:

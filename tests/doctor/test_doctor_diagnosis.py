@@ -209,3 +209,13 @@ def test_the_exit_code_tells_what_no_node_has_from_what_one_lacks(config):
     both[0]["facts"]["inputs"] = both[1]["facts"]["inputs"]
     assert diagnosis_of(config, both).code == 2
     assert diagnose(context_of(config), {0: both[0]}, "no answer").code == 1  # what the other node has is not known
+
+
+@pytest.mark.parametrize(
+    "failed", [{"failed": "not done after 33 s", "cause": "time"}, {"failed": "OSError", "cause": "error"}]
+)
+@pytest.mark.parametrize("check", ["inputs", "deepspeed"])
+def test_a_check_that_fails_on_all_nodes_is_not_final(config, check, failed):
+    both = reports(2, **{check: failed})
+    both[0]["facts"][check] |= failed
+    assert diagnosis_of(config, both).code == 1
