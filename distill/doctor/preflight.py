@@ -69,12 +69,13 @@ class ModelFolder:
     def open(cls, name: str, revision: str | None) -> ModelFolder | None:
         """None for a hub model that is still to be downloaded. Raises ValueError or OSError for files that cannot be read."""
         place = resolve_model(name)
-        path = Path(place) if Path(place).is_dir() else cached_folder(place, revision)
-        if path is None:
+        is_local = Path(place).is_dir()
+        path = Path(place) if is_local else cached_folder(place, revision)
+        encoder, is_transformer = first_module(path) if path is not None else (None, False)
+        if path is None or encoder is None or not (is_local or any(encoder.glob("*.safetensors"))):
             if constants.HF_HUB_OFFLINE:
                 raise ValueError(f"{name} is not in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}")
             return None
-        encoder, is_transformer = first_module(path)
         for file in model_files(path):
             if is_lfs_pointer(file):
                 raise ValueError(f"{file} {LFS_POINTER}")

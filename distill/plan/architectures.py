@@ -76,15 +76,15 @@ def vector_width(folder: Path) -> int | None:
 
     None for a plain encoder, and where the modules do not say.
     """
+    if not (folder / "modules.json").is_file():
+        return None
     width = None
-    for module in (
-        json.loads((folder / "modules.json").read_text(encoding="utf-8")) if (folder / "modules.json").is_file() else []
-    ):
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
         place, kind = folder / module["path"], module["type"].rpartition(".")[2]
-        about = json.loads((place / "config.json").read_text(encoding="utf-8")) if (place / "config.json").is_file() else {}
         if kind == "Dense":
-            width = about["out_features"]
-        elif kind == "Pooling":
+            width = json.loads((place / "config.json").read_text(encoding="utf-8"))["out_features"]
+        elif kind == "Pooling" and (place / "config.json").is_file():
+            about = json.loads((place / "config.json").read_text(encoding="utf-8"))
             modes = max(1, sum(value is True for key, value in about.items() if key.startswith("pooling_mode_")))
             width = modes * about.get("embedding_dimension", about.get("word_embedding_dimension", 0)) or None
         elif kind == "StaticEmbedding":

@@ -6,13 +6,15 @@ import pytest
 import torch
 from conftest import write_config
 from encoders import FAMILIES, save_family
+from live_bytes import LiveBytes
 from plan.plans import inputs_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DebertaV2Config, ModernBertConfig
 
 from distill.config import load_config
+from distill.objectives.loss_terms.relational import relational_losses
 from distill.plan.architectures import Architecture, architecture_of
-from distill.plan.planner import plan_stage
+from distill.plan.planner import make_plan, plan_stage
 from distill.plan.shapes import Growth, task_shape, teacher_shape
 from distill.plan.step_cost import batch_bytes, collectives_per_step, loss_flops, loss_workspace
 from distill.plan.zero_partition import ZeroSettings
@@ -102,9 +104,41 @@ def test_texts_of_the_teacher_term_are_encoded_but_not_contrasted_with_others(ti
     assert (replays.num_views, replays.texts_per_row, plain.num_views, plain.texts_per_row) == (3, 4, 3, 3)
     assert batch_bytes(replays) == batch_bytes(plain) == 16 * 2 * 4 * 32
     assert loss_flops(replays, 8) == loss_flops(plain, 8)
-    assert loss_workspace(replays, 4 * 8) == loss_workspace(plain, 3 * 8)
+    assert loss_workspace(replays, 4 * 8, 2) == loss_workspace(plain, 3 * 8, 2)
     views = [collectives_per_step(shape, ZeroSettings(), 2, 1)[:2] for shape in (replays, plain)]
     assert views[0] == views[1]
+
+
+def test_a_rank_with_a_part_of_the_queue_compares_the_queries_of_all_ranks_with_it(tiny_encoder, tmp_path):
+    same = ("ckd.tile=64", "ckd.queue=4096", "ckd.weights={ckd: 1}")
+    _, whole = shape_of(tiny_encoder, tmp_path, "ckd", *same)
+    _, part = shape_of(tiny_encoder, tmp_path, "ckd", *same, "ckd.queue_placement=sharded")
+    assert loss_workspace(whole, 8, 16) == loss_workspace(whole, 8, 1) == loss_workspace(part, 8, 1)
+    assert loss_workspace(part, 8, 16) == 4 * (16 * 8 * (64 + 5 * 32) + 64 * 32)
+
+
+@pytest.mark.parametrize("rows, batch, width, teacher_dim, nested", [(64, 512, 16, 32, []), (512, 512, 16, 32, [8, 4])])
+def test_the_relational_term_takes_as_much_memory_as_planned(rows, batch, width, teacher_dim, nested, tiny_encoder, tmp_path):
+    overrides = (f"hpd.global_batch={batch}", "hpd.weights={relational: 1}", f"hpd.nested={nested}", f"hpd.dim={width}")
+    _, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides, teacher_dim=teacher_dim)
+    vectors = torch.randn(batch, width, requires_grad=True)
+    teacher = torch.nn.functional.normalize(torch.randn(batch, teacher_dim), dim=1).half()
+    with LiveBytes() as memory:
+        temperatures = {"student_temperature": 0.05, "teacher_temperature": 0.05}
+        losses, _ = relational_losses(vectors, teacher, torch.arange(rows), sizes=[width, *nested], **temperatures)
+        losses.sum().backward()
+    assert 0.9 * memory.peak <= loss_workspace(shape, rows, 2) <= 1.3 * memory.peak
+
+
+def test_the_teacher_reads_more_of_a_long_text_than_the_student(tiny_encoder, tmp_path):
+    config = load_config(write_config(tmp_path, tiny_encoder), ["teacher.max_length=60", "student.max_length=8"])
+    teacher, student = [], []
+    for tokens in (6, 60):
+        inputs = inputs_of(config, tokens_per_text=tokens, num_texts=640)
+        plan = make_plan(inputs)
+        teacher.append(plan.teacher.flops)
+        student.append(plan_stage(inputs, "ckd").chosen.seconds_per_step["compute"])
+    assert teacher[1] > 5 * teacher[0] and student[1] < 2 * student[0]
 
 
 def test_a_frozen_encoder_encodes_all_texts_once_and_only_its_head_takes_steps(tiny_encoder, tmp_path):
