@@ -13,7 +13,7 @@ from pydantic import create_model, field_validator, model_validator
 from distill.corpus.text_config import TextConfig
 from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.export.export_config import ExportConfig
-from distill.run.config import ConfigError, Section, load_tree, result, speed, validate
+from distill.run.config import ConfigError, FileName, FilePath, Section, load_tree, result, speed, validate
 from distill.run.stage import RunContext, Stage, write_run_config
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
@@ -34,8 +34,8 @@ class BaseRunConfig(Section):
     """A run: its directory, its stages, and a section for each of them."""
 
     name: str = speed(pattern=NAME, description="the run's directory under runs_dir")
-    runs_dir: Path = speed(Path("runs"), description="the folder of all runs, on a disk shared by all nodes")
-    shards_from: str | None = speed(
+    runs_dir: FilePath = speed(Path("runs"), description="the folder of all runs, on a disk shared by all nodes")
+    shards_from: FileName | None = speed(
         None,
         description="the run whose text and shards are used, for several students of one teacher and text: a name under"
         " runs_dir, where precompute makes them if they are missing, or the directory of a run; null: this run",
@@ -60,6 +60,8 @@ class BaseRunConfig(Section):
     def _stages_exist(cls, stages: list[str]) -> list[str]:
         for name in stages:
             _check_name(name, STAGES)
+            if stages.count(name) > 1:
+                raise ValueError(f"{name} is listed {stages.count(name)} times; a stage runs once")
         return stages
 
     @field_validator("stage")
@@ -73,6 +75,9 @@ class BaseRunConfig(Section):
         for stage in TRAINING_STAGES:
             if hasattr(self.train(stage), "init"):
                 self._check_init(stage)
+        for place, stage in enumerate(self.stages):
+            if later := [need for need in self.needs(stage) if need in self.stages[place:]]:
+                raise ValueError(f"stages {self.stages}: {stage} needs {later[0]}, which is listed after it; put it before")
         if self.teacher.model is None and self.student.init == "teacher":
             raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
         ranks = self.engine.num_ranks or 1
@@ -81,6 +86,14 @@ class BaseRunConfig(Section):
             if global_batch < ranks:
                 raise ValueError(f"{stage}.global_batch {global_batch} is smaller than engine.num_ranks {ranks}")
         return self
+
+    def needs(self, stage: str) -> list[str]:
+        """The stages whose results a stage reads."""
+        if stage in TRAINING_STAGES:
+            return ["precompute", getattr(self.train(stage), "init", "student")]
+        return {"precompute": [], "export": self.training_stages, "evaluate": ["precompute", *self.training_stages, "export"]}[
+            stage
+        ]
 
     def _check_init(self, stage: str) -> None:
         known = ["student", *(name for name in TRAINING_STAGES if name != stage)]

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
@@ -74,6 +74,8 @@ def _yaml(value: Any) -> str:
 def _type(annotation: Any) -> str:
     """The type of a key in words: `whole number or null`, `list of text`, ..."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_type, arguments)))
     if origin is Literal:

@@ -68,6 +68,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def path(text: str) -> Path:
+    """The type of an argument that names a file or folder; a leading ~ is the home folder, which --out=~/x leaves to us."""
+    return Path(text).expanduser()
+
+
+def name(text: str) -> str:
+    """The type of an argument that names a folder or something else, such as hub:OWNER/NAME."""
+    return str(path(text)) if text.startswith("~") else text
+
+
 def start(main: Callable[[], int]) -> NoReturn:
     """The `__main__` of every command line: prepares this process, runs main and exits with its code."""
     if PARENT in os.environ:

@@ -53,16 +53,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="which differences of two results are more than chance; a model of a run's results.json is FILE:MODEL",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: any key of it")
-    parser.add_argument("--sts", metavar="DIR", help="a folder with sts12_test.tsv.gz, ..., sickr_test.tsv.gz; or hub")
+    parser.add_argument(
+        "--sts", type=command.name, metavar="DIR", help="a folder with sts12_test.tsv.gz, ..., sickr_test.tsv.gz; or hub"
+    )
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument(
         "--retrieval",
+        type=command.name,
         metavar="DIR",
         help="folders in BEIR's layout (corpus.jsonl.gz, queries.jsonl.gz, qrels.tsv), or hub:OWNER/NAME",
         **several,
     )
     parser.add_argument(
-        "--transfer", metavar="DIR", help="folders with train.tsv and test.tsv (label, text), or hub:OWNER/NAME", **several
+        "--transfer",
+        type=command.name,
+        metavar="DIR",
+        help="folders with train.tsv and test.tsv (label, text), or hub:OWNER/NAME",
+        **several,
     )
     parser.add_argument("--index", choices=["exact", "hnsw"], help="retrieval also through these indices of faiss", **several)
     parser.add_argument(
@@ -74,7 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rescore", type=int, metavar="N", help="int8 and binary: also re-rank N times the candidates by larger vectors"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the file of the results, written whole or not at all")
+    parser.add_argument(
+        "--out", type=command.path, metavar="FILE.json", help="the file of the results, written whole or not at all"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="texts in a forward pass (default 64)")
     parser.add_argument("--truncate-dim", type=int, metavar="D", help="keep the first D dimensions of every vector")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")

@@ -87,24 +87,15 @@ class Pipeline:
     arguments: argparse.Namespace
 
     def begin(self) -> None:
-        """Checks what can be checked in a second, and creates the run directory. Raises ValueError."""
+        """Checks what can be known before the first stage works, and creates the run directory. Raises Exit for problems."""
         from distill.config import open_run
-        from distill.export.formats import require_packages
+        from distill.doctor.preflight import problems
 
-        if "export" in self.config.stages:
-            require_packages(self.config.export.formats)
-        self.check_student()
+        if found := problems(self.config):
+            for problem in found:
+                print(f"error: {problem}", file=sys.stderr)
+            raise command.Exit(command.USER_ERROR)
         open_run(self.config, self.config.stages)
-
-    def check_student(self) -> None:
-        """Checks, before the teacher works for hours, that the student's layers are there. Raises ValueError."""
-        from distill.run.model_folders import num_layers
-
-        config = self.config
-        begins = "precompute" in config.stages and config.stage_of("precompute").reason_to_run() is not None
-        encoder = config.teacher.model if config.student.init == "teacher" else config.student.init
-        if begins and config.training_stages and encoder and (depth := num_layers(encoder)):
-            config.student.kept(depth)
 
     def check_nodes(self) -> int:
         """Runs doctor.py on the nodes of this job before anything is begun on them; returns its exit code."""

@@ -71,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus-per-node", type=positive_integer, metavar="G", help="devices per node, a rank on each (those here)"
     )
     parser.add_argument("--gpu", metavar="NAME", help="a device of the table, e.g. H100, A100, L4, cpu (that of this machine)")
-    parser.add_argument("--devices", type=Path, metavar="FILE", help="instead of configs/plan/devices.yaml")
+    parser.add_argument("--devices", type=command.path, metavar="FILE", help="instead of configs/plan/devices.yaml")
     parser.add_argument("--sentences", type=positive_integer, metavar="N", help="number of texts, where they cannot be counted")
     parser.add_argument("--tokens", type=float, metavar="N", help="tokens per text, instead of sampling or assuming them")
     parser.add_argument("--calibrate", action="store_true", help="measure rates here for a minute instead of assuming them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values: bytes, seconds, dollars, FLOPs")
+    parser.add_argument("--json", type=command.path, metavar="FILE", help="write all values: bytes, seconds, dollars, FLOPs")
     return parser
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
 from distill.run.files import publish
+from launcher import command
 
 OUT = Path("runs/quickstart-text/docstrings.txt")
 MAX_SOURCE_BYTES = 2_000_000
@@ -72,7 +73,7 @@ FORMULA = re.compile(r"[\\$`{}^|~\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"the text file (default {OUT})")
+    parser.add_argument("--out", type=command.path, default=OUT, metavar="FILE", help=f"the text file (default {OUT})")
     out: Path = parser.parse_args(argv).out
     if out.exists():
         print(f"{out}: kept as it is")

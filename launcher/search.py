@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
+    parser.add_argument("--run", type=command.path, required=True, metavar="DIR", help="a finished run, e.g. runs/quickstart")
     parser.add_argument("--count", type=int, default=5, metavar="N", help="answers per question (default 5)")
     parser.add_argument("--asymmetric", action="store_true", help="search the teacher's vectors with the student's questions")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")

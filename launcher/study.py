@@ -27,11 +27,11 @@ LAUNCHER = Path(__file__).resolve().parent
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder with base.yaml and a config for each student")
+    parser.add_argument("folder", type=command.path, help="a folder with base.yaml and a config for each student")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="over a key of every student, e.g. engine.num_ranks=8"
     )
-    parser.add_argument("--over", type=Path, metavar="FILE.yaml", help="the same from a file, e.g. text and teacher")
+    parser.add_argument("--over", type=command.path, metavar="FILE.yaml", help="the same from a file, e.g. text and teacher")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     arguments = parser.parse_intermixed_args(argv)
     return command.run(lambda: study(arguments), show_traceback=arguments.traceback)

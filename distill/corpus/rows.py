@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from distill.run.files import LFS_POINTER, is_lfs_pointer
+
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 24
+csv.field_size_limit(MAX_LINE_BYTES)  # Python's own is 131,072 characters
 
 Record = tuple[int, list[str]]
 NumberedRow = tuple[int, tuple[str, ...]]
@@ -30,8 +33,8 @@ def read_rows(path: str, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The values of `fields`, in that order, of every row of a file, in constant memory.
 
     `fields` are columns of .tsv, .csv and .parquet or keys of .jsonl; for .txt it is empty and the line is the only value.
-    A null is an empty string; blank lines of .tsv (of several columns), .csv and .jsonl are no rows. If one field is requested
-    and holds a list of strings, such as the captions of one picture, each is a row.
+    A null is an empty string, bytes are decoded as UTF-8; blank lines of .tsv (of several columns), .csv and .jsonl are no
+    rows. If one field is requested and holds a list of strings, such as the captions of one picture, each is a row.
     Raises ValueError naming the file, the line where there is one, and the fix.
     """
     return (values for _, values in read_numbered_rows(path, fields))
@@ -41,6 +44,8 @@ def read_numbered_rows(path: str, fields: Sequence[str], optional: Sequence[str]
     """The same, each row with its line number from 1 (0 in .parquet). Fields that are `optional` may be absent from a .jsonl
     object, as empty strings."""
     suffix = file_format(Path(path))
+    if is_lfs_pointer(Path(path)):
+        raise ValueError(f"{path} {LFS_POINTER}")
     if (suffix == ".txt") != (not fields):
         known = " and its lines are all it has: remove `field`" if fields else f"; {_known_fields(Path(path), suffix)}"
         raise ValueError(f"{path}: a {suffix} file {'has no fields' if fields else 'needs `field`'}{known}")
@@ -65,6 +70,11 @@ def text_of(value: Any, where: str) -> str:
     """A string as it is and a null as an empty one; ValueError, beginning with `where`, for anything else."""
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: bytes that are not UTF-8 ({error.reason} at {error.start}); convert them") from None
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected a string, found {type(value).__name__} {str(value)[:40]!r}; name another field")
     return value
@@ -99,11 +109,17 @@ def _read_table(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
     for field in fields:
         if field not in header:
             raise ValueError(f"{path}: no column {field!r} in its header; its columns are {', '.join(header)}")
+        _check_unique(path, field, header)
     columns = [header.index(field) for field in fields]
     for number, record in records:
         if len(record) != len(header):
             raise ValueError(f"{path}, line {number}: {len(record)} columns where the header has {len(header)}; fix this line")
         yield number, tuple(record[column] for column in columns)
+
+
+def _check_unique(path: Path, field: str, columns: Sequence[str]) -> None:
+    if (count := columns.count(field)) > 1:
+        raise ValueError(f"{path}: {count} columns are called {field!r}; rename all but the one that is meant")
 
 
 def tsv_records(path: Path) -> Iterator[Record]:
@@ -157,6 +173,7 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[NumberedRow]:
     for field in fields:
         if field not in schema.names:
             raise ValueError(f"{path}: no column {field!r}; its columns are {', '.join(schema.names)}")
+        _check_unique(path, field, schema.names)
     wheres = [f"{path}, column {field!r}" for field in fields]
     try:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(fields)), use_threads=False):

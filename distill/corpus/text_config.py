@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from distill.run.config import Section, result
+from distill.run.config import FileName, Section, result
 
 
 class SourceConfig(Section):
     """Where texts come from: local files or a Hugging Face dataset."""
 
     type: Literal["file", "huggingface"] = result(description="the kind of source")
-    path: str | None = result(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
-    name: str | None = result(None, description="huggingface: the dataset's name")
+    path: FileName | None = result(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
+    name: FileName | None = result(None, description="huggingface: the dataset's name")
     subset: str | None = result(None, description="huggingface: the dataset's configuration")
     split: str = result("train", description="huggingface: the split")
     revision: str | None = result(None, description="huggingface: the commit to read")

@@ -62,13 +62,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong on one node. A fault ends the run or falsifies its results; a warning does neither."""
+    """One thing that is wrong on one node. A fault ends the run or falsifies its results; a warning does neither.
+
+    is_transient: the check itself failed or took too long, so that another start may find nothing.
+    """
 
     node: str
     what: str
     fix: str
     is_fault: bool = True
     check: str = ""
+    is_transient: bool = False
 
 
 Findings = Iterator[Finding]

@@ -44,11 +44,12 @@ class Diagnosis:
     @property
     def code(self) -> int:
         """The exit code. 2: the config names what no node has, so that neither other nodes nor another start would help."""
-        faulty = {(finding.check, finding.node) for finding in self.findings if finding.is_fault}
-        has_all_nodes = not any(check == RENDEZVOUS for check, _ in faulty)
-        if has_all_nodes and any(all((check, node) in faulty for node in self.nodes) for check in CONFIG_CHECKS):
+        faults = [finding for finding in self.findings if finding.is_fault]
+        lasting = {(fault.check, fault.node) for fault in faults if not fault.is_transient}
+        has_all_nodes = not any(fault.check == RENDEZVOUS for fault in faults)
+        if has_all_nodes and any(all((check, node) in lasting for node in self.nodes) for check in CONFIG_CHECKS):
             return 2
-        return 1 if faulty else 0
+        return 1 if faults else 0
 
 
 def diagnose(
@@ -89,7 +90,9 @@ def _failure(check: Check, node: str, facts: Facts) -> Finding:
         what = f"`import {check.imports}` is {why}: a slow file system, or a busy node"
     else:
         what = f"the check failed: {why}"
-    return Finding(node, what, f"{fix}: sbatch --exclude {node}", is_fault=cause != "import", check=check.name)
+    return Finding(
+        node, what, f"{fix}: sbatch --exclude {node}", is_fault=cause != "import", check=check.name, is_transient=True
+    )
 
 
 def _labels(context: Context, reports: Mapping[int, Report]) -> dict[int, str]:

@@ -19,7 +19,6 @@ from distill.run.formatting import format_bytes
 from distill.run.precision import autocast_dtype
 
 DRIVER = Path("/proc/driver/nvidia/version")
-GPUS = "nvidia[0-9]*"  # in /dev
 SHM = Path("/dev/shm")
 SHM_PER_RANK = 64e6  # bytes; loader workers, NCCL and gloo share tensors through it
 SHM_FULL = 1e6
@@ -135,7 +134,7 @@ def diagnose_clocks(context: Context, nodes: Nodes) -> Findings:
 def collect_limits(context: Context) -> Facts:
     files, locked = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
     summary = f"{files} files" if files >= 0 else "any number of files"
-    return {"files": files, "locked": locked, "has_gpus": any(Path("/dev").glob(GPUS)), "summary": summary}
+    return {"files": files, "locked": locked, "has_gpus": torch.cuda.is_available(), "summary": summary}
 
 
 def diagnose_limits(context: Context, nodes: Nodes) -> Findings:

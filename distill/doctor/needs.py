@@ -13,6 +13,7 @@ from distill.plan.architectures import architecture_of
 from distill.plan.text_estimate import raw_count
 from distill.run.formatting import format_bytes
 from distill.run.model_folders import resolve_model
+from distill.student.pooling import pooled_width
 
 SENTENCE_BYTES = 110  # of English text
 STATE_BYTES = 12  # of a parameter and Adam's two moments, in fp32
@@ -59,7 +60,24 @@ def _training_bytes(config: RunConfig) -> int | None:
         written = sum(path.stat().st_size for path in (config.run_dir / stage).glob("checkpoints/*/*.safetensors"))
         checkpoints = (config.train(stage).keep + 1) * STATE_BYTES * parameters  # a new one is whole before an old one goes
         total += max(0, checkpoints - written) + 2 * 4 * parameters  # the stage's student, and its export
+        if getattr(config.train(stage), "freeze_encoder", False):
+            width, num = student_width(config), num_sentences(config)
+            if width is None or num is None:
+                return None
+            total += 2 * width * num  # its encoded texts, in float16
     return total
+
+
+def student_width(config: RunConfig) -> int | None:
+    """The width of the student's encoder with its pooling; None if the encoder is not known here."""
+    section = config.student
+    try:
+        encoder = architecture_of((config.teacher.model if section.init == "teacher" else section.init) or "", section.revision)
+    except ValueError:  # `inputs` names what is missing
+        return None
+    depth = encoder.config.num_hidden_layers
+    depth = len(section.kept(depth)) if section.layers is not None else depth
+    return pooled_width(section.pooling, encoder.config.hidden_size, depth)
 
 
 def num_parameters(config: RunConfig) -> int | None:

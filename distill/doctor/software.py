@@ -7,22 +7,21 @@ Neither a compiler nor a cache of extensions is checked: training uses torch's A
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-import psutil
 import torch
 
 import distill
 from distill.doctor.check import Context, Facts, Finding, Findings, Nodes, outliers, shorten, warning
+from distill.doctor.memory import memory_limit
 from distill.doctor.needs import num_parameters
 from distill.run.config import dump_config
 from distill.run.files import sha256_of
 from distill.run.formatting import format_bytes
-from distill.training.engine import find_deepspeed_config
+from distill.training.deepspeed_config import read_deepspeed_config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "webdataset")
 
@@ -62,18 +61,16 @@ def diagnose(context: Context, nodes: Nodes) -> Findings:
 
 
 def collect_deepspeed(context: Context) -> Facts:
-    facts: Facts = {"error": "", "settings_error": "", "refuses_adamw": False, "needed": None, "summary": ""}
+    facts: Facts = {"error": "", "settings_error": "", "needed": None, "summary": ""}
     try:
         import deepspeed
     except Exception as error:  # whatever its own imports raise
         return facts | {"error": f"{type(error).__name__}: {error}"}
     try:
-        settings = json.loads(find_deepspeed_config(context.config.engine.deepspeed).read_text(encoding="utf-8"))
+        zero = read_deepspeed_config(context.config.engine.deepspeed).get("zero_optimization", {})
     except (OSError, ValueError) as error:
         return facts | {"settings_error": str(error)}
-    zero = settings.get("zero_optimization", {})
-    stage, offloads = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device") == "cpu"
-    facts |= {"refuses_adamw": offloads and settings.get("zero_force_ds_cpu_optimizer", True)}
+    stage, offloads = zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     facts |= _memory(context, stage, offloads)
     needed = "" if facts["needed"] is None else f", states {format_bytes(facts['needed'])}"
     return facts | {"summary": f"{deepspeed.__version__}, ZeRO {stage}{', offload' if offloads else ''}{needed}"}
@@ -89,7 +86,7 @@ def _memory(context: Context, stage: int, offloads: bool) -> Facts:
     needed = sum(num_bytes / (ranks if stage >= splits else 1) for splits, num_bytes in bytes_by_stage.items())
     if torch.cuda.is_available() and not offloads:
         return {"needed": needed, "memory": torch.cuda.get_device_properties(0).total_memory, "holder": "a GPU"}
-    return {"needed": needed * context.ranks_per_node, "memory": psutil.virtual_memory().total, "holder": "the node"}
+    return {"needed": needed * context.ranks_per_node, "memory": memory_limit(), "holder": "the node"}
 
 
 def diagnose_deepspeed(context: Context, nodes: Nodes) -> Findings:
@@ -98,9 +95,6 @@ def diagnose_deepspeed(context: Context, nodes: Nodes) -> Findings:
             yield Finding(node, f"DeepSpeed does not import: {facts['error']}", f"ssh {node} python -c 'import deepspeed'")
         if facts["settings_error"]:
             yield Finding(node, facts["settings_error"], "engine.deepspeed=configs/deepspeed/zero1.json")
-        if facts["refuses_adamw"]:
-            what = "engine.deepspeed offloads the optimiser, and DeepSpeed would refuse any but its own CPU Adam"
-            yield Finding(node, what, f'put "zero_force_ds_cpu_optimizer": false into {context.config.engine.deepspeed}')
         if facts["needed"] is not None and facts["needed"] > facts["memory"]:
             needed, memory = format_bytes(facts["needed"]), format_bytes(facts["memory"])
             fix = "engine.deepspeed=configs/deepspeed/zero3.json (or more nodes) splits them further"

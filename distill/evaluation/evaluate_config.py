@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from distill.run.config import Section, result, speed
+from distill.run.config import FileName, Section, result, speed
 
 
 class EvaluateConfig(Section):
     """What the table measures; also what training measures on the way."""
 
-    sts: str | None = result(None, description="a folder with sts12_test.tsv.gz ...; hub; null evaluates fidelity alone")
-    retrieval: list[str] | None = result(None, description="folders in BEIR's layout, or hub:OWNER/NAME")
+    sts: FileName | None = result(None, description="a folder with sts12_test.tsv.gz ...; hub; null evaluates fidelity alone")
+    retrieval: list[FileName] | None = result(None, description="folders in BEIR's layout, or hub:OWNER/NAME")
     precision: list[Literal["float32", "float16", "int8", "binary"]] | None = result(
         None, description="quantised vectors that STS and retrieval are also measured with, retrieval through faiss"
     )
     rescore: int | None = result(None, gt=0, description="re-rank by larger vectors: the multiple of the candidates to re-rank")
-    transfer: list[str] | None = result(None, description="folders with train.tsv and test.tsv, or hub:OWNER/NAME")
+    transfer: list[FileName] | None = result(None, description="folders with train.tsv and test.tsv, or hub:OWNER/NAME")
     baselines: bool = result(
         False, description="also measure the student before training, and the PCA of what hpd compresses, at hpd's sizes"
     )

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from distill.plan.devices import TABLES
 from distill.run.model_folders import first_module, resolve_model
@@ -32,10 +34,13 @@ class Architecture:
     folder: Path | None = None
 
     def build(self) -> PreTrainedModel:
-        """The encoder with new weights; under FakeTensorMode it takes no memory."""
+        """The encoder, its weights not initialised; under FakeTensorMode it takes no memory."""
         config = copy.deepcopy(self.config)  # keep_layers changes it
         cls: Any = encoder_class(config)
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        with no_init_weights():  # ModernBERT's initialisation looks at values, which fake tensors do not have
+            encoder = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        encoder.tie_weights()
+        return encoder
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
@@ -47,12 +52,12 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
         return Architecture(config, known.get("dim", config.hidden_size), known.get("stored", "float32") != "float32")
     path = resolve_model(name)
     folder = Path(path) if Path(path).is_dir() else None
-    files = folder or _cached_folder(path, revision)
+    files = folder or cached_folder(path, revision)
     try:
         if files is None:
             raise FileNotFoundError("it is not downloaded")
         config = AutoConfig.from_pretrained(first_module(files)[0], local_files_only=True, trust_remote_code=False)
-        dim = min(_dense_dim(files) or config.hidden_size, _truncate_dim(files) or sys.maxsize)
+        dim = min(vector_width(files) or config.hidden_size, _truncate_dim(files) or sys.maxsize)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the shape of {name} is not known here: {ENCODERS.name} has no line for it. Add one to {ENCODERS}, or download it"
@@ -61,7 +66,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
     return Architecture(config, dim, getattr(config, "dtype", None) in (torch.float16, torch.bfloat16), folder)
 
 
-def _cached_folder(name: str, revision: str | None) -> Path | None:
+def cached_folder(name: str, revision: str | None) -> Path | None:
     """The folder in the hub's cache that has a model's files, or some of them."""
     found = (try_to_load_from_cache(name, file, revision=revision) for file in ("modules.json", "config.json"))
     return next((Path(path).parent for path in found if isinstance(path, str)), None)
@@ -73,11 +78,23 @@ def _truncate_dim(folder: Path) -> int | None:
     return json.loads(path.read_text(encoding="utf-8")).get("truncate_dim") if path.is_file() else None
 
 
-def _dense_dim(folder: Path) -> int | None:
-    """The output width of the last Dense module of a sentence-transformers folder; None if it has none."""
+def vector_width(folder: Path) -> int | None:
+    """The width of a sentence-transformers folder's vectors: of its last Dense or Pooling module, or of its static embeddings.
+
+    None for a plain encoder, and where the modules do not say.
+    """
     if not (folder / "modules.json").is_file():
         return None
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    dense = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith(".Dense")]
-    widths = [json.loads(path.read_text(encoding="utf-8"))["out_features"] for path in dense]
-    return widths[-1] if widths else None
+    width = None
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
+        if kind == "Dense":
+            width = json.loads((place / "config.json").read_text(encoding="utf-8"))["out_features"]
+        elif kind == "Pooling" and (place / "config.json").is_file():
+            about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            modes = max(1, sum(value is True for key, value in about.items() if key.startswith("pooling_mode_")))
+            width = modes * about.get("embedding_dimension", about.get("word_embedding_dimension", 0)) or None
+        elif kind == "StaticEmbedding":
+            with safe_open(place / "model.safetensors", "pt") as tensors:
+                width = next((tensors.get_slice(name).get_shape()[-1] for name in tensors.keys()), None)  # noqa: SIM118
+    return width

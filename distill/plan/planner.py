@@ -154,7 +154,7 @@ def _teacher(inputs: Inputs) -> TeacherPlan:
     cluster, text, flops = inputs.cluster, inputs.text, 0.0
     shapes = [teacher_shape(each, is_bf16=cluster.is_bf16) for each in inputs.teachers]
     for section, shape in zip(inputs.config.teacher.models, shapes, strict=True):
-        lengths = np.minimum(text.lengths, section.max_length or 512).tolist()
+        lengths = text.truncated(section.max_length or 512).lengths.tolist()
         flops_per_text = shape.forward_flops([(1, length) for length in lengths]) / len(lengths)
         flops += flops_per_text * (text.num_texts + text.num_held_out)
     seconds = flops / (cluster.peak_flops * cluster.device.teacher * cluster.ranks * cluster.assumed.padding)
@@ -163,7 +163,7 @@ def _teacher(inputs: Inputs) -> TeacherPlan:
 
 def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     """The plan of stage `name`. Raises ValueError if its batch is smaller than the ranks or larger than the data."""
-    config, cluster, text = inputs.config, inputs.cluster, inputs.text
+    config, cluster, text = inputs.config, inputs.cluster, inputs.text.truncated(inputs.config.student.max_length)
     train = config.train(name)
     if train.global_batch < cluster.ranks:
         raise ValueError(
@@ -179,9 +179,9 @@ def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     steps = _num_steps(train, text.num_texts)
     dev_texts = (steps // train.dev_every + 1) * config.evaluate.dev_sentences
     frozen_texts = 0 if shape.flops_factor else text.num_texts
-    frozen_seconds = _forward_seconds(shape.forward_flops, frozen_texts, inputs)
+    frozen_seconds = _forward_seconds(shape.forward_flops, frozen_texts, text, cluster)
     seconds = steps * variants[chosen.stem].seconds_per_step["total"] + frozen_seconds
-    seconds += _forward_seconds(shape.forward_flops, dev_texts, inputs)
+    seconds += _forward_seconds(shape.forward_flops, dev_texts, text, cluster)
     return StagePlan(
         parameters=shape.num_parameters,
         trained_parameters=shape.num_trained,
@@ -244,9 +244,9 @@ def _num_steps(train: TrainConfig, num_texts: int) -> int:
     return min(steps, train.max_steps or steps)
 
 
-def _forward_seconds(flops: Growth, num_texts: int, inputs: Inputs) -> float:
-    rate = inputs.cluster.peak_flops * inputs.cluster.device.student * inputs.cluster.ranks
-    return flops([(num_texts, inputs.text.tokens_per_text)]) / rate
+def _forward_seconds(flops: Growth, num_texts: int, text: TextEstimate, cluster: Cluster) -> float:
+    rate = cluster.peak_flops * cluster.device.student * cluster.ranks
+    return flops([(num_texts, text.tokens_per_text)]) / rate
 
 
 def _teacher_advice(inputs: Inputs, teacher: TeacherPlan) -> list[str]:

@@ -108,7 +108,7 @@ class TeacherShape(NamedTuple):
 def teacher_shape(architecture: Architecture, *, is_bf16: bool) -> TeacherShape:
     """The shape of one encoder. Weights stored in 16 bits stay so in bf16; of others, only linear layers become bf16."""
     with FakeTensorMode(), torch.no_grad():
-        encoder = architecture.build().eval()
+        encoder = architecture.build().eval().requires_grad_(False)  # as a teacher is; FlopCounterMode tracks what is trained
         encoder.set_attn_implementation("eager")  # whose FLOPs torch counts
         linear = sum(p.numel() for m in encoder.modules() if isinstance(m, nn.Linear) for p in m.parameters())
         flops, _ = _probe(encoder, lambda tokens: encoder(**tokens), is_bf16=False)

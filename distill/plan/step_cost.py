@@ -19,14 +19,18 @@ Losses: G global batch, K queue, k query sets, d width of keys; V views of a row
             of a sharded queue, n times: k G 4 d + G 8 all-gather of queries, and k G W (4 d + 4) all-to-all of answers
     views   4 G (V - 1) d              8 b V G                          6 b G (V - 1) d  4 G (V - 1) d all-gather, all-reduce
 
-relational adds b G (2 d_t + 6 (d_1 + d_2 ...)) FLOPs for the teacher's similarities and those of each nested size.
+A rank with a W-th of the queue compares the queries of all ranks with it: workspace 4 k W b (min(tile, K/W) + 5 d), with the
+answers that it sends and receives.
+
+relational, of s nested sizes d_1, d_2, ..., adds b G (2 d_t + 6 (d_1 + d_2 ...)) FLOPs for the teacher's similarities and those
+of each size, and workspace 4 b G (s + 5) + 4 G (d_t + 3 d + d_1 + d_2 ...).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill.plan.devices import Cluster
 from distill.plan.shapes import Chunks, TaskShape
@@ -56,7 +60,7 @@ def rank_memory(shape: TaskShape, zero: ZeroSettings, ranks: int, chunks: Chunks
     part = partition_size(shape.parameters, zero.stage, ranks)
     texts = sum(b for b, _ in chunks)
     activations = shape.activations(chunks) + FLOAT * (3 + 2 * shape.num_terms) * shape.key_dim * texts  # with the loss terms'
-    workspace = loss_workspace(shape, texts)
+    workspace = loss_workspace(shape, texts, ranks)
     host = FLOAT * 4 * part if zero.offloads_optimizer else 0  # the copy, its gradients and two moments
     gathered = 0.0
     if zero.stage == 0:
@@ -105,11 +109,41 @@ def batch_bytes(shape: TaskShape) -> float:
     return float(shape.train.global_batch * per_row)
 
 
-def loss_workspace(shape: TaskShape, texts: float) -> float:
-    """Bytes while the views among `texts` encoded texts are compared with each other or with a tile of keys."""
+def loss_workspace(shape: TaskShape, texts: float, ranks: int) -> float:
+    """Bytes while the views among `texts` encoded texts are compared with each other, with a tile of keys, or with the texts of
+    the global batch."""
     train = shape.train
+    return (
+        _views_workspace(shape, texts)
+        + _keys_workspace(shape, texts, ranks)
+        + sum(
+            FLOAT * train.global_batch * (texts * (len(sizes) + 5) + shape.teacher_dim + 3 * sizes[0] + sum(sizes))
+            for sizes in _relational_sizes(train)
+        )
+    )
+
+
+def _keys_workspace(shape: TaskShape, texts: float, ranks: int) -> float:
+    train, dim = shape.train, shape.key_dim
+    if not shape.query_sets:
+        return 0.0
+    workspace = shape.query_sets * texts * (train.tile + 3 * dim) + train.tile * dim
+    if ranks > 1 and train.queue and train.queue_placement == "sharded":
+        part = min(train.tile, -(-train.queue // ranks))
+        workspace = max(workspace, shape.query_sets * ranks * texts * (part + 5 * dim) + part * dim)
+    return float(FLOAT * workspace)
+
+
+def _relational_sizes(train: Any) -> list[list[int]]:
+    """The nested sizes that the relational term compares, largest first; empty without the term."""
+    has_term = isinstance(train, HpdConfig) and train.weights.get("relational")
+    return [[train.dim, *train.nested]] if has_term else []
+
+
+def _views_workspace(shape: TaskShape, texts: float) -> float:
     if shape.query_sets:
-        return float(FLOAT * (shape.query_sets * texts * (train.tile + 3 * shape.key_dim) + train.tile * shape.key_dim))
+        return 0.0
+    train = shape.train
     views = texts * shape.num_views / shape.texts_per_row
     return float(FLOAT * 2 * views * train.global_batch) if shape.num_views > 1 else 0.0
 
@@ -119,8 +153,8 @@ def loss_flops(shape: TaskShape, rows: float) -> float:
     train, per_row = shape.train, 6.0 * shape.train.global_batch * (shape.num_views - 1) * shape.student_dim
     if shape.query_sets:
         per_row += 4.0 * shape.query_sets * (train.global_batch + train.queue) * shape.key_dim
-    if isinstance(train, HpdConfig) and train.weights.get("relational"):
-        per_row += train.global_batch * (2.0 * shape.teacher_dim + 6.0 * (train.dim + sum(train.nested)))
+    for sizes in _relational_sizes(train):
+        per_row += train.global_batch * (2.0 * shape.teacher_dim + 6.0 * sum(sizes))
     return rows * per_row
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from distill.run.files import read_json
 from distill.shards import ShardReader
 
 SAMPLE_TEXTS = 2048
+LONGEST = 1 << 16  # tokens
 GAMMA_SHAPE = 4.0  # of the distribution of assumed lengths, whose standard deviation is then half of the mean
 
 
 @dataclass(frozen=True)
 class TextEstimate:
-    """Texts to train on and held-out texts, which are embedded too; tokens of a sample for the student, int64, sorted;
+    """Texts to train on and held-out texts, which are embedded too; lengths: tokens of a sample, not truncated, int64, sorted;
     estimated_from: the source of num_texts, tokens_per_text and bytes_per_text, in words."""
 
     num_texts: int
@@ -39,6 +40,10 @@ class TextEstimate:
     @property
     def tokens_per_text(self) -> float:
         return float(self.lengths.mean())
+
+    def truncated(self, max_length: int) -> TextEstimate:
+        """The texts as an encoder of this length reads them."""
+        return replace(self, lengths=np.minimum(self.lengths, max_length))
 
 
 def estimate_text(
@@ -70,16 +75,15 @@ def estimate_text(
         sources |= {"num_texts": f"counted in {config.precompute_dir / 'text'}", "bytes_per_text": "counted"}
     else:
         num_texts, sources["num_texts"] = _estimate_num_texts(config, assumed, bytes_per_text)
-    max_length = config.student.max_length
     tokenizer = _load_tokenizer(tokenizer_folder) if sample and tokens_per_text is None else None
     if tokenizer is not None:
-        encoded = tokenizer(sample, truncation=True, max_length=max_length)["input_ids"]
+        encoded = tokenizer(sample, truncation=True, max_length=LONGEST)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         sources["tokens_per_text"] = f"{len(sample):,} texts, tokenized"
     else:
-        mean = min(tokens_per_text or assumed.tokens, max_length)
+        mean = tokens_per_text or assumed.tokens
         draws = np.random.default_rng(0).gamma(GAMMA_SHAPE, mean / GAMMA_SHAPE, SAMPLE_TEXTS)
-        lengths = np.clip(np.rint(draws), 3, max_length).astype(np.int64)
+        lengths = np.clip(np.rint(draws), 3, LONGEST).astype(np.int64)
         sources["tokens_per_text"] = "given" if tokens_per_text else "assumed"
     num_held_out = min(config.text.held_out, num_texts // HELD_OUT_MODULUS)
     return TextEstimate(num_texts, num_held_out, bytes_per_text, np.sort(lengths), sources)

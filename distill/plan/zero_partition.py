@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from distill.plan.shapes import Parameter
-from distill.training.engine import find_deepspeed_config
+from distill.training.deepspeed_config import read_deepspeed_config
 
 
 class ZeroSettings(BaseModel):
@@ -30,9 +29,8 @@ class ZeroSettings(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> ZeroSettings:
-        """Raises ValueError if there is no file at `path`, relative to this directory or to the project's root."""
-        config = json.loads(find_deepspeed_config(path).read_text(encoding="utf-8"))
-        return cls.model_validate(config.get("zero_optimization", {}))
+        """Raises ValueError as `read_deepspeed_config`."""
+        return cls.model_validate(read_deepspeed_config(path).get("zero_optimization", {}))
 
     @property
     def offloads_optimizer(self) -> bool:

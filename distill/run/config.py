@@ -15,14 +15,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 Effect = Literal["result", "selection", "speed"]
 Model = TypeVar("Model", bound="Section")
+Name = TypeVar("Name", Path, str)
 
 
 class ConfigError(ValueError):
@@ -32,7 +33,21 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """One section of a config; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+
+def expand_home(path: Name) -> Name:
+    """A path whose leading ~ or ~USER is the home folder; any other name as it is. Raises ValueError for an unknown user."""
+    if not str(path).startswith("~"):
+        return path
+    try:
+        return type(path)(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}; write the whole path, or ./{path} for a name that begins with ~") from None
+
+
+FilePath = Annotated[Path, AfterValidator(expand_home)]
+FileName = Annotated[str, AfterValidator(expand_home)]  # or what is no path, such as hub:OWNER/NAME
 
 
 def result(default: Any = ..., **options: Any) -> Any:
@@ -86,7 +101,7 @@ def settings(
 
 def load_tree(path: str | Path, overrides: list[str] | None = None, over: Path | None = None) -> dict[str, Any]:
     """The keys of `path` over those of its base; over them those of the YAML `over`, and `overrides`. Raises ConfigError."""
-    tree = _read_yaml(Path(path))
+    tree = _read_yaml(expand_home(Path(path)))
     if over is not None:
         tree = _merge(tree, _read_yaml(over))
     for override in overrides or []:
@@ -127,10 +142,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"no config at {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    tree = _parse_yaml(text, f"{path} is not YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; a run needs at least name, text and teacher")
     base = tree.pop("base", None)
@@ -138,7 +150,17 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base is {base!r}; it must be the name of another config file")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read_yaml(path.parent / expand_home(Path(base)), (*seen, path.resolve())), tree)
+
+
+def _parse_yaml(text: str, problem: str) -> Any:
+    """The value of a YAML text. Raises ConfigError that begins with `problem`."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{problem}: its brackets are nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise ConfigError(f"{problem}: {error}") from None
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +172,9 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    if isinstance(value, str):
+    shown = override if len(override) <= 80 else f"{override[:80]}..."
+    value = _parse_yaml(text, f"override {shown!r}: the value is not YAML")
+    if isinstance(value, str) and value == text.strip():  # not quoted
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a string
         except ValueError:
@@ -183,7 +203,15 @@ def _explain(problem: Any, model: type[Section]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    if problem["type"] == "string_type" and given is not None and shown:
+        quoted = f'"{_as_written(given)}"'
+        shown += f"; quote it: {location[-1]}: {quoted}, or on the command line '{where}={quoted}'"
     return f"{where}: {message}{shown}"
+
+
+def _as_written(value: Any) -> str:
+    """A YAML scalar as it may stand in the file."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _known_keys(location: list[str], model: type[Section]) -> list[str]:

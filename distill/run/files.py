@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
+_LFS_BEGIN = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER = "is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned"
 
 
 @contextmanager
@@ -77,6 +79,15 @@ def unseal(raw: bytes, *, indent: int | None = None) -> dict[str, Any]:
 def fingerprint(value: dict[str, Any]) -> str:
     """The hex sha256 of `value` as canonical JSON: equal for equal content, whatever the order of its keys."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves of a large file where git-lfs has not downloaded it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_BEGIN)) == _LFS_BEGIN
+    except OSError:
+        return False
 
 
 def canonical_json(value: dict[str, Any], indent: int | None = None, *, allow_nan: bool = False) -> bytes:

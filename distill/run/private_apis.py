@@ -42,5 +42,6 @@ PRIVATE_APIS = (
     PrivateApi("torch", "2.13.0", "torch.distributed.distributed_c10d:default_pg_timeout", "launcher/rendezvous.py"),
     PrivateApi("torch", "2.13.0", "torch.distributed.distributed_c10d:default_pg_nccl_timeout", "launcher/rendezvous.py"),
     PrivateApi("torch", "2.13.0", "torch._subclasses.fake_tensor:FakeTensorMode", "plan/"),
+    PrivateApi("transformers", "5.23.0", "transformers.initialization:no_init_weights", "plan/architectures.py"),
     PrivateApi("transformers", "5.23.0", "transformers.integrations:HfDeepSpeedConfig", "teacher/load.py"),
 )

@@ -27,6 +27,7 @@ from distill.shards.moments import Moments
 from distill.shards.verify import check_origin
 
 NORM_TOLERANCE = 2e-3
+MAX_SHOWN = 80  # characters of a text in a message
 Float16 = NDArray[np.float16]
 
 
@@ -181,6 +182,14 @@ def _demand_fit(index: int, texts: Sequence[str], hashes: NDArray[Any], vectors:
         norms = np.linalg.norm(vectors[start : start + 4096].astype(np.float32), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
         if len(bad):
+            row = start + bad[0]
             raise ValueError(
-                f"the vector of text {start + bad[0]} has norm {norms[bad[0]]}, not 1: store finite, L2-normalised vectors"
+                f"the vector of text {row} has norm {norms[bad[0]]}, not 1: store finite, L2-normalised vectors. The text, line"
+                f" {row + 1} of chunk {index:06d} (of held_out.txt, if it is held out), is {_shorten(texts[row])}; if the"
+                " teacher has no token for it, remove it from the sources"
             )
+
+
+def _shorten(text: str) -> str:
+    """As an ASCII literal, so that invisible characters are seen."""
+    return ascii(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")

@@ -21,6 +21,12 @@ from transformers import (
 from distill.run.model_folders import resolve_model
 from distill.student.student_config import StudentConfig
 
+NO_LIMIT = 1 << 20  # tokens, of an encoder without a table of positions
+FROM_PADDING = {  # families that number positions from the padding token's id
+    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
 
 def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The student's encoder in float32 and its tokenizer, as `config` says; new weights depend on `seed` alone.
@@ -87,6 +93,14 @@ def load_encoder(
 def encoder_class(config: PretrainedConfig) -> Any:
     """The class that builds an encoder of this config; for T5, without the decoder."""
     return T5EncoderModel if isinstance(config, T5Config) else AutoModel
+
+
+def longest_input(config: PretrainedConfig) -> int:
+    """The number of tokens that an encoder of this config has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return NO_LIMIT
+    return int(positions) - ((config.pad_token_id or 0) + 1 if config.model_type in FROM_PADDING else 0)
 
 
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.student.encoder import load_encoder, save_encoder
+from distill.student.encoder import load_encoder, longest_input, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool, pooled_width
 
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, [B, L] int64 each
@@ -56,7 +56,7 @@ class Student(nn.Module):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.pooling = pooling
-        self.max_length = min(max_length, _longest_input(encoder))
+        self.max_length = min(max_length, longest_input(encoder.config))
         self.head = head
         self.is_aligned = False
 
@@ -99,7 +99,7 @@ class Student(nn.Module):
     def pad(self, token_ids: Sequence[list[int]]) -> Tokens:
         """The tokens of texts with these ids, padded on the right. L is a multiple of 4, or the encoder's last position."""
         lengths = np.array([len(ids) for ids in token_ids])
-        width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, _longest_input(self.encoder))
+        width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, longest_input(self.encoder.config))
         is_real = np.arange(width) < lengths[:, None]
         ids = np.full(is_real.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         ids[is_real] = np.concatenate(token_ids)
@@ -209,16 +209,3 @@ def load_projection(folder: Path) -> nn.Linear | None:
     projection = nn.Linear(width, teacher_dim)
     projection.load_state_dict({"weight": kept["projection.weight"], "bias": kept["projection.bias"]})
     return projection
-
-
-def _longest_input(encoder: PreTrainedModel) -> int:
-    """The longest input that the encoder has positions for; RoBERTa and MPNet count theirs from the padding index."""
-    positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is None:
-        return 1 << 20
-    offset = (
-        (encoder.config.pad_token_id or 0) + 1
-        if encoder.config.model_type in {"roberta", "xlm-roberta", "mpnet", "camembert"}
-        else 0
-    )
-    return int(positions) - offset

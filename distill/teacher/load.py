@@ -11,11 +11,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from distill.run.model_folders import resolve_model
+from distill.run.files import LFS_POINTER, is_lfs_pointer
+from distill.run.model_folders import model_files, resolve_model
 from distill.run.precision import has_bf16
-from distill.student.encoder import load_encoder
+from distill.student.encoder import NO_LIMIT, load_encoder, longest_input
 from distill.teacher.teacher_config import ModelConfig
 
 
@@ -29,6 +30,8 @@ def load_model(
     pools. Raises ValueError.
     """
     path = resolve_model(config.model or "")
+    if pointers := [file for file in model_files(Path(path)) if is_lfs_pointer(file)]:
+        raise ValueError(f"{pointers[0]} {LFS_POINTER}")
     placed = zero3 or bool(placement)
     dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
@@ -43,13 +46,41 @@ def load_model(
         model.to(device)
         if device.type == "cpu" and amp is not None and has_bf16(device):
             pack_linears(model)
-    if config.max_length is not None:
-        positions = getattr(getattr(model[0], "model", None), "config", None)
-        most = getattr(positions, "max_position_embeddings", None)
-        if most is not None and config.max_length > most:
-            raise ValueError(f"teacher.max_length {config.max_length} is above the {most} positions of {path}")
-        model.max_seq_length = config.max_length
-    return model.eval()
+    _check_tokens(model, path)
+    _limit_length(model, path, config.max_length)
+    return model.eval().requires_grad_(False)
+
+
+def _check_tokens(model: SentenceTransformer, path: str) -> None:
+    """Raises ValueError for a tokenizer that gives ids for which the encoder has no embedding."""
+    encoder = getattr(model[0], "model", None)
+    if not isinstance(encoder, PreTrainedModel) or model.tokenizer is None:
+        return
+    table = getattr(encoder.get_input_embeddings(), "num_embeddings", None)
+    if table is not None and len(model.tokenizer) > table:
+        raise ValueError(
+            f"{path}: its tokenizer has {len(model.tokenizer):,} tokens, and its encoder embeds {table:,}:"
+            " they are not of one model; put its own tokenizer files there"
+        )
+
+
+def _limit_length(model: SentenceTransformer, path: str, max_length: int | None) -> None:
+    """Sets the length that texts are cut to: `max_length`, or the model's own, which never exceeds its positions.
+
+    Raises ValueError for a `max_length` that the model cannot have.
+    """
+    positions = longest_input(model[0].model.config) if isinstance(model[0], Transformer) else NO_LIMIT
+    if max_length is None:
+        if positions < NO_LIMIT and (model.max_seq_length or NO_LIMIT) > positions:
+            model.max_seq_length = positions
+    elif not isinstance(model[0], Transformer):
+        raise ValueError(f"teacher.max_length {max_length}: {path} reads whole texts, of any length; leave it out")
+    elif max_length > positions:
+        raise ValueError(
+            f"teacher.max_length {max_length} is above the {positions} positions of {path}; lower it, or leave it out"
+        )
+    else:
+        model.max_seq_length = max_length
 
 
 def _load(path: str, config: ModelConfig, arguments: dict[str, Any], device: str | None) -> SentenceTransformer:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from distill.run.config import Section, result, speed
+from distill.run.config import FileName, Section, result, speed
 from distill.run.precision import Precision
 
 
@@ -37,7 +37,7 @@ class TeacherConfig(ModelConfig):
     concat: list[ModelConfig] = result(
         [], description="further encoders (model to prompt_name); their vectors are appended to the first one's"
     )
-    vectors: str | None = result(
+    vectors: FileName | None = result(
         None, description="instead of a model: .npy or .parquet with a vector for each raw text, in order"
     )
     vectors_field: str = result("embedding", description="the column of a .parquet file of vectors")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import distill
+from distill.training.deepspeed_config import read_deepspeed_config
 from distill.training.train_config import EngineConfig, TrainConfig
 
 OWN_LR_PREFIX = "logit_scale"
@@ -48,12 +46,10 @@ def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, n
     `lr_ratio` x the stage's rate of the step, which `set_learning_rate` sets. A step whose gradient's norm is not finite is
     skipped on all ranks, under every ZeRO stage: `engine.was_step_applied()` is then False.
     """
-    settings = json.loads(find_deepspeed_config(config.deepspeed).read_text(encoding="utf-8"))
+    settings = read_deepspeed_config(config.deepspeed)
     settings["train_micro_batch_size_per_gpu"] = train.micro_batch
     settings["gradient_accumulation_steps"] = num_micro
-    zero = settings.get("zero_optimization", {})
-    _check_checkpoints_can_read(zero, config.deepspeed)
-    is_zero = zero.get("stage", 0) > 0
+    is_zero = settings.get("zero_optimization", {}).get("stage", 0) > 0
     settings["gradient_clipping"] = train.clip if is_zero else 0.0
     named = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
     scale = [p for name, p in named if name.split(".")[-1].startswith(OWN_LR_PREFIX)]
@@ -71,27 +67,6 @@ def build_engine(task: nn.Module, train: TrainConfig, config: EngineConfig, *, n
 
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
-
-
-def find_deepspeed_config(path: Path) -> Path:
-    """`path` from here, or from the root of the project. Raises ValueError naming those there are."""
-    shipped = Path(distill.__file__).parents[1]
-    for candidate in (path, shipped / path):
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(p.name for p in (shipped / "configs" / "deepspeed").glob("*.json")))
-    raise ValueError(f"engine.deepspeed: no DeepSpeed configuration at {path}; configs/deepspeed has {known}")
-
-
-def _check_checkpoints_can_read(zero: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for layouts in which `fragments.py` would look in the wrong place."""
-    for offload in ("offload_optimizer", "offload_param"):
-        if zero.get(offload, {}).get("device") == "nvme":
-            raise ValueError(f"{path}: checkpoints cannot read {offload} on nvme; offload to cpu")
-    if zero.get("round_robin_gradients"):
-        raise ValueError(f"{path}: checkpoints cannot read what round_robin_gradients reorders; set it to false")
-    if zero.get("mics_shard_size", -1) > 0:
-        raise ValueError(f"{path}: checkpoints cannot read what mics_shard_size spreads over some ranks; leave it out")
 
 
 def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:

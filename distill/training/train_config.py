@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from distill.run.config import Section, result, selection, speed
+from distill.run.config import FilePath, Section, result, selection, speed
 from distill.run.precision import Precision
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
@@ -18,7 +21,7 @@ class TrainConfig(Section):
     global_batch: int = result(256, gt=1, description="texts per step, over all ranks")
     micro_batch: int = speed(64, gt=0, description="largest number of texts in one forward and backward pass of one rank")
     lr: float = result(2e-4, gt=0, description="AdamW's highest learning rate; after the warm-up it falls to 0 as a cosine")
-    betas: tuple[float, float] = result((0.9, 0.98), description="AdamW's averages of gradients and of their squares")
+    betas: tuple[Decay, Decay] = result((0.9, 0.98), description="AdamW's averages of gradients and of their squares")
     eps: float = result(1e-8, gt=0, description="AdamW's, against division by 0")
     weight_decay: float = result(0.0, ge=0, description="on matrices only; not on biases, norms or the temperature")
     warmup: float = result(0.05, ge=0, lt=1, description="fraction of all steps in which the rate rises from 0")
@@ -55,7 +58,7 @@ class TemperatureConfig(Section):
 class EngineConfig(Section):
     """How training is spread over ranks: it changes speed and memory, and the student by no more than rounding."""
 
-    deepspeed: Path = speed(
+    deepspeed: FilePath = speed(
         Path("configs/deepspeed/zero1.json"),
         description="the DeepSpeed configuration; zero1 sends gradients once a step, zero2 and zero3 once a micro-batch",
     )

@@ -131,6 +131,12 @@ class TrainingStage(Stage):
     def check(self, reader: ShardReader) -> None:
         """Raises ValueError where the config does not fit the shards; called before anything expensive."""
 
+    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+        """Raises ValueError for what can be known to be wrong before any stage has run.
+
+        width: of the encoder's vectors, for a stage that begins with it; teacher_dim: of the teacher's; None where not known.
+        """
+
     def results(self) -> dict[str, Any]:
         """What DONE.json says besides steps, score and time."""
         return {}

@@ -203,6 +203,39 @@ def test_a_path_that_names_nothing_or_a_folder_is_refused(tmp_path):
         list(read_rows(str(tmp_path / "nothing.txt"), []))
 
 
+def test_a_csv_field_may_be_longer_than_python_s_own_limit(tmp_path):
+    text = "word " * 40_000
+    assert read(write(tmp_path / "a.csv", csv_bytes(tmp_path, [text])), "text") == [text]
+
+
+@pytest.mark.parametrize("end", ["tsv", "csv", "parquet"])
+def test_a_name_of_two_columns_is_refused_and_others_beside_it_are_read(tmp_path, end):
+    path = tmp_path / f"a.{end}"
+    if end == "parquet":
+        arrays = [pa.array([value]) for value in ("one", "two", "three")]
+        pq.write_table(pa.Table.from_arrays(arrays, names=["text", "text", "other"]), path)
+    else:
+        tab = "\t" if end == "tsv" else ","
+        path.write_text("".join(f"{tab.join(row)}\n" for row in (("text", "text", "other"), ("one", "two", "three"))))
+    with pytest.raises(ValueError, match=rf"a\.{end}: 2 columns are called 'text'; rename"):
+        read(path, "text")
+    assert read(path, "other") == ["three"]
+
+
+def test_bytes_of_parquet_are_decoded(tmp_path):
+    pq.write_table(pa.table({"text": pa.array(["Größe".encode()]), "bad": pa.array([b"\xff"])}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", "text") == ["Größe"]
+    with pytest.raises(ValueError, match=r"a\.parquet, column 'bad': bytes that are not UTF-8"):
+        read(tmp_path / "a.parquet", "bad")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.parquet"])
+def test_a_git_lfs_pointer_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
+        read(tmp_path / name, "text" if name.endswith("parquet") else None)
+
+
 @pytest.mark.parametrize("path", ["pipe:touch ran", "https://example.com/a.txt", "s3://bucket/a.txt", "file:///etc/hosts"])
 def test_a_command_or_url_is_refused_and_never_run(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)

@@ -35,6 +35,28 @@ def test_composed_and_decomposed_letters_are_the_same_text():
     assert normalise("cafe\u0301") == normalise("café") == "café"
 
 
+def test_invisible_characters_make_no_text_and_no_other_text():
+    invisible = (
+        "\u00ad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202e\u2060\u2064\u2066\u2069\ufeff\ufffb\U000e0001\U000e0041"
+    )
+    assert {unicodedata.category(character) for character in invisible} == {"Cf"}
+    assert normalise(invisible * 3) == normalise(f" {invisible} ") == ""
+    assert all(normalise(f"{c}the{c} {c}mo{c}del{c}.{c}") == "the model." for c in invisible)
+    assert normalise("cafe\u200b\u0301") == "café"
+
+
+def test_joiners_that_change_a_word_or_an_emoji_stay():
+    for text in (
+        "\u0645\u06cc\u200c\u062e\u0648",
+        "क\u094d\u200dष",
+        "👩\u200d💻",
+        "❤\ufe0f\u200d🔥",
+        "🏴\U000e0067\U000e0062\U000e007f",
+    ):
+        assert normalise(text) == normalise(f"{text}\u200d\u200c") == text
+    assert normalise("\u0645\u06cc\u200c\u200c\u200b\u062e\u0648") == "\u0645\u06cc\u200c\u062e\u0648"
+
+
 def test_the_hash_is_signed_64_bit_and_never_changes():
     assert text_hash("A sentence has a name.") == -6106200824828112321
     assert text_hash("café") == int.from_bytes(hashlib.blake2b("café".encode(), digest_size=8).digest(), "little", signed=True)

@@ -31,7 +31,6 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "deepspeed": {
         "error": "",
         "settings_error": "",
-        "refuses_adamw": False,
         "needed": 1e9,
         "memory": 8e9,
         "holder": "the node",

@@ -108,6 +108,13 @@ def test_what_exists_already_needs_no_space(config):
     assert disk_needed(run)[0] == 0
 
 
+def test_a_frozen_encoder_s_vectors_of_all_texts_are_part_of_what_is_needed(config):
+    run, frozen = (load_config(config, [f"hpd.freeze_encoder={value}"]) for value in (False, True))
+    assert disk_needed(frozen)[0] - disk_needed(run)[0] == 2 * 32 * num_sentences(run)
+    wide = load_config(config, ["hpd.freeze_encoder=true", "student.pooling=concat_last4_mean"])
+    assert disk_needed(wide)[0] - disk_needed(run)[0] == 2 * 64 * num_sentences(run)  # of two layers
+
+
 def test_needs_that_are_unknown_are_reported_as_unknown(config):
     hub = load_config(config, ["student.init=owner/model", "student.layers=null"])
     assert disk_needed(hub) == (None, "not known (checkpoints and students)")

@@ -41,7 +41,6 @@ FAULTS = {
     "config": ({"software": {"config": "dd"}}, "the config is not the same as on n1"),
     "import": ({"deepspeed": {"error": "ImportError: libfoo"}}, "DeepSpeed does not import: ImportError: libfoo"),
     "settings": ({"deepspeed": {"settings_error": "no DeepSpeed configuration at x"}}, "no DeepSpeed configuration at x"),
-    "optimiser": ({"deepspeed": {"refuses_adamw": True}}, "any but its own CPU Adam"),
     "number of gpus": ({"devices": {"gpus": [H100, H100]}}, "2 x NVIDIA H100 80 GiB here, no GPU on n1"),
     "driver": ({"devices": {"driver": "550.1", "gpus": []}}, "the GPU driver is 550.1 here, None on n1"),
     "bf16": ({"devices": {"bf16": False}}, "no bf16 here, but on n1"),
@@ -210,3 +209,13 @@ def test_the_exit_code_tells_what_no_node_has_from_what_one_lacks(config):
     both[0]["facts"]["inputs"] = both[1]["facts"]["inputs"]
     assert diagnosis_of(config, both).code == 2
     assert diagnose(context_of(config), {0: both[0]}, "no answer").code == 1  # what the other node has is not known
+
+
+@pytest.mark.parametrize(
+    "failed", [{"failed": "not done after 33 s", "cause": "time"}, {"failed": "OSError", "cause": "error"}]
+)
+@pytest.mark.parametrize("check", ["inputs", "deepspeed"])
+def test_a_check_that_fails_on_all_nodes_is_not_final(config, check, failed):
+    both = reports(2, **{check: failed})
+    both[0]["facts"][check] |= failed
+    assert diagnosis_of(config, both).code == 1

@@ -6,12 +6,15 @@ import pytest
 import torch
 from conftest import write_config
 from encoders import FAMILIES, save_family
+from live_bytes import LiveBytes
 from plan.plans import inputs_of
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DebertaV2Config, ModernBertConfig
 
 from distill.config import load_config
-from distill.plan.architectures import architecture_of
-from distill.plan.planner import plan_stage
+from distill.objectives.loss_terms.relational import relational_losses
+from distill.plan.architectures import Architecture, architecture_of
+from distill.plan.planner import make_plan, plan_stage
 from distill.plan.shapes import Growth, task_shape, teacher_shape
 from distill.plan.step_cost import batch_bytes, collectives_per_step, loss_flops, loss_workspace
 from distill.plan.zero_partition import ZeroSettings
@@ -30,6 +33,18 @@ def test_flops_of_every_family_are_those_of_a_real_forward_pass(family, tiny_enc
         encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     # a pooler's FLOPs do not grow with the length
     assert shape.forward_flops([(3, 28.0)]) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("config_class", [ModernBertConfig, DebertaV2Config])
+def test_architectures_whose_modules_look_at_values_or_gradients_are_planned(config_class, tiny_encoder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if config_class is DebertaV2Config else {}
+    architecture = Architecture(config_class(**sizes, **tokens, **relative), 32, False)
+    config = load_config(write_config(tmp_path, tiny_encoder))
+    shape = task_shape(config, "ckd", architecture, 32, is_bf16=False, on_cpu=False)
+    flops = teacher_shape(architecture, is_bf16=True).forward_flops([(1, 16.0)])
+    assert flops > shape.forward_flops([(1, 16.0)]) > 0  # the student has two of the four layers
 
 
 def test_known_encoders_have_the_published_number_of_parameters():
@@ -58,7 +73,9 @@ def shape_of(tiny_encoder, folder, name: str, *overrides: str, teacher_dim: int 
 
 def test_a_stage_that_starts_from_hpd_has_its_head(tiny_encoder, tmp_path):
     _, hpd = shape_of(tiny_encoder, tmp_path, "hpd", "hpd.init=ckd")
-    _, finetune = shape_of(tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd")
+    _, finetune = shape_of(
+        tiny_encoder, tmp_path, "finetune", "hpd.init=ckd", "finetune.init=hpd", "stages=[ckd, hpd, finetune]"
+    )
     _, plain = shape_of(tiny_encoder, tmp_path, "finetune")
     assert (finetune.student_dim, plain.student_dim) == (16, 32)
     assert finetune.num_parameters == hpd.num_parameters == plain.num_parameters + 32 * 16 + 16
@@ -69,7 +86,7 @@ def test_a_stage_that_starts_from_hpd_has_its_head(tiny_encoder, tmp_path):
     [
         ((), True),
         (("finetune.teacher_weight=0",), False),
-        (("finetune.init=hpd", "hpd.init=ckd"), False),
+        (("finetune.init=hpd", "hpd.init=ckd", "stages=[ckd,hpd,finetune]"), False),
         (("finetune.init=simcse", "simcse.init=ckd"), False),
         (("finetune.init=simcse", "simcse.init=ckd", "simcse.teacher_weight=1"), True),
         (("finetune.init=simcse", "simcse.init=student", "simcse.teacher_weight=1"), False),
@@ -87,9 +104,41 @@ def test_texts_of_the_teacher_term_are_encoded_but_not_contrasted_with_others(ti
     assert (replays.num_views, replays.texts_per_row, plain.num_views, plain.texts_per_row) == (3, 4, 3, 3)
     assert batch_bytes(replays) == batch_bytes(plain) == 16 * 2 * 4 * 32
     assert loss_flops(replays, 8) == loss_flops(plain, 8)
-    assert loss_workspace(replays, 4 * 8) == loss_workspace(plain, 3 * 8)
+    assert loss_workspace(replays, 4 * 8, 2) == loss_workspace(plain, 3 * 8, 2)
     views = [collectives_per_step(shape, ZeroSettings(), 2, 1)[:2] for shape in (replays, plain)]
     assert views[0] == views[1]
+
+
+def test_a_rank_with_a_part_of_the_queue_compares_the_queries_of_all_ranks_with_it(tiny_encoder, tmp_path):
+    same = ("ckd.tile=64", "ckd.queue=4096", "ckd.weights={ckd: 1}")
+    _, whole = shape_of(tiny_encoder, tmp_path, "ckd", *same)
+    _, part = shape_of(tiny_encoder, tmp_path, "ckd", *same, "ckd.queue_placement=sharded")
+    assert loss_workspace(whole, 8, 16) == loss_workspace(whole, 8, 1) == loss_workspace(part, 8, 1)
+    assert loss_workspace(part, 8, 16) == 4 * (16 * 8 * (64 + 5 * 32) + 64 * 32)
+
+
+@pytest.mark.parametrize("rows, batch, width, teacher_dim, nested", [(64, 512, 16, 32, []), (512, 512, 16, 32, [8, 4])])
+def test_the_relational_term_takes_as_much_memory_as_planned(rows, batch, width, teacher_dim, nested, tiny_encoder, tmp_path):
+    overrides = (f"hpd.global_batch={batch}", "hpd.weights={relational: 1}", f"hpd.nested={nested}", f"hpd.dim={width}")
+    _, shape = shape_of(tiny_encoder, tmp_path, "hpd", *overrides, teacher_dim=teacher_dim)
+    vectors = torch.randn(batch, width, requires_grad=True)
+    teacher = torch.nn.functional.normalize(torch.randn(batch, teacher_dim), dim=1).half()
+    with LiveBytes() as memory:
+        temperatures = {"student_temperature": 0.05, "teacher_temperature": 0.05}
+        losses, _ = relational_losses(vectors, teacher, torch.arange(rows), sizes=[width, *nested], **temperatures)
+        losses.sum().backward()
+    assert 0.9 * memory.peak <= loss_workspace(shape, rows, 2) <= 1.3 * memory.peak
+
+
+def test_the_teacher_reads_more_of_a_long_text_than_the_student(tiny_encoder, tmp_path):
+    config = load_config(write_config(tmp_path, tiny_encoder), ["teacher.max_length=60", "student.max_length=8"])
+    teacher, student = [], []
+    for tokens in (6, 60):
+        inputs = inputs_of(config, tokens_per_text=tokens, num_texts=640)
+        plan = make_plan(inputs)
+        teacher.append(plan.teacher.flops)
+        student.append(plan_stage(inputs, "ckd").chosen.seconds_per_step["compute"])
+    assert teacher[1] > 5 * teacher[0] and student[1] < 2 * student[0]
 
 
 def test_a_frozen_encoder_encodes_all_texts_once_and_only_its_head_takes_steps(tiny_encoder, tmp_path):

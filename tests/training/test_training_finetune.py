@@ -37,6 +37,18 @@ def test_a_file_and_a_dataset_give_the_same_triplets(config_path, tmp_path, key,
     assert load_triplets(fewer.finetune, ShardReader(config.shards_dir), tmp_path, 0).triplets == triplets.triplets[:2]
 
 
+@pytest.mark.parametrize("key, name", [("triplets", "null/triplets.jsonl"), ("dataset", "null")])
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_triplet_that_lacks_a_text_is_refused_by_its_line(config_path, tmp_path, key, name, value):
+    (tmp_path / "null").mkdir()
+    lines = [json.dumps(row) for row in [*ROWS, ROWS[0] | {"hard_negative": value}]]
+    (tmp_path / "null/triplets.jsonl").write_text("\n".join(lines) + "\n")
+    config = load_config(config_path, [f"finetune.{key}={tmp_path / name}"])
+    place = "line 6" if key == "triplets" else "row 6"
+    with pytest.raises(ValueError, match=rf"finetune\.{key}: .*{name}, {place}: 'hard_negative' is empty or null"):
+        load_triplets(config.finetune, ShardReader(config.shards_dir), tmp_path, 0)
+
+
 def test_mined_triplets_are_texts_of_the_shards(config_path, tmp_path):
     config = load_config(config_path)
     reader = ShardReader(config.shards_dir)

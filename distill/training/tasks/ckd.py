@@ -36,9 +36,15 @@ class CkdStage(TrainingStage):
         return "student"
 
     def check(self, reader: ShardReader) -> None:
-        width = self.section(CkdConfig).projection_width
-        if width not in (None, reader.dim):
-            raise ValueError(f"ckd.projection_width {width} is not the teacher's width {reader.dim}: leave it out")
+        self.check_early(None, reader.dim)
+
+    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+        config = self.section(CkdConfig)
+        if teacher_dim is not None and config.projection_width not in (None, teacher_dim):
+            expected = config.projection_width
+            raise ValueError(f"ckd.projection_width {expected} is not the teacher's width {teacher_dim}: leave it out")
+        if width is not None and teacher_dim is not None:
+            build_projection(width, teacher_dim, config.projection)
 
     def build(self, setup: Setup) -> TeacherKeysTask:
         config, student = self.section(CkdConfig), setup.student

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
-from distill.corpus import read_dataset, read_rows
+from distill.corpus import read_dataset
+from distill.corpus.rows import read_numbered_rows
 from distill.run.collectives import any_rank, rank
-from distill.run.config import result
+from distill.run.config import FileName, result
 from distill.run.files import fingerprint
 from distill.run.sampling import first_of_permutation
 from distill.run.stopping import CheckStop, never
@@ -25,6 +27,7 @@ from distill.training.recorded_array import is_saved, save_array
 from distill.training.training_stage import Setup, TrainingStage
 
 ANCHORS_PER_BLOCK = 1024
+CHECKED_TRIPLETS = 10_000  # that are read before any stage has run
 
 
 class FinetuneConfig(ContrastConfig):
@@ -34,9 +37,13 @@ class FinetuneConfig(ContrastConfig):
     init: str = result(
         "ckd", description="the task whose student is fine-tuned; student: the encoder that the section student describes"
     )
-    triplets: str | None = result(None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards")
+    triplets: FileName | None = result(
+        None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards"
+    )
     fields: tuple[str, str, str] = result(("anchor", "positive", "hard_negative"), description="their columns in it")
-    dataset: str | None = result(None, description="instead of a file: the name of a Hugging Face dataset with these columns")
+    dataset: FileName | None = result(
+        None, description="instead of a file: the name of a Hugging Face dataset with these columns"
+    )
     subset: str | None = result(None, description="dataset: its configuration")
     split: str = result("train", description="dataset: its split")
     limit: int | None = result(None, gt=0, description="read at most this number of triplets")
@@ -44,6 +51,15 @@ class FinetuneConfig(ContrastConfig):
     mining_pool: int = result(50_000, gt=0, description="texts among which neighbours are mined")
     positive_range: tuple[float, float] = result((0.6, 0.98), description="teacher cosine of a mined positive")
     negative_rank: int = result(50, gt=1, description="a mined hard negative is the neighbour of this rank")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> FinetuneConfig:
+        if self.triplets is not None and self.dataset is not None:
+            raise ValueError("finetune.triplets and finetune.dataset are both given; leave one out")
+        low, high = self.positive_range
+        if not -1 <= low < high <= 1:
+            raise ValueError(f"finetune.positive_range [{low}, {high}] must be two cosines from -1 to 1, the lower one first")
+        return self
 
 
 class Triplets:
@@ -80,11 +96,19 @@ class FinetuneStage(TrainingStage):
         return found
 
     def check(self, reader: ShardReader) -> None:
+        self.check_early(None, None)
+
+    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
         config = self.section(FinetuneConfig)
         if config.triplets:
             if not Path(config.triplets).is_file():
                 raise ValueError(f"finetune.triplets: no file at {config.triplets}")
-            next(read_rows(config.triplets, config.fields), None)  # names a field that is not there
+            num_rows = sum(1 for _ in islice(read_triplets(config), CHECKED_TRIPLETS))
+            if num_rows < min(config.global_batch, CHECKED_TRIPLETS):
+                raise ValueError(
+                    f"finetune.triplets: {config.triplets} has {num_rows} rows, less than one global batch of"
+                    f" {config.global_batch}: lower finetune.global_batch"
+                )
 
     def build(self, setup: Setup) -> ContrastTask:
         config = self.section(FinetuneConfig)
@@ -97,11 +121,7 @@ def load_triplets(
 ) -> Triplets:
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     if config.triplets or config.dataset:
-        if config.triplets:
-            found = read_rows(config.triplets, config.fields)
-        else:
-            found = read_dataset(str(config.dataset), config.fields, config.split, config.subset)
-        return Triplets(list(islice(found, config.limit)))
+        return Triplets(list(read_triplets(config)))
     path = directory / "triplets.npy"
     mining = mine_triplets(reader, config, seed, path) if rank() == 0 and not is_saved(path) else iter(())
     while any_rank(next(mining, None) is not None):  # so that no rank waits longer than for a block
@@ -109,6 +129,25 @@ def load_triplets(
     rows = np.load(path, allow_pickle=False)
     columns = [reader.texts(rows[:, column]) for column in range(Triplets.num_views)]
     return Triplets(list(zip(*columns, strict=True)))
+
+
+def read_triplets(config: FinetuneConfig) -> Iterator[tuple[str, ...]]:
+    """The rows of the file or dataset that the config names, up to its limit.
+
+    Raises ValueError naming the line, of a .parquet or dataset the row, of one that lacks a text.
+    """
+    rows: Iterator[tuple[int, tuple[str, ...]]]
+    if config.triplets:
+        where, rows = f"finetune.triplets: {config.triplets}", read_numbered_rows(config.triplets, config.fields)
+    else:
+        where = f"finetune.dataset: {config.dataset}"
+        rows = ((0, row) for row in read_dataset(str(config.dataset), config.fields, config.split, config.subset))
+    for count, (line, row) in enumerate(islice(rows, config.limit), start=1):
+        if not all(map(str.strip, row)):
+            empty = next(field for field, text in zip(config.fields, row, strict=True) if not text.strip())
+            place = f"line {line}" if line else f"row {count}"
+            raise ValueError(f"{where}, {place}: {empty!r} is empty or null; every triplet needs three texts")
+        yield row
 
 
 def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: Path) -> Iterator[int]:
@@ -130,7 +169,8 @@ def mine_triplets(reader: ShardReader, config: FinetuneConfig, seed: int, path: 
         cosines = vectors[anchors] @ vectors.T
         cosines[torch.arange(len(anchors)), anchors] = -torch.inf
         nearest = cosines.topk(config.negative_rank, dim=1)
-        good = ((nearest.values[:, 0] >= low) & (nearest.values[:, 0] <= high)).numpy()
+        best = nearest.values[:, 0].clamp(-1, 1)  # of float16 vectors, a cosine may be above 1
+        good = ((best >= low) & (best <= high)).numpy()
         rows = torch.stack([anchors, nearest.indices[:, 0], nearest.indices[:, -1]], dim=1).numpy()[good]
         found.append(pool[rows])
         num_found += len(rows)

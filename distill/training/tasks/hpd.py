@@ -112,6 +112,11 @@ class HpdStage(TrainingStage):
     config_class = HpdConfig
     title = "homomorphic projective distillation"
 
+    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+        dim = self.section(HpdConfig).dim
+        if teacher_dim is not None and dim > teacher_dim:
+            raise ValueError(f"hpd.dim {dim} is above the width of the teacher's vectors, {teacher_dim}; lower it")
+
     def build(self, setup: Setup) -> TeacherKeysTask:
         config, student, reader = self.section(HpdConfig), setup.student, setup.reader
         if config.dim > min(reader.dim, len(reader) - 1):

@@ -1,0 +1,306 @@
+"""What can be known of a run before its first stage works: do its models, text, triplets and evaluation sets fit its config?
+
+Only stages that are still to be run are checked. No weights are loaded, no hub is contacted and nothing is written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from distill.config import RunConfig
+from distill.corpus import evaluation_sets
+from distill.corpus.sources import check_source, matching_files
+from distill.evaluation.index_types import index_types
+from distill.export.formats import require_packages
+from distill.export.sentence_transformers import check_pooling
+from distill.plan.architectures import Architecture, cached_folder, vector_width
+from distill.run.files import LFS_POINTER, is_lfs_pointer, read_json
+from distill.run.model_folders import first_module, model_files, resolve_model
+from distill.run.stage import stage_fingerprint
+from distill.shards import Manifest
+from distill.student import Student
+from distill.student.encoder import keep_layers, longest_input
+from distill.teacher.imported import ImportedVectors
+from distill.teacher.teacher_config import ModelConfig
+from distill.training.deepspeed_config import read_deepspeed_config
+from distill.training.training_stage import TrainingStage
+
+MAX_OPENED = 16  # files of one source; of more, the first and the last are opened
+QUICK_BYTES = 8e6  # an evaluation set of at most this size is read; of a larger one, only the files are looked for
+
+
+class Problem(NamedTuple):
+    """What is wrong with a key of the config, and what to do, in one line."""
+
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return self.what if self.what.startswith(self.key) else f"{self.key}: {self.what}"
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """What would end one of the run's unfinished stages, in the order of the stages."""
+    return _Preflight(config).run()
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An encoder's files. encoder: the folder of its first module, which is `path` itself or inside it."""
+
+    path: Path
+    encoder: Path
+    is_transformer: bool
+    tensors: frozenset[str]
+    config: PretrainedConfig | None
+
+    @classmethod
+    def open(cls, name: str, revision: str | None) -> ModelFolder | None:
+        """None for a hub model that is still to be downloaded. Raises ValueError or OSError for files that cannot be read."""
+        place = resolve_model(name)
+        is_local = Path(place).is_dir()
+        path = Path(place) if is_local else cached_folder(place, revision)
+        encoder, is_transformer = first_module(path) if path is not None else (None, False)
+        if path is None or encoder is None or not (is_local or any(encoder.glob("*.safetensors"))):
+            if constants.HF_HUB_OFFLINE:
+                raise ValueError(f"{name} is not in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}")
+            return None
+        for file in model_files(path):
+            if is_lfs_pointer(file):
+                raise ValueError(f"{file} {LFS_POINTER}")
+        tensors = frozenset(tensor for file in encoder.glob("*.safetensors") for tensor in _tensor_names(file))
+        config = None
+        if is_transformer:
+            config = AutoConfig.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
+        return cls(path, encoder, is_transformer, tensors, config)
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the weights have a pooler; true where they are not downloaded yet."""
+        return not self.tensors or any(name.endswith("pooler.dense.weight") for name in self.tensors)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self.encoder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the tokenizer's own class raises
+            raise ValueError(f"{self.path}: its tokenizer cannot be read ({_one_line(error)})") from None
+
+    def check_tokens(self) -> None:
+        """Raises ValueError for a tokenizer that gives ids for which the encoder has no embedding."""
+        table = getattr(self.config, "vocab_size", None)
+        if table is not None and len(self.tokenizer) > table:
+            raise ValueError(
+                f"{self.path}: its tokenizer has {len(self.tokenizer):,} tokens, and its encoder embeds {table:,}:"
+                " they are not of one model; put its own tokenizer files there"
+            )
+
+
+class _Preflight:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.found: list[Problem] = []
+        self.pending = pending_stages(config)
+        self.training = [stage for stage in config.training_stages if stage in self.pending]
+        self._models: dict[tuple[str, str | None], ModelFolder | None] = {}
+
+    def run(self) -> list[Problem]:
+        config = self.config
+        if "precompute" in self.pending:
+            self._text()
+        teacher_dim = self._teacher()
+        width = self._student() if any(self._stage(stage).init == "student" for stage in self.training) else None
+        for stage in self.training:
+            self._inits(stage)
+            with self._problem_of(stage), torch.device("meta"):
+                self._stage(stage).check_early(width, teacher_dim)
+        if self.training:
+            with self._problem_of("engine.deepspeed"):
+                read_deepspeed_config(config.engine.deepspeed)
+        if "export" in self.pending:
+            with self._problem_of("export.formats"):
+                require_packages(config.export.formats)
+            with self._problem_of("student.pooling"):
+                if config.training_stages:
+                    check_pooling(config.student.pooling)
+        self._evaluation_sets()
+        return list(dict.fromkeys(self.found))
+
+    @contextmanager
+    def _problem_of(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, SafetensorError) as error:
+            self.found.append(Problem(key, _one_line(error)))
+
+    def _stage(self, name: str) -> TrainingStage:
+        stage = self.config.stage_of(name)
+        assert isinstance(stage, TrainingStage)
+        return stage
+
+    def _text(self) -> None:
+        for number, source in enumerate(self.config.text.sources):
+            with self._problem_of(f"text.sources[{number}]"):
+                files = matching_files(source) if source.type == "file" else []
+                patterns = [source.path] if len(files) <= MAX_OPENED else [str(files[0]), str(files[-1])]
+                for pattern in patterns:
+                    check_source(source.model_copy(update={"path": pattern}))
+
+    def _model(self, name: str, revision: str | None) -> ModelFolder | None:
+        key = name, revision
+        if key not in self._models:
+            self._models[key] = ModelFolder.open(name, revision)
+        return self._models[key]
+
+    def _teacher(self) -> int | None:
+        """Checks the teacher if it is still to work; returns the width of its vectors if that is known."""
+        section, manifest = self.config.teacher, self.config.shards_dir / "manifest.json"
+        if "precompute" not in self.pending:
+            with self._problem_of("shards"):
+                return Manifest.load(manifest.parent).dim if self.training and manifest.is_file() else None
+            return None
+        if section.vectors is not None:
+            with self._problem_of("teacher.vectors"):
+                return ImportedVectors(section).dim
+            return None
+        widths: list[int] = []
+        for number, model in enumerate(section.models):
+            key = f"teacher.concat[{number - 1}]" if number else "teacher"
+            with self._problem_of(f"{key}.model"):
+                folder = self._model(model.model or "", model.revision)
+                if folder is not None:
+                    self.found += _teacher_problems(key, model, folder)
+                    width = vector_width(folder.path) if model.pooling is None else None
+                    if width := width or getattr(folder.config, "hidden_size", None):
+                        widths.append(width)
+        return sum(widths) if len(widths) == len(section.models) else None
+
+    def _student(self) -> int | None:
+        """Checks the encoder that training begins with; returns the width of the student's vectors if that is known."""
+        section = self.config.student
+        name = self.config.teacher.model if section.init == "teacher" else section.init
+        before = len(self.found)
+        with self._problem_of("student.init"):
+            folder = self._model(name or "", section.revision)
+            if folder is None:
+                return None
+            if not folder.is_transformer:
+                raise ValueError(f"{folder.path} is no transformer; name an encoder with layers in student.init")
+            if folder.encoder != folder.path and not (folder.path / "config.json").is_file():
+                raise ValueError(f"the encoder of {folder.path} lies in a folder of its own: student.init={folder.encoder}")
+            if not folder.tokenizer.is_fast:
+                raise ValueError(f"{folder.path} has only a slow tokenizer; name a model with a tokenizer.json")
+            if folder.tokenizer.pad_token_id is None:
+                raise ValueError(
+                    f"the tokenizer of {folder.path} has no pad token; set `pad_token` in its tokenizer_config.json"
+                )
+            folder.check_tokens()
+            assert folder.config is not None
+            with torch.device("meta"):
+                encoder = Architecture(folder.config, 0, False).build()
+            if section.layers is not None:
+                with self._problem_of("student.layers"):
+                    keep_layers(encoder, section.kept(encoder.config.num_hidden_layers))
+            if section.pooling == "pooler" and getattr(encoder, "pooler", None) is None:
+                self.found.append(
+                    Problem("student.pooling", f"pooler, but the encoder of {folder.path} has none; use cls or mean")
+                )
+            elif section.pooling == "pooler" and not section.from_scratch and not folder.has_pooler:
+                self.found.append(
+                    Problem("student.pooling", f"pooler, but {folder.path} has no weights of one; use cls or mean")
+                )
+            student = Student(encoder, folder.tokenizer, pooling=section.pooling, max_length=section.max_length)
+            return student.width if len(self.found) == before else None
+        return None
+
+    def _inits(self, stage: str) -> None:
+        init = self._stage(stage).init
+        if init != "student" and init not in self.config.stages and not stage_fingerprint(self.config.run_dir / init):
+            what = f"{init} is neither finished nor among the stages: add it, or set {stage}.init to another stage"
+            self.found.append(Problem(f"{stage}.init", what))
+
+    def _evaluation_sets(self) -> None:
+        section = self.config.evaluate
+        if section.sts not in (None, "hub") and self.pending:  # training and precompute read its dev set
+            with self._problem_of("evaluate.sts"):
+                evaluation_sets.read_sts(str(section.sts))
+                evaluation_sets.read_sts_dev(str(section.sts))
+        if "evaluate" not in self.pending:
+            return
+        kinds: dict[str, tuple[Sequence[str], Callable[[str], Any], Callable[[Path], Any]]] = {
+            "retrieval": (section.retrieval or (), evaluation_sets.read_retrieval, evaluation_sets._retrieval_files),
+            "transfer": (section.transfer or (), evaluation_sets.read_transfer, lambda folder: None),
+        }
+        for kind, (places, read, look) in kinds.items():
+            for place in places:
+                if not place.startswith(evaluation_sets.PREFIX):
+                    with self._problem_of(f"evaluate.{kind}"):
+                        read(place) if _num_bytes(Path(place)) <= QUICK_BYTES else look(Path(place))
+        with self._problem_of("evaluate.rescore"):
+            needs_index = bool(index_types((), section.precision or (), section.rescore))
+            if needs_index and section.retrieval and importlib.util.find_spec("faiss") is None:
+                what = "quantised retrieval needs faiss: bash launcher/install.sh quickstart,retrieval, or leave it out"
+                self.found.append(Problem("evaluate.precision", what))
+
+
+def pending_stages(config: RunConfig) -> list[str]:
+    """The run's stages that are unfinished, or that need one of these."""
+    pending: list[str] = []
+    for name in config.stages:
+        if any(need in pending for need in config.needs(name)) or config.stage_of(name).reason_to_run() is not None:
+            pending.append(name)
+    return pending
+
+
+def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder) -> Iterator[Problem]:
+    """Why a model cannot encode as its section, `key`, says. Raises ValueError for files that do not fit together."""
+    path, has_modules = folder.path, (folder.path / "modules.json").is_file()
+    if not has_modules and model.pooling is None:
+        yield Problem(f"{key}.pooling", f"{path} is a plain encoder (no modules.json): say how it pools, cls, pooler or mean")
+    if model.pooling is not None and not (path / "config.json").is_file():
+        yield Problem(f"{key}.pooling", f"{path} is no plain encoder and names its own pooling; leave `pooling` out")
+    if model.pooling == "pooler" and not folder.has_pooler:
+        yield Problem(f"{key}.pooling", f"pooler, but {path} has no weights of one; use cls or mean")
+    if has_modules and model.prompt_name is not None:
+        prompts = (read_json(path / "config_sentence_transformers.json") or {}).get("prompts") or {}
+        if model.prompt_name not in prompts:
+            yield Problem(f"{key}.prompt_name", f"{path} has no prompt {model.prompt_name!r}, but {sorted(prompts)}")
+    if folder.config is not None:
+        folder.check_tokens()
+        limit = longest_input(folder.config)
+    if model.max_length is not None and folder.config is None:
+        yield Problem(f"{key}.max_length", f"{path} reads whole texts, of any length; leave it out")
+    elif model.max_length is not None and model.max_length > limit:
+        what = f"{model.max_length} is above the {limit} positions of {path}; lower it, or leave it out"
+        yield Problem(f"{key}.max_length", what)
+
+
+def _tensor_names(file: Path) -> list[str]:
+    """Raises ValueError for a file that is cut off or not of safetensors."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy or download it again") from None
+
+
+def _num_bytes(folder: Path) -> int:
+    """Of a folder's files; compressed ones count three times."""
+    return sum(file.stat().st_size * (3 if file.suffix == ".gz" else 1) for file in folder.rglob("*") if file.is_file())
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
