@@ -125,12 +125,15 @@ class Student(nn.Module):
         ]
 
     def _pooled(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:
-        output = self.encoder(
+        return pool(self.pooling, self.encoder_output(embedded_bld, attention_mask_bl), attention_mask_bl)
+
+    def encoder_output(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Any:
+        """What the encoder gives for embedded tokens [B, L, d] and their mask [B, L]; `pool` takes it."""
+        return self.encoder(
             inputs_embeds=embedded_bld,
             attention_mask=attention_mask_bl,
             output_hidden_states=self.pooling in NEEDS_HIDDEN_STATES,
         )
-        return pool(self.pooling, output, attention_mask_bl)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64, *, normalize: bool = True) -> np.ndarray:
