@@ -100,7 +100,7 @@ def test_the_cards_snippets_give_the_students_vectors_where_distill_cannot_be_im
 
 def test_a_folder_holds_what_it_says_and_no_pickle(exported):
     student, _, there = exported
-    assert names(there / "onnx") == ["model.onnx", "model_int8.onnx"]
+    assert names(there / "onnx") == ["model.onnx", "model_quantized.onnx"]
     assert "export.json" in (there / "README.md").read_text()  # the card is of a folder that has all else
     assert not [path for path in there.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".py"}]
     about = json.loads((there / "export.json").read_text())
