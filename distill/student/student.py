@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.run.model_folders import apply_umask
 from distill.student.encoder import load_encoder, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool, pooled_width
 
@@ -159,6 +160,7 @@ class Student(nn.Module):
         description = {"pooling": self.pooling, "max_length": self.max_length, "head": activation, "dim": self.dim}
         description["is_aligned"] = self.is_aligned
         (folder / "student.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        apply_umask(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Student:
