@@ -3,8 +3,8 @@
 
     python launcher/export.py --config configs/quickstart.yaml [export.formats='[onnx, onnx-int8]']
 
-With export.formats the folder also holds onnx/model.onnx and onnx/model_int8.onnx. Every file is compared with the student on
-1,000 texts before it appears. A finished stage whose inputs and config have not changed is skipped.
+With export.formats the folder also holds onnx/model.onnx and onnx/model_quantized.onnx. Every file is compared with the student
+on 1,000 texts before it appears. A finished stage whose inputs and config have not changed is skipped.
 """
 
 from __future__ import annotations

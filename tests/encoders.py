@@ -13,9 +13,15 @@ from transformers import (
     BertTokenizerFast,
     DistilBertConfig,
     DistilBertModel,
+    LlamaConfig,
+    LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2Model,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -23,6 +29,7 @@ from transformers import (
 )
 
 FAMILIES = ("bert", "roberta", "mpnet", "distilbert", "t5")
+ROTARY = ("qwen2", "llama", "modernbert")
 POSITIONS = 40
 
 
@@ -41,10 +48,19 @@ def make_family(family: str, *, layers: int = 3, vocabulary: int = 120, seed: in
         model = DistilBertModel(
             DistilBertConfig(dim=16, hidden_dim=32, n_layers=layers, n_heads=2, max_position_embeddings=POSITIONS, **common)
         )
-    else:
+    elif family == "t5":
         model = T5EncoderModel(
             T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, relative_attention_num_buckets=8, **common)
         )
+    elif family == "modernbert":
+        rope = {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}
+        model = ModernBertModel(
+            ModernBertConfig(**heads, **common, max_position_embeddings=POSITIONS, local_attention=8, rope_parameters=rope)
+        )
+    else:
+        config, kind = {"qwen2": (Qwen2Config, Qwen2Model), "llama": (LlamaConfig, LlamaModel)}[family]
+        rope = {"rope_type": "default", "rope_theta": 500.0}
+        model = kind(config(**heads, **common, num_key_value_heads=1, max_position_embeddings=POSITIONS, rope_parameters=rope))
     for parameter in model.parameters():  # the default initial weights are too small for a wrong one to show
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -1,7 +1,7 @@
 """A trained student as a folder that others load without this project.
 
 student ──► sentence_transformers.py ──► transformer, pooling, dense head, normalise
-        └─► onnx.py ──► int8.py ──────► onnx/model.onnx, onnx/model_int8.onnx        (config: export.formats)
+        └─► onnx.py ──► int8.py ──────► onnx/model.onnx, onnx/model_quantized.onnx        (config: export.formats)
                                          └─► check.py ──► card.py ──► folder.py: renamed to its name
 
 formats.py        the files of each format, the packages it needs, its lowest cosine to the student

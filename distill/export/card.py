@@ -20,7 +20,7 @@ PURPOSES = {
     "model.safetensors": "the encoder's weights, float32",
     "tokenizer.json": "the tokenizer, which truncates and pads as in training",
     "onnx/model.onnx": "the whole model for onnxruntime, float32",
-    "onnx/model_int8.onnx": "the same with weights in 8 bits",
+    "onnx/model_quantized.onnx": "the same with weights in 8 bits",
     "export.json": "dimensions, longest input, and the cosines of each format to the trained student",
 }
 

@@ -14,6 +14,7 @@ from distill.export.int8 import int8_graph
 from distill.export.onnx import onnx_graph
 from distill.export.sentence_transformers import check_pooling, save_sentence_transformers
 from distill.run.files import flush
+from distill.run.model_folders import apply_umask
 from distill.student import Student
 from distill.student.fingerprint import files_fingerprint
 
@@ -51,6 +52,7 @@ def export_student(
         description = json.dumps(_description(student, len(check_on), agreements), indent=1)
         (part / "export.json").write_text(description + "\n", encoding="utf-8")
         (part / "README.md").write_text(card(part), encoding="utf-8")
+        apply_umask(part)
         for path in part.rglob("*"):
             flush(path)
     except BaseException:

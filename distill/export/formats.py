@@ -18,7 +18,7 @@ class Format:
 FORMATS = {
     "sentence-transformers": Format("modules.json", 0.9999),
     "onnx": Format("onnx/model.onnx", 0.9999),
-    "onnx-int8": Format("onnx/model_int8.onnx", 0.99),
+    "onnx-int8": Format("onnx/model_quantized.onnx", 0.99),
 }
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # torch's exporter imports onnxscript
 

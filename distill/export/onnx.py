@@ -2,6 +2,7 @@
 
     input_ids, attention_mask    int64 [batch, length], both dynamic; padded on the right
     sentence_embedding           float32 [batch, dim], L2-normalised
+    last_hidden_state            float32 [batch, length, d], which optimum and transformers.js's pipeline take; they then pool
 
 Token types are no input: a student has only one. torch's dynamo exporter keeps both dimensions symbolic or fails. The older
 exporter traces the example: its graphs of RoBERTa, MPNet, DistilBERT and T5 students gave wrong vectors on shapes other than
@@ -20,19 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from distill.student import Student
+from distill.student.pooling import pool
+from distill.student.student import PooledVectors
 
 OPSET = 18
+OUTPUTS = ["sentence_embedding", "last_hidden_state"]
 LARGEST = 2**31 - 2**26  # bytes of weights: a protobuf file is at most 2 GiB, of which the graph needs some
 
 
-class _Normalised(nn.Module):
+class _Graph(nn.Module):
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        vectors_bd = self.student({"input_ids": input_ids, "attention_mask": attention_mask})
-        return nn.functional.normalize(vectors_bd.float(), dim=-1)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        embedded_bld = self.student.encoder.get_input_embeddings()(input_ids)
+        output = self.student.encoder_output(embedded_bld, attention_mask)
+        vectors_bd = self.student(PooledVectors(pool(self.student.pooling, output, attention_mask)))
+        return nn.functional.normalize(vectors_bd.float(), dim=-1), output.last_hidden_state
 
 
 def onnx_graph(student: Student) -> Any:
@@ -50,10 +56,10 @@ def onnx_graph(student: Student) -> Any:
     with _eager_attention(student.encoder), _quiet():
         try:
             program = torch.onnx.export(
-                _Normalised(student).eval(),
+                _Graph(student).eval(),
                 (example, example.clone()),  # one tensor would become one input
                 input_names=["input_ids", "attention_mask"],
-                output_names=["sentence_embedding"],
+                output_names=OUTPUTS,
                 dynamic_shapes={"input_ids": shape, "attention_mask": shape},
                 opset_version=OPSET,
                 dynamo=True,

@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from tokenizers import Tokenizer
 from torch import nn
 
+from distill.export.compatibility import rewrite_for_clients
 from distill.student import Student
 from distill.student.pooling import NEEDS_HIDDEN_STATES, SLICES
 
@@ -39,8 +40,8 @@ def check_pooling(pooling: str) -> None:
 def save_sentence_transformers(student: Student, student_dir: Path, folder: Path) -> None:
     """Writes the student, which was loaded from `student_dir`, into `folder`, without a README.md.
 
-    tokenizer.json truncates and pads as the student does, so that it also works without sentence-transformers. Raises
-    ValueError if a pooling has no module.
+    tokenizer.json truncates and pads as the student does, so that it also works without sentence-transformers; the other JSON
+    files are those of compatibility.py. Raises ValueError if a pooling has no module.
     """
     modules = _modules(student, student_dir)
     model = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
@@ -51,16 +52,19 @@ def save_sentence_transformers(student: Student, student_dir: Path, folder: Path
     padding = student.tokenizer
     tokenizer.enable_padding(direction="right", pad_id=padding.pad_token_id, pad_token=padding.pad_token)
     tokenizer.save(path)
+    rewrite_for_clients(folder, student)
 
 
 def _modules(student: Student, student_dir: Path) -> list[nn.Module]:
     check_pooling(student.pooling)
     hidden = student.pooling in NEEDS_HIDDEN_STATES
+    no_code = {"trust_remote_code": False}
     transformer = Transformer(
         str(student_dir),
         max_seq_length=student.max_length,
-        model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        config_kwargs={"output_hidden_states": True} if hidden else {},
+        model_kwargs={"use_safetensors": True, "dtype": torch.float32, **no_code},
+        processor_kwargs=dict(no_code),
+        config_kwargs={**no_code, **({"output_hidden_states": True} if hidden else {})},
     )
     modules: list[nn.Module] = [transformer]
     if hidden:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import stat
 from pathlib import Path
 
 from distill.run.files import DigestCache, fingerprint
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLE = "pytorch_model.bin"
 MODEL_FILES = frozenset({".safetensors", ".json", ".txt", ".model"})  # weights, configs and vocabularies
 
 
@@ -44,6 +46,13 @@ def check_model_folder(path: Path) -> None:
     if not any((inner / weights).is_file() for weights in WEIGHTS):
         pickled = " (it has pytorch_model.bin, a pickle; convert it to safetensors)" if any(inner.glob("*.bin")) else ""
         raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")
+    for module in _modules(path):
+        folder = path / module["path"]
+        if (folder / PICKLE).is_file() and not any((folder / weights).is_file() for weights in WEIGHTS):
+            raise ValueError(
+                f"{folder / PICKLE} is a pickle, which is not read: convert it to model.safetensors"
+                " (sentence_transformers: SentenceTransformer(folder).save_pretrained(new_folder))"
+            )
 
 
 def num_layers(name: str) -> int | None:
@@ -60,13 +69,32 @@ def num_layers(name: str) -> int | None:
 
 def first_module(path: Path) -> tuple[Path, bool]:
     """Where a folder's weights lie (in the first module of modules.json, else in itself); whether they are a transformer's."""
+    modules = _modules(path)
+    return (path / modules[0]["path"], modules[0]["type"].endswith(".Transformer")) if modules else (path, True)
+
+
+def _modules(path: Path) -> list[dict[str, str]]:
+    """The entries of modules.json, each with a path and a type; [] without that file."""
     if not (path / "modules.json").is_file():
-        return path, True
+        return []
     try:
-        first = json.loads((path / "modules.json").read_text(encoding="utf-8"))[0]
-        return path / first["path"], first["type"].endswith(".Transformer")
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        found = [{"path": str(module["path"]), "type": str(module["type"])} for module in modules]
+        if not found:
+            raise ValueError("it is empty")
+        return found
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"no model at {path}: its modules.json is no list of modules ({error!r})") from None
+
+
+def apply_umask(folder: Path) -> None:
+    """Gives the weights in a folder the mode that a new file there gets: safetensors writes them for their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from distill.run.files import publish, sha256_of, sweep
 from distill.shards.blocks import block_vectors, encode_block, inspect, open_map, scan, tar_end
 from distill.shards.format import (
+    HELD_OUT,
     MAX_SHARDS,
     MOMENTS,
     VERSION,
@@ -28,6 +29,17 @@ from distill.shards.verify import check_origin
 
 NORM_TOLERANCE = 2e-3
 MAX_SHOWN = 80  # characters of a text in a message
+README = "README.md"
+README_TEXT = """\
+---
+configs:
+- config_name: default
+  data_files:
+{files}---
+
+Texts and the vectors that a teacher gave them, written by distill. `datasets.load_dataset` of this folder gives a row
+per block, `distill.shards.ShardReader` a row per text.
+"""
 Float16 = NDArray[np.float16]
 
 
@@ -124,8 +136,19 @@ def finish(
         shards=tuple(entries),
     )
     manifest.save(directory)
+    _write_readme(directory)
     sweep(directory)
     return manifest
+
+
+def _write_readme(directory: Path) -> None:
+    """README.md, which tells datasets.load_dataset the splits: without it, the held-out texts are rows of train."""
+    splits = {"test": "*.tar"} if directory.name == HELD_OUT else {"train": "*.tar"}
+    if (directory / HELD_OUT).is_dir():
+        splits["test"] = f"{HELD_OUT}/*.tar"
+    files = "".join(f"  - split: {split}\n    path: '{path}'\n" for split, path in splits.items())
+    with publish(directory / README) as file:
+        file.write(README_TEXT.format(files=files).encode())
 
 
 def _check_finished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from distill.run.model_folders import resolve_model
+from distill.run.model_folders import first_module, resolve_model
 from distill.student.student_config import StudentConfig
 
 NO_LIMIT = 1 << 20  # tokens, of an encoder without a table of positions
@@ -31,14 +32,12 @@ FROM_PADDING = {  # families that number positions from the padding token's id
 def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The student's encoder in float32 and its tokenizer, as `config` says; new weights depend on `seed` alone.
 
-    Raises ValueError if the model does not exist, or lacks a layer that `config` names.
+    Raises ValueError if the model does not exist, is no transformer with a fast tokenizer that pads, or lacks a layer that
+    `config` names.
     """
-    if config.init == "teacher":
-        if teacher is None:
-            raise ValueError("student.init is teacher, but the config names no teacher.model; name an encoder in student.init")
-        path = resolve_model(teacher)
-    else:
-        path = resolve_model(config.init)
+    if config.init == "teacher" and teacher is None:
+        raise ValueError("student.init is teacher, but the config names no teacher.model; name an encoder in student.init")
+    path = transformer_of(resolve_model(teacher if config.init == "teacher" and teacher else config.init))
     encoder = load_encoder(
         path,
         revision=config.revision,
@@ -51,7 +50,37 @@ def build_encoder(config: StudentConfig, teacher: str | None, seed: int) -> tupl
     tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"student.init: {path} has only a slow tokenizer; name a model with a tokenizer.json")
+    lookup = encoder.get_input_embeddings()
+    assert isinstance(lookup, nn.Embedding)
+    _check_tokenizer(tokenizer, lookup.num_embeddings, path)
     return encoder, tokenizer
+
+
+def transformer_of(path: str) -> str:
+    """The folder of the transformer in a sentence-transformers folder; other folders and hub names as they are.
+
+    Raises ValueError if the first module of modules.json is none.
+    """
+    if not Path(path).is_dir():
+        return path
+    folder, is_transformer = first_module(Path(path))
+    if not is_transformer:
+        raise ValueError(f"student.init: {path} is no transformer (its first module embeds words alone); name an encoder")
+    return str(folder)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, path: str) -> None:
+    """Raises ValueError for a token without an embedding. A tokenizer without a padding token pads with another special one."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"student.init: the tokenizer of {path} has a token {largest}, but its encoder has embeddings for {num_embeddings};"
+            " name a model whose tokenizer belongs to it"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"student.init: the tokenizer of {path} has none of pad_token, eos_token and unk_token; set pad_token")
 
 
 def load_encoder(
@@ -87,6 +116,7 @@ def load_encoder(
         raise ValueError(f"pooling is pooler, but the {encoder.config.model_type} encoder of {path} has none; use cls or mean")
     if absent:
         raise ValueError(f"{path} has no weights for {len(absent)} parts of its encoder, the first is {absent[0]}")
+    encoder.config.use_cache = False  # of keys and values, which nothing reads: a text is encoded at once
     return encoder
 
 
@@ -106,7 +136,7 @@ def longest_input(config: PretrainedConfig) -> int:
 def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
     """Keeps these layers of the encoder, in this order, and updates its config.
 
-    Raises ValueError if the encoder does not have exactly one list of layers.
+    Raises ValueError if the encoder does not have exactly one list of layers, or if its config cannot describe what is left.
     """
     depth = encoder.config.num_hidden_layers
     stacks = [
@@ -123,19 +153,53 @@ def keep_layers(encoder: PreTrainedModel, layers: list[int]) -> None:
         )
     parent, name, stack = stacks[0]
     _carry_relative_position_bias(stack, layers)
-    setattr(parent, name, nn.ModuleList([stack[index] for index in layers]))
-    encoder.config.num_hidden_layers = len(layers)
-    if getattr(encoder.config, "layer_types", None):
-        encoder.config.layer_types = [encoder.config.layer_types[index] for index in layers]
+    kept = nn.ModuleList([stack[index] for index in layers])
+    setattr(parent, name, kept)
+    for number, layer in enumerate(kept):
+        modules: Iterator[Any] = layer.modules()
+        for module in modules:
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    _cut_config(encoder.config, layers)
+    _check_cut(encoder, layers)
+
+
+def _cut_config(config: Any, layers: list[int]) -> None:
+    """Keeps the entries of these layers in every list of one entry per layer, such as layer_types, and in per_layer_config."""
+    depth, described = config.num_hidden_layers, config.to_dict()
+    config.num_hidden_layers = len(layers)
+    for key, value in described.items():
+        if isinstance(value, list) and len(value) == depth and key != "architectures" and not key.endswith("token_id"):
+            setattr(config, key, [value[index] for index in layers])
+    if getattr(config, "is_heterogeneous", False):
+        overrides = {int(index): values for index, values in described["per_layer_config"].items()}
+        config.per_layer_config = None
+        config.per_layer_config = {new: overrides[old] for new, old in enumerate(layers) if old in overrides}
+
+
+def _check_cut(encoder: PreTrainedModel, layers: list[int]) -> None:
+    """Raises ValueError unless an encoder that is built from the config has the same weights: the student is loaded so."""
+    cls = encoder_class(encoder.config)
+    with torch.device("meta"):
+        loaded = cls.from_config(encoder.config) if cls is AutoModel else cls(encoder.config)
+    needed, found = ({name: value.shape for name, value in each.state_dict().items()} for each in (loaded, encoder))
+    if different := sorted(name for name, _ in needed.items() ^ found.items()):
+        raise ValueError(
+            f"student.layers {layers}: a {encoder.config.model_type} of these layers cannot be saved, since its layers are not"
+            f" alike (the first difference is {different[0]}); begin with layer 0, or keep all"
+        )
 
 
 def _carry_relative_position_bias(stack: nn.ModuleList, layers: list[int]) -> None:
     """T5 stores the bias of all layers in its first block: moves it to the new first block."""
-    for old in stack[0].modules():
+    modules: Iterator[Any] = stack[0].modules()
+    for old in modules:
         if getattr(old, "has_relative_attention_bias", False) and layers[0] != 0:
             new: Any = next(m for m in stack[layers[0]].modules() if hasattr(m, "has_relative_attention_bias"))
             new.relative_attention_bias = old.relative_attention_bias
             new.has_relative_attention_bias = True
+            del old.relative_attention_bias
+            old.has_relative_attention_bias = False
 
 
 def set_dropout(encoder: PreTrainedModel, probability: float) -> None:
@@ -153,4 +217,7 @@ def save_encoder(
 ) -> None:
     """An ordinary transformers folder: config.json, model.safetensors, tokenizer."""
     encoder.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    for side in ("padding_side", "truncation_side"):  # those of Student.tokenize
+        setattr(tokenizer, side, "right")
+        tokenizer.init_kwargs[side] = "right"  # without it, an attribute is not saved
     tokenizer.save_pretrained(folder)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.run.model_folders import apply_umask
 from distill.student.encoder import load_encoder, longest_input, save_encoder
 from distill.student.pooling import NEEDS_HIDDEN_STATES, pool, pooled_width
 
@@ -125,12 +126,15 @@ class Student(nn.Module):
         ]
 
     def _pooled(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Tensor:
-        output = self.encoder(
+        return pool(self.pooling, self.encoder_output(embedded_bld, attention_mask_bl), attention_mask_bl)
+
+    def encoder_output(self, embedded_bld: Tensor, attention_mask_bl: Tensor) -> Any:
+        """What the encoder gives for embedded tokens [B, L, d] and their mask [B, L]; `pool` takes it."""
+        return self.encoder(
             inputs_embeds=embedded_bld,
             attention_mask=attention_mask_bl,
             output_hidden_states=self.pooling in NEEDS_HIDDEN_STATES,
         )
-        return pool(self.pooling, output, attention_mask_bl)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64, *, normalize: bool = True) -> np.ndarray:
@@ -156,6 +160,7 @@ class Student(nn.Module):
         description = {"pooling": self.pooling, "max_length": self.max_length, "head": activation, "dim": self.dim}
         description["is_aligned"] = self.is_aligned
         (folder / "student.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        apply_umask(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Student:

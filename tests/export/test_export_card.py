@@ -63,7 +63,7 @@ def folder(tmp_path):
     made = tmp_path / "made"
     for file, size in (
         ("model.safetensors", 2_000_000),
-        ("onnx/model_int8.onnx", 500_000),
+        ("onnx/model_quantized.onnx", 500_000),
         ("modules.json", 400),
         ("README.md", 9),
     ):
@@ -107,11 +107,11 @@ def test_files_sizes_and_cosines_are_those_of_the_folder(folder, provenance):
     card = model_card(folder, provenance("hpd"))
     lines = card.splitlines()
     assert "| `model.safetensors` | the encoder's weights, float32 | 2 MB |" in lines
-    assert any(line.startswith("| `onnx/model_int8.onnx` |") and line.endswith("| 500 kB |") for line in lines)
+    assert any(line.startswith("| `onnx/model_quantized.onnx` |") and line.endswith("| 500 kB |") for line in lines)
     assert any(line.startswith("| the rest |") for line in lines) and "On disk: 2.5 MB." in lines
     assert "on 1,000 texts: onnx-int8 0.99877 (mean 0.99970)." in card and "README.md`" not in card
     assert "- dimensions: 16, L2-normalised; similarity function: cosine" in lines and "- parameters: 123,456" in lines
-    assert "onnx" in front_of(card)["tags"] and 'f"{folder}/onnx/model_int8.onnx"' in card
+    assert "onnx" in front_of(card)["tags"] and 'f"{folder}/onnx/model_quantized.onnx"' in card
 
 
 def test_text_is_counted_and_nested_sizes_are_named_where_there_are_any(tmp_path, provenance):
@@ -156,7 +156,7 @@ def test_the_report_replaces_the_card_of_each_exported_folder_that_is_there(tmp_
     write_model_cards(config, {"ckd": RESULTS})
     card = (config.run_dir / "export/ckd/README.md").read_text()
     assert card.count("## Results") == 1 and card.index("## Recipe") < card.index("## Results")
-    assert "onnx/model_int8.onnx" in card and "| STS: average | 72.37 [70.90, 73.80] |" in card
+    assert "onnx/model_quantized.onnx" in card and "| STS: average | 72.37 [70.90, 73.80] |" in card
     assert not (config.run_dir / "export/hpd").exists()
     write_model_cards(config, {"ckd": RESULTS})
     assert (config.run_dir / "export/ckd/README.md").read_text() == card

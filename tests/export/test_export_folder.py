@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,12 @@ else:
     raise SystemExit(f"distill is importable from {distill.__path__}")
 texts = json.loads(sys.argv[2])
 """
+
+
+def current_umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def names(path):
@@ -100,7 +107,7 @@ def test_the_cards_snippets_give_the_students_vectors_where_distill_cannot_be_im
 
 def test_a_folder_holds_what_it_says_and_no_pickle(exported):
     student, _, there = exported
-    assert names(there / "onnx") == ["model.onnx", "model_int8.onnx"]
+    assert names(there / "onnx") == ["model.onnx", "model_quantized.onnx"]
     assert "export.json" in (there / "README.md").read_text()  # the card is of a folder that has all else
     assert not [path for path in there.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".py"}]
     about = json.loads((there / "export.json").read_text())
@@ -141,6 +148,13 @@ def test_weights_that_are_rounded_too_coarsely_never_appear(exported, tmp_path, 
     with pytest.raises(ValueError, match="as onnx-int8 does not agree with the student"):
         export(student_dir, tmp_path / "export", "onnx", "onnx-int8")
     assert names(tmp_path) == []
+
+
+def test_files_of_students_and_exports_are_readable_by_whom_the_umask_lets(exported):
+    _, student_dir, there = exported
+    ours = 0o666 & ~current_umask()
+    for each in (student_dir, there):
+        assert {path.stat().st_mode & 0o777 for path in each.rglob("*") if path.is_file()} == {ours}
 
 
 def test_an_export_that_does_not_agree_leaves_nothing_and_the_last_one_as_it_was(tiny_encoder, tmp_path):

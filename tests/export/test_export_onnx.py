@@ -58,21 +58,24 @@ def test_the_graph_takes_every_batch_and_length(family):
     session = session_of(family.folder)
     inputs = {each.name: each.shape for each in session.get_inputs()}
     assert inputs == {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
-    assert [(each.name, each.shape) for each in session.get_outputs()] == [("sentence_embedding", ["batch", 8])]
+    outputs = [(each.name, each.shape) for each in session.get_outputs()]  # in this order: clients take the first or by name
+    assert outputs == [("sentence_embedding", ["batch", 8]), ("last_hidden_state", ["batch", "length", 16])]
     for batch, length in ((1, 1), (1, 30), (2, 3), (7, 2), (32, 29)):
         ids = torch.randint(5, 100, (batch, length), generator=torch.Generator().manual_seed(batch))
         mask = (torch.arange(length) < (1 + torch.arange(batch) * 5 % length)[:, None]).long()
         with torch.no_grad():
             expected = family.student({"input_ids": ids, "attention_mask": mask})
-        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+            states = family.student.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        found, found_states = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        assert np.allclose((found_states - states.numpy())[mask.numpy() > 0], 0, atol=2e-4)
         assert np.allclose(found, torch.nn.functional.normalize(expected, dim=-1).numpy(), atol=2e-5), (batch, length)
 
 
 def test_what_is_under_padding_does_not_count(family):
     session = session_of(family.folder)
     ids, mask = np.arange(5, 17).reshape(2, 6), np.array([[1] * 6, [1] * 3 + [0] * 3])
-    (found,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
-    (alone,) = session.run(None, {"input_ids": ids[1:, :3], "attention_mask": mask[1:, :3]})
+    found, _ = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    alone, _ = session.run(None, {"input_ids": ids[1:, :3], "attention_mask": mask[1:, :3]})
     assert np.allclose(found[1:], alone, atol=1e-5) and not np.allclose(found[0], found[1], atol=1e-2)
 
 

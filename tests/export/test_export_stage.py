@@ -55,7 +55,7 @@ def test_other_formats_run_the_stage_again_and_change_what_it_made(run):
     assert stage_of(config, "export").reason_to_run() == 'export.formats: [] -> ["onnx-int8"]'
     export(config)
     assert stage_fingerprint(config.run_dir / "export") != before and stage_of(config, "export").reason_to_run() is None
-    assert (config.run_dir / "export/ckd/onnx/model_int8.onnx").is_file()
+    assert (config.run_dir / "export/ckd/onnx/model_quantized.onnx").is_file()
 
 
 def test_what_cannot_be_exported_is_refused_before_the_stage_begins(run, tiny_encoder, monkeypatch):

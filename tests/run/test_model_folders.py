@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 from transformers import T5Config
 
-from distill.run.model_folders import num_layers, resolve_model
+from distill.run.model_folders import apply_umask, num_layers, resolve_model
 
 
 def test_a_package_is_found_without_being_imported(minilm):
@@ -55,6 +57,34 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path, tiny_encoder):
     (tmp_path / "pickled/model.safetensors").rename(tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no model\.safetensors \(it has pytorch_model\.bin, a pickle; convert it"):
         resolve_model(str(tmp_path / "pickled"))
+
+
+def test_pickled_weights_of_any_module_are_refused_by_file_with_the_remedy(tmp_path, tiny_encoder):
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    (tmp_path / "model/2_Dense").mkdir()
+    (tmp_path / "model/2_Dense/pytorch_model.bin").touch()
+    types = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in types.items()]
+    (tmp_path / "model/modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"model/2_Dense/pytorch_model\.bin is a pickle, .* convert it to model\.safetensors"):
+        resolve_model(str(tmp_path / "model"))
+    (tmp_path / "model/2_Dense/model.safetensors").touch()
+    assert resolve_model(str(tmp_path / "model")) == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    (tmp_path / "2_Dense").mkdir()
+    files = [tmp_path / "model.safetensors", tmp_path / "2_Dense/model.safetensors"]
+    for file in files:
+        file.touch(0o600)
+    before = os.umask(umask)
+    try:
+        apply_umask(tmp_path)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2_Dense", "model.safetensors"]
 
 
 def test_sharded_weights_are_weights(tmp_path, tiny_encoder):

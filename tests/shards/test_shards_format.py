@@ -17,6 +17,8 @@ from shard_sets import BLOCK_ROWS, DIM, finish_set, make_set, make_texts, text_h
 from distill.run.files import publish, seal, unseal, write_json
 from distill.shards import Manifest, ShardError, missing, write_shard
 from distill.shards.blocks import NPY_HEADER
+from distill.shards.repair import repair
+from distill.shards.verify import verify_all
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -25,6 +27,23 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     assert {"000000.tar", "000000.moments.npz", "moments.npz", "recipe.json", "manifest.json"} <= one.keys()
+
+
+@pytest.mark.parametrize("with_held_out", [True, False])
+def test_datasets_reads_the_held_out_texts_as_a_split_of_their_own(tmp_path: Path, monkeypatch, with_held_out) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if with_held_out:
+        make_set(tmp_path / "shards/held_out", (7,))
+    make_set(tmp_path / "shards")
+    found = datasets.load_dataset(str(tmp_path / "shards"))
+    texts = {split: sum(len(text.splitlines()) for text in found[split]["txt"]) for split in found}
+    assert texts == {"train": 121} | ({"test": 7} if with_held_out else {})
+    if with_held_out:
+        assert datasets.load_dataset(str(tmp_path / "shards/held_out"))["test"].num_rows == 1
+    (tmp_path / "shards/README.md").write_text("the user's own\n")
+    assert verify_all(tmp_path / "shards") == [] and repair(tmp_path / "shards") == ([], True)
 
 
 def test_plain_webdataset_reads_it_in_five_lines(tmp_path: Path) -> None:

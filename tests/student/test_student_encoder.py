@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import sentences
-from encoders import FAMILIES, POSITIONS, make_family, save_family
+from encoders import FAMILIES, POSITIONS, ROTARY, make_family, save_family
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from distill.student import Student
 from distill.student.encoder import build_encoder, keep_layers, load_encoder, set_dropout
@@ -65,6 +66,99 @@ def test_t5_gives_its_relative_bias_to_the_new_first_layer():
     swapped = {"input_ids": tokens["input_ids"].flip(1), "attention_mask": tokens["attention_mask"]}
     forward, backward = (encoder(**t).last_hidden_state.mean(dim=1) for t in (tokens, swapped))
     assert not torch.allclose(forward, backward, atol=1e-3), "without the bias, word order would not count"
+
+
+def saved_and_loaded(student, folder):
+    student.save(folder, student.state_dict())
+    return Student.load(folder).eval()
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [0, 3, 1]])
+@pytest.mark.parametrize("family", ROTARY)
+def test_a_student_of_some_layers_of_a_decoder_encodes_and_gives_the_same_vectors_after_it_was_loaded(
+    family, layers, tiny_encoder, tmp_path
+):
+    config = StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / "whole", layers=4)), layers=layers)
+    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32).eval()
+    vectors = student.encode(sentences(5))  # with a cache of keys and values, the second of two layers is the third's
+    loaded = saved_and_loaded(student, tmp_path / "student")
+    assert torch.equal(torch.from_numpy(loaded.encode(sentences(5))), torch.from_numpy(vectors))
+    assert [layer.layer_idx for layer in student.encoder.modules() if hasattr(layer, "q_proj")] in ([], [*range(len(layers))])
+    assert len(getattr(loaded.encoder.config, "layer_types", None) or layers) == len(layers)
+
+
+def test_per_layer_settings_of_a_config_are_cut_with_the_layers():
+    """Gemma 4 has wider heads in its layers of full attention, here the third and the last."""
+    transformers = pytest.importorskip("transformers.models.gemma4")
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    config = transformers.Gemma4TextConfig(
+        **{"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **{"intermediate_size": 32, "vocab_size": 99, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+        **{"pad_token_id": 0, "layer_types": kinds},
+    )
+    encoder = transformers.Gemma4TextModel(config).eval()
+    encoder.config.mlp_layer_types = ["dense", "sparse", "other", "last"]
+    keep_layers(encoder, [2, 0])
+    assert encoder.config.layer_types == ["full_attention", "sliding_attention"]
+    assert encoder.config.mlp_layer_types == ["other", "dense"]
+    assert encoder.config.to_dict()["per_layer_config"] == {"0": {"head_dim": 16}}
+    assert [layer.self_attn.head_dim for layer in transformers.Gemma4TextModel(encoder.config).layers] == [16, 8]
+
+
+def test_layers_that_the_config_cannot_describe_are_refused_and_not_lost_when_the_student_is_loaded():
+    with pytest.raises(ValueError, match=r"layers \[2, 1\]: a modernbert of these .* is layers\.0\.attn_norm\.weight\); begin"):
+        keep_layers(make_family("modernbert", layers=3), [2, 1])
+
+
+def copied(tiny_encoder, folder, **tokenizer_config):
+    shutil.copytree(tiny_encoder, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer_config))
+    return StudentConfig(init=str(folder))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_another_special_token(tiny_encoder, tmp_path):
+    config = copied(tiny_encoder, tmp_path / "model", pad_token=None)
+    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32).eval()
+    assert student.tokenizer.pad_token == "[UNK]"
+    vectors = student.encode(sentences(5))
+    assert torch.equal(
+        torch.from_numpy(saved_and_loaded(student, tmp_path / "s").encode(sentences(5))), torch.from_numpy(vectors)
+    )
+    config = copied(tiny_encoder, tmp_path / "none", pad_token=None, unk_token=None)
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of \S+/none has none of pad_token, eos_token and unk_token; set pad_token"
+    ):
+        build_encoder(config, None, 0)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_has_embeddings_is_refused(tiny_encoder, tmp_path):
+    config = copied(tiny_encoder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["onemore"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"/model has a token 104, but its encoder has embeddings for 104; name a model"):
+        build_encoder(config, None, 0)
+
+
+def write_modules(folder, kind, path):
+    folder.mkdir(exist_ok=True)
+    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": f"sentence_transformers.models.{kind}"}]))
+    return StudentConfig(init=str(folder))
+
+
+def test_the_transformer_of_a_sentence_transformers_folder_is_the_student(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "model/0_Transformer")
+    encoder, _ = build_encoder(write_modules(tmp_path / "model", "Transformer", "0_Transformer"), None, 0)
+    expected = load_encoder(str(tiny_encoder)).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
+
+
+def test_static_embeddings_are_refused_as_a_student(tmp_path):
+    config = write_modules(tmp_path / "static", "StaticEmbedding", "")
+    (tmp_path / "static/model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"^student\.init: \S+/static is no transformer"):
+        build_encoder(config, None, 0)
 
 
 def test_a_layer_that_is_not_there_is_named():

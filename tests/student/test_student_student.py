@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import make_encoder, sentences
 from encoders import FAMILIES, save_family
+from transformers import AutoTokenizer
 
 from distill.student import Student
 from distill.student.encoder import build_encoder, set_dropout
@@ -109,6 +111,18 @@ def test_a_tokenizer_that_pads_on_the_left_is_made_to_pad_on_the_right(tiny_enco
     expected = student.encode(sentences(5))
     student.tokenizer.padding_side = "left"
     assert np.array_equal(student.encode(sentences(5)), expected)
+
+
+def test_a_tokenizer_that_truncates_and_pads_on_the_left_is_saved_as_the_student_uses_it(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "left")
+    path = tmp_path / "left/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left", "padding_side": "left"}))
+    student = build(tmp_path / "left", max_length=8)
+    student.save(tmp_path / "student", whole_state(student))
+    texts = ["the model reads a tensor and " * 5, "a query"]
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "student")(texts, truncation=True, max_length=8, padding=True)
+    assert tokens["input_ids"] == student.tokenize(texts)["input_ids"].tolist()
+    assert student.token_ids(texts) == build(tiny_encoder, max_length=8).token_ids(texts)
 
 
 def test_the_tokenizer_is_called_from_several_threads_without_being_configured_again(tiny_encoder):

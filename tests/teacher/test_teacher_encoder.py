@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import shutil
 
 import numpy as np
@@ -135,34 +132,6 @@ def test_the_same_texts_give_the_same_bytes(tmp_path):
     teachers = Teacher(config, CPU, None), Teacher(config, CPU, None)
     first, second = (teacher.encode(teacher.read(sentences(30))) for teacher in teachers)
     assert first.dtype == np.float16 and first.tobytes() == second.tobytes()
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize("pooling", ["mean", "pooler", None])
-@pytest.mark.parametrize("where", ["config", "model", "tokenizer"])
-def test_python_files_of_a_model_folder_never_run(tiny_encoder, tmp_path, monkeypatch, where, pooling):
-    """Even where the question whether to trust them would be answered with yes."""
-    folder, ran = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(tiny_encoder, folder)
-    (folder / "foreign.py").write_text(f"open({str(ran)!r}, 'w').close()\nConfig = Model = Tokenizer = None\n")
-    if where == "tokenizer":
-        edit(
-            folder / "tokenizer_config.json", tokenizer_class="Foreign", auto_map={"AutoTokenizer": ["foreign.Tokenizer", None]}
-        )
-    else:
-        classes = {"AutoConfig": "foreign.Config", "AutoModel": "foreign.Model"}
-        edit(folder / "config.json", auto_map=classes, **({"model_type": "foreign"} if where == "config" else {}))
-    if pooling is None:
-        module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
-        (folder / "modules.json").write_text(json.dumps([module]))
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
-    config = TeacherConfig(model=str(folder), pooling=pooling)
-    with contextlib.suppress(ValueError, KeyError, OSError):
-        Teacher(config, CPU, None)(["a text"])
-    assert not ran.exists()
 
 
 @pytest.fixture
