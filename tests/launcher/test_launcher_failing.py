@@ -41,7 +41,6 @@ def the_message(printed: str) -> str:
 
 CELLS = [
     ("deepspeed", 2, signal.SIGKILL, 0),
-    ("deepspeed", 3, signal.SIGSTOP, 1),
     ("pipeline", 2, signal.SIGSTOP, 0),
     ("none", 3, signal.SIGKILL, 2),
     ("torchrun", 2, signal.SIGSTOP, 1),

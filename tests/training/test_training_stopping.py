@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from functools import cache
 
 import pytest
 from commands import command
@@ -72,16 +73,18 @@ def test_a_stop_requested_in_the_last_step_finishes_the_stage(embedded_copy):
 
 @pytest.fixture(scope="module")
 def whole(embedded_once, tmp_path_factory, tiny_encoder):
-    """The results of two and of three ranks that nobody stops."""
-    outcomes = {}
-    for size in (2, 3):
+    """whole(size): the results of so many ranks that nobody stops."""
+
+    @cache
+    def train_whole(size):
         folder = tmp_path_factory.mktemp("whole")
         shutil.copytree(embedded_once / "runs", folder / "runs")
         shutil.copy(embedded_once / "text.txt", folder)
         with start_training("none", size, write_config(folder, tiny_encoder), *STEPS) as started:
             assert started.wait() == [0] * size, started.printed
-        outcomes[size] = outcome(folder / "runs/tiny")
-    return outcomes
+        return outcome(folder / "runs/tiny")
+
+    return train_whole
 
 
 def stop(started: TrainingProcesses, how: str, directory) -> None:
@@ -97,7 +100,12 @@ def stop(started: TrainingProcesses, how: str, directory) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, size, how",
-    [("pipeline", 2, "SIGTERM"), ("deepspeed", 2, "rank 1 SIGUSR1"), ("none", 3, "rank 2 SIGUSR2"), ("none", 2, "file")],
+    [
+        ("pipeline", 2, "SIGTERM"),
+        ("deepspeed", 2, "rank 1 SIGUSR1"),
+        pytest.param("none", 3, "rank 2 SIGUSR2", marks=pytest.mark.soak),
+        pytest.param("none", 2, "file", marks=pytest.mark.soak),
+    ],
 )
 def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whole, launcher, size, how):
     config, directory = embedded_copy
@@ -115,7 +123,7 @@ def test_stopped_and_started_again_it_makes_the_same_student(embedded_copy, whol
     with start_training(launcher, size, config, *STEPS) as started:
         assert set(started.wait()) == {0}, started.printed
         assert f"ckd: continuing after step {int(step)} of 30" in started.printed
-    assert outcome(directory) == whole[size]
+    assert outcome(directory) == whole(size)
     assert logged(directory, "loss") == list(range(1, 31)) and logged(directory, "dev/score") == list(range(0, 31, 2))
 
 
@@ -150,7 +158,7 @@ def test_a_second_ctrl_c_ends_at_once(embedded_copy):
 
 @pytest.mark.serial
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGTERM", "file"])
+@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.soak), "file"])
 def test_precompute_stops_soon_leaves_nothing_half_written_and_continues(tmp_path, how):
     encoder = make_encoder(tmp_path / "encoder", layers=6, width=64)
     (tmp_path / "text.txt").write_text("\n".join(sentences(8000)) + "\n")
