@@ -32,7 +32,7 @@ def collect(context: Context) -> Facts:
             continue
         if Path(place).is_dir():
             sizes[f"{key} {place}"] = sum(path.stat().st_size for path in Path(place).rglob("*.safetensors"))
-        elif not isinstance(try_to_load_from_cache(place, "config.json", revision=model.revision), str):
+        elif key not in errors and not isinstance(try_to_load_from_cache(place, "config.json", revision=model.revision), str):
             hub[key] = place
     for path in _paths(config):
         if Path(path).is_file():

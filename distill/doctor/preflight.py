@@ -74,7 +74,9 @@ class ModelFolder:
         encoder, is_transformer = first_module(path) if path is not None else (None, False)
         if path is None or encoder is None or not (is_local or any(encoder.glob("*.safetensors"))):
             if constants.HF_HUB_OFFLINE:
-                raise ValueError(f"{name} is not in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}")
+                raise ValueError(
+                    f"{name} is neither a folder nor in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}"
+                )
             return None
         for file in model_files(path):
             if is_lfs_pointer(file):
@@ -135,7 +137,8 @@ class _Preflight:
                 if config.training_stages:
                     check_pooling(config.student.pooling)
         self._evaluation_sets()
-        return list(dict.fromkeys(self.found))
+        first = {problem.what: problem for problem in reversed(self.found)}  # teacher and student may be one folder
+        return [problem for problem in dict.fromkeys(self.found) if problem is first[problem.what]]
 
     @contextmanager
     def _problem_of(self, key: str) -> Iterator[None]:

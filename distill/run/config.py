@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 Effect = Literal["result", "selection", "speed"]
-Model = TypeVar("Model", bound="Section")
+Model = TypeVar("Model", bound="StrictModel")
 Name = TypeVar("Name", Path, str)
 
 
@@ -30,10 +30,14 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message names the key, what is allowed and the fix."""
 
 
-class Section(BaseModel):
-    """One section of a config; an unknown key is an error."""
+class StrictModel(BaseModel):
+    """Keys of a file, for `validate`; an unknown one is an error."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+
+class Section(StrictModel):
+    """One section of a run's config."""
 
 
 def expand_home(path: Name) -> Name:
@@ -127,8 +131,13 @@ def dump_config(config: Section) -> str:
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field holds, alone or in a list; None for a field that holds none."""
+    found = _model_in(annotation)
+    return found if found is not None and issubclass(found, Section) else None
+
+
+def _model_in(annotation: Any) -> type[StrictModel] | None:
     candidates = (annotation, *get_args(annotation))
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, StrictModel)), None)
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[last] = value
 
 
-def _explain(problem: Any, model: type[Section]) -> str:
+def _explain(problem: Any, model: type[StrictModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location) or "config"
     if problem["type"] == "extra_forbidden":
@@ -214,12 +223,12 @@ def _as_written(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
-def _known_keys(location: list[str], model: type[Section]) -> list[str]:
-    section = model
+def _known_keys(location: list[str], model: type[StrictModel]) -> list[str]:
+    section: type[StrictModel] = model
     for part in location:
         if part.isdigit():
             continue
-        inner = section_of(section.model_fields[part].annotation)
+        inner = _model_in(section.model_fields[part].annotation)
         assert inner is not None, location
         section = inner
     return list(section.model_fields)

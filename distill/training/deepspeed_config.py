@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 import distill
-from distill.run.config import ConfigError, Section, validate
+from distill.run.config import ConfigError, StrictModel, validate
 
 WHOSE = {  # top-level keys of DeepSpeed -> the keys of a run's config that decide instead
     "train_batch_size": "a stage's global_batch",
@@ -30,7 +30,7 @@ WHOSE = {  # top-level keys of DeepSpeed -> the keys of a run's config that deci
 }
 
 
-class OffloadConfig(Section):
+class OffloadConfig(StrictModel):
     """What is kept in the machine's memory."""
 
     device: Literal["none", "cpu"] = "none"
@@ -41,7 +41,7 @@ class OffloadConfig(Section):
     fast_init: bool = False
 
 
-class ZeroConfig(Section):
+class ZeroConfig(StrictModel):
     """The section zero_optimization. Sizes are in elements."""
 
     stage: Literal[0, 1, 2, 3] = 0
@@ -68,7 +68,7 @@ class ZeroConfig(Section):
     stage3_use_all_reduce_for_fetch_params: bool = False
 
 
-class DeepSpeedConfig(Section):
+class DeepSpeedConfig(StrictModel):
     """The keys that a file may have."""
 
     zero_optimization: ZeroConfig = ZeroConfig()

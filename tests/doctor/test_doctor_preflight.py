@@ -135,7 +135,7 @@ def test_tokenizers_that_a_student_cannot_have(config, copy):
     tokenizer.add_tokens([f"word{number}" for number in range(9)])
     tokenizer.save_pretrained(copy)
     assert "its tokenizer has" in only(config, f"student.init={copy}")
-    assert [line.partition(":")[0] for line in found(config, f"teacher.model={copy}")] == ["teacher.model", "student.init"]
+    assert only(config, f"teacher.model={copy}").startswith("teacher.model: ")  # whose folder is the student's, reported once
 
 
 def test_a_tokenizer_without_a_pad_token(config, copy):
