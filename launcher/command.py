@@ -45,7 +45,7 @@ STARTED = time.time()
 PARENT = "DISTILL_PARENT"  # id of the pipeline's process: the commands that it starts end with it
 IN_PIPELINE = "DISTILL_IN_PIPELINE"  # set for the commands of a pipeline, on any node
 
-USER_ERROR = 2  # the exit code of an error whose message says how to fix it
+USER_ERROR = 2  # the exit code of an error that the user has to fix, as its message says: final under Slurm
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, and the same command continues
 INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

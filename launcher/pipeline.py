@@ -178,13 +178,13 @@ class Pipeline:
         script = [str(LAUNCHER / "precompute.py"), *same]
         if code := self.run_all([[sys.executable, *script, "--text-only"]], signals, threads=1):
             return code
-        num_missing = None
+        before = None
         while not (code := self.run_tasks(script, cores, signals)) and (left := self.wait_for_others(signals)):
             if signals.stop.is_requested:
                 return command.STOPPED
-            if left == num_missing:  # the next stage says what is wrong
+            if left == before:  # the next stage says what is wrong
                 break
-            num_missing = left
+            before = left
         return code
 
     def run_tasks(self, script: list[str], cores: int, signals: Signals) -> int:
