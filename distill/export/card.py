@@ -1,12 +1,14 @@
 """The model card of an exported student: what it is, how to load it and what it was made from.
 
-YAML front matter for the hub, then Files, With sentence-transformers, With onnxruntime, Data, Recipe. The report stage adds
-Results.
+YAML front matter for the hub, then Files, With sentence-transformers, With onnxruntime, With other clients, Data, Recipe. The
+report stage adds Results.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class Provenance:
     """What an exported student was made from.
 
     method: the title of the task; base_model: the model that it was initialised from; recipe: the settings of its stage; text:
-    the manifest of the training text, or None.
+    the manifest of the training text, or None; earlier: the settings of the stages before it, from the first on, by name.
     """
 
     run: str
@@ -66,6 +68,7 @@ class Provenance:
     recipe: dict[str, Any]
     nested: list[int]
     text: dict[str, Any] | None
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def model_card(folder: Path, provenance: Provenance) -> str:
@@ -78,8 +81,9 @@ def model_card(folder: Path, provenance: Provenance) -> str:
         _files(folder, about),
         _sentence_transformers(provenance.nested),
         _onnxruntime(formats, about, provenance.nested),
+        _other_clients(provenance, formats),
         _data(provenance.text),
-        f"## Recipe\n\n```yaml\n{_dump({provenance.stage: provenance.recipe})}```",
+        f"## Recipe\n\n```yaml\n{_dump(without_paths({**provenance.earlier, provenance.stage: provenance.recipe}))}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -90,7 +94,7 @@ def _front(provenance: Provenance, formats: list[str]) -> str:
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "knowledge-distillation", *onnx],
-        "base_model": public(provenance.base_model),
+        **({"base_model": provenance.base_model} if is_hub_id(provenance.base_model) else {}),
         "license": "other",
     }
     return f"---\n{_dump(front)}---"
@@ -98,12 +102,14 @@ def _front(provenance: Provenance, formats: list[str]) -> str:
 
 def _summary(provenance: Provenance, about: dict[str, Any]) -> str:
     teachers = " and ".join(f"`{public(name)}`" for name in provenance.teachers)
-    sources = ", ".join(public(source) for source in provenance.sources)
+    sources = ", ".join(escaped(public(source)) for source in provenance.sources)
     kept = (provenance.text or {}).get("counts", {}).get("kept", 0)
+    stages = ", then ".join(f"`{stage}`" for stage in [*provenance.earlier, provenance.stage])
     summary = f"""\
 # {provenance.run}, after {provenance.method}
 
 A student of {teachers}, trained by distill on {kept:,} texts from {sources}.
+Stages: {stages}; their settings and further data are under Recipe.
 Its weights descend from its teacher's and its text's: their licences apply."""
     if not about:
         return summary
@@ -175,7 +181,27 @@ def _onnxruntime(formats: list[str], about: dict[str, Any], nested: list[int]) -
     if "onnx-int8" in graphs:
         operator = "`MatMulNBits` (8 bits, blocks of 32), an operator of onnxruntime 1.22 and later on CPUs"
         lines += ["", f"`{FORMATS['onnx-int8'].file}` needs {operator}; the float32 graph is plain ONNX."]
-    lines += ["", 'sentence-transformers\' `backend="onnx"` expects a graph without pooling and cannot load this one.']
+    return "\n".join(lines)
+
+
+def _other_clients(provenance: Provenance, formats: list[str]) -> str:
+    """Which output to take, and what a client leaves out without a message."""
+    lines = [
+        "## With other clients",
+        "",
+        "- mteb stores results by a model's name, which a local folder does not have: set"
+        f" `model.model_card_data.model_name = {json.dumps(f'{provenance.run}/{provenance.stage}')}` first.",
+        "- llama.cpp and txtai pool the tokens alone: they leave out Dense modules, and give other vectors then.",
+        '- `quantize_embeddings(..., precision="int8")` of sentence-transformers gives affine codes, with an offset for each'
+        " dimension. Stores that multiply the codes themselves need symmetric ones, or float32 vectors, which they quantise.",
+    ]
+    if {"onnx", "onnx-int8"} & set(formats):
+        lines += [
+            "- transformers.js: take `sentence_embedding` of `AutoModel`; `pipeline` pools `last_hidden_state` and omits the"
+            " head. fastembed: `PoolingType.DISABLED` and `normalization=False`.",
+            '- `backend="onnx"` of sentence-transformers pools `last_hidden_state` with the modules of the folder: it needs a'
+            " pooling of the last layer alone.",
+        ]
     return "\n".join(lines)
 
 
@@ -189,6 +215,25 @@ def public(name: str) -> str:
     if name.startswith("package:"):
         return name.removeprefix("package:").partition("/")[0]
     return Path(name).name if name.startswith(("/", "~")) else name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is owner/name on the hub: the only base_model that the hub takes."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~-])", r"\\\1", " ".join(text.split()))
+
+
+def without_paths(value: Any) -> Any:
+    """Settings as they may be published: of an absolute path its last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    return public(value) if isinstance(value, str) else value
 
 
 def _dump(tree: dict[str, Any]) -> str:

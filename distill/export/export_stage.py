@@ -81,6 +81,7 @@ class ExportStage(Stage):
         teacher, student = self.context.section(TeacherConfig), self.context.section(StudentConfig)
         sources = self.context.section(TextConfig).sources
         done: dict[str, Any] = read_json(self.context.run_dir / stage / "DONE.json") or {}
+        recipe = done.get("settings", {}).get(stage, {})
         base = teacher.model if student.init == "teacher" else student.init
         return Provenance(
             run=self.context.name,
@@ -89,10 +90,20 @@ class ExportStage(Stage):
             base_model=base or "",
             teachers=[model.model or teacher.vectors or "" for model in teacher.models],
             sources=[source.name or source.path or source.type for source in sources],
-            recipe=done.get("settings", {}).get(stage, {}),
+            recipe=recipe,
             nested=done.get("results", {}).get("nested_sizes", []),
             text=read_json(self.context.precompute_dir / "text" / "manifest.json"),
+            earlier=self._settings_before(recipe),
         )
+
+    def _settings_before(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The settings of the stages that a stage with these was initialised from, by name, from the first on."""
+        name = settings.get("init", "student")
+        if name == "student" or name not in training_tasks():
+            return {}
+        done = read_json(self.context.run_dir / name / "DONE.json") or {}
+        before: dict[str, Any] = done.get("settings", {}).get(name, {})
+        return {**self._settings_before(before), name: before}
 
     def _student(self, stage: str) -> Path:
         return self.context.run_dir / stage / "student"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -85,22 +86,49 @@ def test_the_front_matter_is_yaml_and_the_recipe_is_the_settings_of_the_stage(tm
     assert (front["library_name"], front["pipeline_tag"]) == ("sentence-transformers", "sentence-similarity")
     assert front["license"] == "other" and "onnx" not in front["tags"] and "sentence-transformers" in front["tags"]
     recipe = yaml.safe_load(card.split("## Recipe\n\n```yaml\n")[1].split("```")[0])
-    assert recipe == {stage: made_from.recipe} and made_from.recipe["global_batch"] > 0
+    assert (
+        list(recipe) == [*made_from.earlier, stage]
+        and recipe[stage] == made_from.recipe
+        and made_from.recipe["global_batch"] > 0
+    )
     assert training_tasks()[stage].title in card and "## Results" not in card
 
 
 @pytest.mark.parametrize(
-    "init, base", [("teacher", "tiny"), ("owner/name", "owner/name"), ("/models/mine-6", "mine-6"), ("package:abc/x", "abc")]
+    "init, base", [("teacher", None), ("owner/name", "owner/name"), ("/models/mine-6", None), ("package:abc/x", None)]
 )
-def test_the_base_model_is_what_the_student_began_with_and_no_path_of_this_machine(
+def test_the_base_model_is_a_name_on_the_hub_or_left_out_and_no_path_of_this_machine_is_shown(
     tmp_path, tiny_encoder, provenance, init, base
 ):
     assert tiny_encoder.name == "tiny"
     card = model_card(tmp_path / "none", provenance("ckd", f"student.init={init}"))
-    assert front_of(card)["base_model"] == base
+    assert front_of(card).get("base_model") == base
     assert str(tiny_encoder) not in card and str(tmp_path) not in card
     assert "A student of `tiny`, trained by distill on 1,200 texts from text.txt." in card
     assert "Its weights descend from its teacher's and its text's: their licences apply." in card
+
+
+def test_the_stages_before_are_named_with_their_settings_and_data_and_no_path_of_the_users_files(tmp_path, provenance):
+    provenance("ckd", "ckd.lr=0.5")
+    provenance("finetune", "finetune.init=ckd", f"finetune.triplets={tmp_path}/pairs.jsonl")
+    made_from = provenance("hpd", "hpd.init=finetune")
+    card = model_card(tmp_path / "none", made_from)
+    assert "Stages: `ckd`, then `finetune`, then `hpd`; their settings" in card and str(tmp_path) not in card
+    recipe = yaml.safe_load(card.split("## Recipe\n\n```yaml\n")[1].split("```")[0])
+    assert list(recipe) == ["ckd", "finetune", "hpd"]
+    assert recipe["ckd"]["lr"] == 0.5 and recipe["finetune"]["triplets"] == "pairs.jsonl"
+
+
+def test_the_name_of_a_source_is_text_and_no_markup(tmp_path, provenance):
+    name = "a [link](http://x) <b>`code`\n# heading.txt"
+    card = model_card(tmp_path / "none", replace(provenance("ckd"), sources=[f"/data/{name}"]))
+    assert r"from x\) \<b\>\`code\` \# heading.txt." in card  # what follows the last slash
+
+
+def test_each_client_is_told_which_output_to_take(folder, provenance):
+    card = model_card(folder, provenance("hpd"))
+    assert 'model.model_card_data.model_name = "tiny/hpd"' in card and "`sentence_embedding` of `AutoModel`" in card
+    assert "llama.cpp and txtai" in card and "affine codes" in card and 'backend="onnx"' in card
 
 
 def test_files_sizes_and_cosines_are_those_of_the_folder(folder, provenance):

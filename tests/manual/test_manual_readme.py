@@ -70,7 +70,7 @@ def mine(tmp_path: Path) -> Path:
 def test_readme_is_short_and_leads_to_every_page():
     assert len(README.read_text().splitlines()) <= 200
     assert set(PAGES) - {README} <= {target for target, _ in links_of(README)}
-    assert len(GUIDES) == 9
+    assert len(GUIDES) == 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
