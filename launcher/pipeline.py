@@ -145,7 +145,8 @@ class Pipeline:
         """Writes the model cards and the page of an evaluated run, and prints where they are."""
         config = self.config
         table, page = config.run_dir / "evaluate" / "table.txt", config.run_dir / "report.html"
-        if write or not page.exists():
+        done = table.with_name("DONE.json")
+        if write or not page.exists() or page.stat().st_mtime < done.stat().st_mtime:
             from distill.report.page import write_report
 
             write_report(config)

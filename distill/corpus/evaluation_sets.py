@@ -162,7 +162,7 @@ def read_retrieval(where: str | Path) -> RetrievalSet:
         places: Sequence[object] = [f"{where} ({part})" for part in ("corpus", "queries", "qrels")]
         documents, queries, judgements = _hub_retrieval(str(where).removeprefix(PREFIX))
     else:
-        places = _retrieval_files(Path(where))
+        places = retrieval_files(Path(where))
         corpus, queries_file, qrels = map(str, places)
         documents = (row for _, row in read_numbered_rows(corpus, ("_id", "title", "text"), optional=("title",)))
         queries = (row for _, row in read_numbered_rows(queries_file, ("_id", "text")))
@@ -298,7 +298,7 @@ def _retrieval_paths(folder: Path) -> list[Path | None]:
     return [next((folder / name for name in either if (folder / name).is_file()), None) for either in RETRIEVAL_FILES]
 
 
-def _retrieval_files(folder: Path) -> list[Path]:
+def retrieval_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"no retrieval set at {folder}: no such folder")
     paths = _retrieval_paths(folder)

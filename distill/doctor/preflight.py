@@ -204,9 +204,9 @@ class _Preflight:
                 raise ValueError(f"the encoder of {folder.path} lies in a folder of its own: student.init={folder.encoder}")
             if not folder.tokenizer.is_fast:
                 raise ValueError(f"{folder.path} has only a slow tokenizer; name a model with a tokenizer.json")
-            if folder.tokenizer.pad_token_id is None:
+            if not any((folder.tokenizer.pad_token, folder.tokenizer.eos_token, folder.tokenizer.unk_token)):
                 raise ValueError(
-                    f"the tokenizer of {folder.path} has no pad token; set `pad_token` in its tokenizer_config.json"
+                    f"the tokenizer of {folder.path} has no token to pad with; set `pad_token` in its tokenizer_config.json"
                 )
             folder.check_tokens()
             assert folder.config is not None
@@ -242,7 +242,7 @@ class _Preflight:
         if "evaluate" not in self.pending:
             return
         kinds: dict[str, tuple[Sequence[str], Callable[[str], Any], Callable[[Path], Any]]] = {
-            "retrieval": (section.retrieval or (), evaluation_sets.read_retrieval, evaluation_sets._retrieval_files),
+            "retrieval": (section.retrieval or (), evaluation_sets.read_retrieval, evaluation_sets.retrieval_files),
             "transfer": (section.transfer or (), evaluation_sets.read_transfer, lambda folder: None),
         }
         for kind, (places, read, look) in kinds.items():

@@ -8,7 +8,7 @@ import re
 import stat
 from pathlib import Path
 
-from distill.run.files import DigestCache, fingerprint
+from distill.run.files import LFS_POINTER, DigestCache, fingerprint, is_lfs_pointer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLE = "pytorch_model.bin"
@@ -46,6 +46,9 @@ def check_model_folder(path: Path) -> None:
     if not any((inner / weights).is_file() for weights in WEIGHTS):
         pickled = " (it has pytorch_model.bin, a pickle; convert it to safetensors)" if any(inner.glob("*.bin")) else ""
         raise ValueError(f"no model at {path}: it has no model.safetensors{pickled}")
+    for file in inner.glob("*.safetensors"):
+        if is_lfs_pointer(file):
+            raise ValueError(f"{file} {LFS_POINTER}")
     for module in _modules(path):
         folder = path / module["path"]
         if (folder / PICKLE).is_file() and not any((folder / weights).is_file() for weights in WEIGHTS):
@@ -53,18 +56,6 @@ def check_model_folder(path: Path) -> None:
                 f"{folder / PICKLE} is a pickle, which is not read: convert it to model.safetensors"
                 " (sentence_transformers: SentenceTransformer(folder).save_pretrained(new_folder))"
             )
-
-
-def num_layers(name: str) -> int | None:
-    """The layers of an encoder; None for a hub name, or where its config does not say. Raises as `resolve_model`."""
-    path = Path(resolve_model(name))
-    folder = first_module(path)[0] if path.is_dir() else path
-    if not (folder / "config.json").is_file():
-        return None
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return getattr(config, "num_hidden_layers", None)  # whatever the family calls it
 
 
 def first_module(path: Path) -> tuple[Path, bool]:

@@ -29,7 +29,7 @@ from distill.corpus import can_resume, prepare_text
 from distill.corpus.sources import source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import from_rank_0, rank
-from distill.run.files import fingerprint, read_json, sha256_of, write_json
+from distill.run.files import fingerprint, read_json, set_aside, sha256_of, write_json
 from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.session_log import session
@@ -202,22 +202,16 @@ class PrecomputeStage(Stage):
             yield
 
     def _prepare(self) -> dict[str, Any]:
+        if refusal := self.refusal():
+            raise ValueError(refusal)
         begun = read_json(self.directory / "BEGUN.json")
         changes = self.changes_since(begun) if begun is not None else []
-        if changes and any(self.shards_dir.rglob("*.tar")):
-            fix = "put the config back to continue, use another name="
-            if begun is not None and "settings" not in begun:
-                fix = f"use its shards, if they are finished, under another name= with shards_from={self.directory.parent.name}"
-            raise ValueError(
-                f"{self.directory.parent} was begun with another text or teacher ({'; '.join(changes)}): {fix}, or delete"
-                f" {self.directory} and {self.shards_dir}"
-            )
         if changes or begun is None:
             self._check_nobody_works(changes)
             (self.directory / "BEGUN.json").unlink(missing_ok=True)  # so that begin() clears the rest at once
             self.begin()
         text = self.directory / "text"
-        if not (text / "manifest.json").exists():
+        if read_json(text / "manifest.json") is None:
             part = self.directory / "text.part"
             keep_row_numbers = self.teacher.vectors is not None
             try:
@@ -228,10 +222,26 @@ class PrecomputeStage(Stage):
                 if not can_resume(part):
                     shutil.rmtree(part, ignore_errors=True)
                 raise
+            if text.exists():
+                set_aside(text, "it has no manifest.json")
             part.rename(text)
         manifest = read_json(text / "manifest.json")
         assert manifest is not None
         return manifest
+
+    def refusal(self) -> str | None:
+        """Vectors are never overwritten: shards of another text or teacher are a reason."""
+        begun = read_json(self.directory / "BEGUN.json")
+        changes = self.changes_since(begun) if begun is not None else []
+        if self._is_of_earlier_version or not changes or not any(self.shards_dir.rglob("*.tar")):
+            return None
+        fix = "put the config back to continue, use another name="
+        if begun is not None and "settings" not in begun:
+            fix = f"use its shards, if they are finished, under another name= with shards_from={self.directory.parent.name}"
+        return (
+            f"{self.directory.parent} was begun with another text or teacher ({'; '.join(changes)}): {fix}, or delete"
+            f" {self.directory} and {self.shards_dir}"
+        )
 
     def _check_nobody_works(self, changes: list[str]) -> None:
         """Raises ValueError if tasks of another config have begun and live; they have no shard yet."""

@@ -138,11 +138,14 @@ def test_tokenizers_that_a_student_cannot_have(config, copy):
     assert only(config, f"teacher.model={copy}").startswith("teacher.model: ")  # whose folder is the student's, reported once
 
 
-def test_a_tokenizer_without_a_pad_token(config, copy):
+def test_a_tokenizer_without_a_token_to_pad_with(config, copy):
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(copy)
-    assert "has no pad token; set `pad_token`" in only(config, f"student.init={copy}")
+    assert found(config, f"student.init={copy}") == [], "it has an unknown token"
+    tokenizer.unk_token = None
+    tokenizer.save_pretrained(copy)
+    assert "has no token to pad with; set `pad_token`" in only(config, f"student.init={copy}")
 
 
 def test_a_pooler_without_weights(config, copy):

@@ -8,9 +8,8 @@ import shutil
 import stat
 
 import pytest
-from transformers import T5Config
 
-from distill.run.model_folders import apply_umask, num_layers, resolve_model
+from distill.run.model_folders import apply_umask, resolve_model
 
 
 def test_a_package_is_found_without_being_imported(minilm):
@@ -129,11 +128,3 @@ def test_a_broken_modules_json_is_named(tmp_path, content):
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(ValueError, match=r"modules\.json is no list of modules"):
         resolve_model(str(tmp_path))
-
-
-def test_layers_are_counted_whatever_the_family_calls_them(tmp_path, tiny_encoder):
-    T5Config(num_layers=5).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    assert num_layers(str(tmp_path)) == 5
-    assert num_layers(str(tiny_encoder)) == 3
-    assert num_layers("OWNER/NAME") is None
