@@ -154,7 +154,7 @@ def test_hostile_text_is_only_text(finished, page, tmp_path):
     config = copy_of(finished, tmp_path)
     spoil(config.run_dir)
     found = Page(write_report(config).read_text())
-    assert {tag for tag, _ in found.tags} == {tag for tag, _ in page.tags}
+    assert {tag for tag, _ in found.tags} == {tag for tag, _ in page.tags} | {"wbr"}, "a name is broken at its slashes alone"
     assert {name for _, attributes in found.tags for name in attributes} == {
         name for _, attributes in page.tags for name in attributes
     }
