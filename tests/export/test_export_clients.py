@@ -130,7 +130,7 @@ def run(interpreter, code, *arguments, cwd):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def check(folders, lowest=0.99999, read=lambda folder: np.load(folder / "found.npy"), num_texts=len(TEXTS)):
+def check(folders, lowest=0.99999, read=lambda folder: np.load(folder / "found.npy"), num_texts=None):
     for folder in folders:
         differences_nd = (read(folder) - np.load(folder / "expected.npy"))[:num_texts]
         worst = 1 - np.square(differences_nd).sum(axis=1).max() / 2
@@ -168,7 +168,7 @@ def test_transformers_js_gives_the_students_vectors_as_sentence_embedding(export
     if not shutil.which("npm"):
         pytest.skip("npm is not installed")
     install(["npm", "install", "--ignore-scripts", "--prefix", tmp_path, "@huggingface/transformers@4"])
-    folders = folders_of(exported, "t5")  # transformers.js looks for onnx/encoder_model.onnx
+    folders = folders_of(exported, "t5", "qwen2")  # of T5 it looks for onnx/encoder_model.onnx; here, Qwen2 truncates all texts
     run("node", TRANSFORMERS_JS, dtype, *folders, cwd=tmp_path)
     whole = {"num_texts": len(TEXTS) - 1}  # transformers.js truncates after it added [SEP], which the longer text loses
     check(folders, lowest, lambda folder: np.array(json.loads((folder / "found.json").read_text())), **whole)
