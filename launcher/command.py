@@ -149,7 +149,7 @@ def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) ->
         print(f"{name}: done already; nothing it depends on has changed")
         return
     set_up_libraries()
-    with only_one(config.run_dir / f".{name}.lock"):
+    with only_one(stage.lock_file):
         stage.run(device)
 
 

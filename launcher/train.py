@@ -95,7 +95,7 @@ def train_with_others(arguments: argparse.Namespace, stop: RankStop) -> int:
                 return stop.request.is_requested
 
             if reason is not None:
-                with command.only_one(config.run_dir / f".{stage.name}.lock") if stop.rank == 0 else nullcontext():
+                with command.only_one(stage.lock_file) if stop.rank == 0 else nullcontext():
                     try:
                         stage.run(device, stop_requested)
                     except Stopped as stopped:

@@ -13,6 +13,7 @@ A stage is a subclass of Stage; distill/config.py lists them and gives each inst
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
@@ -93,6 +94,11 @@ class Stage(ABC):
     def outside(self) -> tuple[Path, ...]:
         """Folders elsewhere in the run directory that belong to the stage, and are kept and put back with it."""
         return ()
+
+    @property
+    def lock_file(self) -> Path:
+        """The file that whoever runs the stage holds a lock of."""
+        return self.directory.with_name(f".{self.name}.lock")
 
     def progress(self) -> list[Path]:
         """What an unfinished stage has left in its directory that a later start continues from, if it is worth keeping."""
@@ -204,7 +210,7 @@ class Stage(ABC):
         if not self.previous.exists() or (self.directory / "DONE.json").exists() or self.progress():
             return
         done = read_json(self.previous / "DONE.json")
-        if done is None or self.changes_since(done):
+        if done is None or self.changes_since(done) or _is_locked(self.lock_file):
             return
         _delete(self.directory)
         for folder in self.outside:
@@ -234,6 +240,17 @@ class Stage(ABC):
     def _record(self) -> dict[str, Any]:
         record = {"stage": self.name, "settings": self.settings("result"), "selection": self.settings("selection")}
         return record | {"inputs": self.inputs()}
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _delete(directory: Path) -> None:

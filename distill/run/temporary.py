@@ -24,4 +24,5 @@ def _is_temporary(error: BaseException) -> bool:
     names = {kind.__name__ for each in causes for kind in type(each).__mro__}
     codes = [getattr(getattr(each, "response", None), "status_code", None) for each in causes]
     is_busy = any(isinstance(code, int) and (code == 429 or code >= 500) for code in codes)
-    return "OfflineModeIsEnabled" not in names and (is_busy or bool(names & NO_ANSWER))
+    is_offline = any("OfflineModeIsEnabled" in f"{type(each).__name__}: {each}" for each in causes)
+    return not is_offline and (is_busy or bool(names & NO_ANSWER))

@@ -178,12 +178,12 @@ class PrecomputeStage(Stage):
             return read_json(self.directory / "text" / "manifest.json") or {}
         with self._locked():
             text = self._prepare()
-            self._at_work = self._tasks_lock.open("w")
+            self._at_work = self.lock_file.open("w")
             fcntl.flock(self._at_work, fcntl.LOCK_SH)
             return text
 
     @property
-    def _tasks_lock(self) -> Path:
+    def lock_file(self) -> Path:
         """Locked, shared, by every task that has prepared its work, as long as it lives."""
         return self.directory.with_name(".precompute.tasks")
 
@@ -245,7 +245,7 @@ class PrecomputeStage(Stage):
 
     def _check_nobody_works(self, changes: list[str]) -> None:
         """Raises ValueError if tasks of another config have begun and live; they have no shard yet."""
-        with self._tasks_lock.open("w") as lock:
+        with self.lock_file.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
