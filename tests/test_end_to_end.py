@@ -23,7 +23,7 @@ def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
     for stage in ("precompute", "ckd", "finetune", "hpd", "export", "evaluate"):
         assert json.loads((run / stage / "DONE.json").read_text())["stage"] == stage
     results = json.loads((run / "evaluate/results.json").read_text())
-    assert results.pop("version") == 1
+    assert results.pop("version") == 1 and results.pop("self")
     assert set(results) == {"teacher", "ckd", "finetune", "hpd", "hpd-8"}
     assert results["teacher"]["fidelity"]["spearman"] > 0.99  # fp16 vectors of a random encoder lie close
     assert results["hpd-8"]["dim"] == 8 and results["hpd-8"]["bytes_per_vector"] == 32
@@ -153,7 +153,7 @@ def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     done = launch("pipeline.py", "--config", config, *overrides, "stages=[precompute, ckd, export, evaluate]")
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "runs/tiny/evaluate/results.json").read_text())
-    assert set(results) == {"version", "ckd"} and results["ckd"]["dim"] == 32
+    assert set(results) == {"version", "self", "ckd"} and results["ckd"]["dim"] == 32
 
 
 def test_simcse_needs_no_student_before_it(embedded_copy, tmp_path, tiny_encoder):
@@ -166,7 +166,7 @@ def test_simcse_needs_no_student_before_it(embedded_copy, tmp_path, tiny_encoder
     done = launch("pipeline.py", "--config", config, "student.pooling=first_last_mean")
     assert done.returncode == 0, done.stdout
     run = tmp_path / "runs/tiny"
-    assert set(json.loads((run / "evaluate/results.json").read_text())) == {"version", "teacher", "simcse"}
+    assert set(json.loads((run / "evaluate/results.json").read_text())) == {"version", "self", "teacher", "simcse"}
     logged = scalars(run, "simcse")
     assert [event.step for event in logged["loss"]] == list(range(1, 7))
     assert logged["similarity/positive"][-1].value < 0.9999

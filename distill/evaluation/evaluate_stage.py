@@ -117,7 +117,8 @@ class EvaluateStage(Stage):
             try:
                 results = read_results(path)
             except ValueError as error:
-                logger.warning("%s: an earlier measurement is ignored: %s", model.name, error)
+                if path.exists():  # or it was damaged, and was set aside with a warning
+                    logger.warning("%s: an earlier measurement is ignored: %s", model.name, error)
                 continue
             if results.keys() == set(model.result_names):
                 logger.info("%s: measured before, %s", model.name, path)

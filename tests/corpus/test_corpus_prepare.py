@@ -332,7 +332,7 @@ def test_damaged_working_files_are_named_once_and_the_text_is_read_again(tmp_pat
     harm(tmp_path / "cut/spool.part" / name)
     with caplog.at_level(logging.WARNING):
         prepare(config, tmp_path / "cut", keep_row_numbers=True, num_buckets=4)
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert re.search(message + ".* (the sources are read|it is made) again", record.getMessage())
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
@@ -364,7 +364,7 @@ def test_a_source_that_was_only_touched_is_continued(tmp_path, monkeypatch, capl
     cut_off(config, tmp_path / "out", monkeypatch, after=1500)
     os.utime(tmp_path / "in/raw.jsonl", (0, 0))
     prepare(config, tmp_path / "out", keep_row_numbers=True, num_buckets=4)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_what_is_dropped_is_reported_with_the_key_that_changes_it(tmp_path, caplog):

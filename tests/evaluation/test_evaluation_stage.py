@@ -223,7 +223,7 @@ def test_exported_weights_that_changed_after_the_export_stage_finished_are_not_m
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"export: its weights are not those .*; delete \S+/export and run that stage again"):
+    with pytest.raises(ValueError, match=r"export: its files are not those .*; delete \S+/export and run that stage again"):
         stage_of(config, "evaluate").run(CPU)
     content[-1] ^= 1
     weights.write_bytes(content)

@@ -65,7 +65,9 @@ def test_what_cannot_be_exported_is_refused_before_the_stage_begins(run, tiny_en
         patch.setattr(formats, "PACKAGES", ("onnx_that_nobody_has",))
         with pytest.raises(ValueError, match=r"onnx_that_nobody_has: bash launcher/install.sh quickstart,onnx"):
             export(run("export.formats=[onnx]"))
-    make_student(run().run_dir / "ckd/student", tiny_encoder, pooling="concat_last4_mean")  # of the same weights
+    student = run().run_dir / "ckd/student"
+    make_student(student, tiny_encoder, pooling="concat_last4_mean")
+    write_json(student.parent / "DONE.json", {"fingerprint": student_fingerprint(student)})
     with pytest.raises(ValueError, match=r"student\.pooling concat_last4_mean cannot be exported"):
         export(run())
     assert not (run().run_dir / "export").exists()
@@ -76,7 +78,7 @@ def test_a_student_whose_weights_changed_after_its_stage_finished_is_not_exporte
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"ckd/student: its weights are not those .*; delete \S+/ckd and run that stage again"):
+    with pytest.raises(ValueError, match=r"ckd/student: its files are not those .*; delete \S+/ckd and run that stage again"):
         export(run())
     assert not (run().run_dir / "export").exists()
 

@@ -28,7 +28,7 @@ def test_a_run_has_its_version_and_each_model_by_name_under_the_fixed_keys(tmp_p
     path = tmp_path / "results.json"
     write_results(path, {"teacher": results, "hpd-8": results.model_copy(update={"dim": 8})})
     content = json.loads(path.read_text())
-    assert set(content) == {"version", "teacher", "hpd-8"} and content["version"] == 1
+    assert set(content) == {"version", "self", "teacher", "hpd-8"} and content["version"] == 1
     assert content["teacher"]["sts"] == {"STS12": 72.37, "AVG": 72.37, "AVG_OF": ["STS12"]}
     assert content["teacher"]["sts_ci"] == {"STS12": [70.0, 74.0]}
     assert content["teacher"]["retrieval"]["scifact"]["int8"]["bytes_per_vector"] == 16

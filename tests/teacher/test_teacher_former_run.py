@@ -129,5 +129,7 @@ def test_an_unfinished_former_precompute_is_refused(former, tmp_path):
 def test_an_unfinished_former_training_stage_is_refused(former, tmp_path):
     shutil.copytree(former / "precompute", former / "ckd")
     (former / "ckd/DONE.json").unlink()
+    (former / "ckd/checkpoints/step-00000001").mkdir(parents=True)
+    (former / "ckd/checkpoints/step-00000001/COMPLETE.json").touch()
     with pytest.raises(ValueError, match=r"former_run/ckd holds an unfinished ckd .*written by an earlier version"):
         stage_of(config_of(tmp_path, name="former_run", shards_from=None), "ckd").begin()
