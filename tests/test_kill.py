@@ -57,7 +57,7 @@ def points_of(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
 def assert_every_step_is_there_once(run: Path, whole: Path, num_steps: int, dev_every: int) -> None:
     """Scalars, histograms and what is written once, after kills, are those of the run that nobody killed."""
     found, expected = events_of(run), events_of(whole)
-    steps, dev_steps = list(range(1, num_steps + 1)), [*range(dev_every, num_steps, dev_every), num_steps]
+    steps, dev_steps = list(range(1, num_steps + 1)), [*range(0, num_steps, dev_every), num_steps]
     assert found.Tags()["scalars"] and set(found.Tags()["scalars"]) == set(expected.Tags()["scalars"])
     for tag in found.Tags()["scalars"]:
         logged_at = {"dev": dev_steps, "teacher": dev_steps, "best": [num_steps], "queue": None}.get(tag.split("/")[0], steps)

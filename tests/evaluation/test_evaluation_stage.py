@@ -239,6 +239,6 @@ def test_the_stage_writes_its_own_directory_and_what_later_readers_need(run):
     assert {"results.json", "table.txt", "neighbours.json", "index.npy", "DONE.json"} <= {
         path.name for path in evaluated.iterdir()
     }
-    models = ["teacher", "ckd", "finetune", "hpd"]  # those of stages that run now or are finished
+    models = ["teacher", "ckd", "finetune", "hpd", "hpd-8"]  # those of stages that run now or are finished
     assert read_json(evaluated / "DONE.json")["results"] == {"models": models, "index": "hpd"}
     assert card.stat().st_mtime_ns == before
