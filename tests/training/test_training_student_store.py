@@ -37,7 +37,7 @@ def test_the_kept_weights_lie_between_where_training_began_and_ended_also_after_
         if name == "half":
             stopped = on_ranks(1, train_stage, config, "ckd", overrides, lambda step: step == 1)
             assert stopped == ["ckd: stopped on request at step 1 of 4"]
-        on_ranks(1, train_stage, config, "ckd", overrides)
+        on_ranks(1, train_with_scores, config, overrides, {0: 0.0, 4: 1.0})
         kept[name] = weights(run.parent / name / "ckd/student")
     assert all(kept[name].keys() == kept["whole"].keys() for name in kept)
     stage = stage_of(load_config(config, list(STEPS)), "ckd")
