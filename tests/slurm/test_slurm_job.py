@@ -38,7 +38,7 @@ def test_two_nodes_train_the_student_that_one_node_trains(cluster, tmp_path, tin
     for name, options in (("two", ()), ("one", ("--nodes=1", "--cpus-per-task=4"))):
         config = write_config(make_folder(tmp_path / name), tiny_encoder)
         ranks = "engine.num_ranks=4" if name == "one" else "engine.num_ranks=2"
-        job = Job(cluster, config, stages, ranks, "hpd.log_every=1", options=options)
+        job = Job(cluster, config, stages, ranks, "hpd.init=ckd", "hpd.log_every=1", options=options)
         job.finished()
         runs.append(job.run)
     two, one = runs
