@@ -86,6 +86,8 @@ def start(main: Callable[[], int]) -> NoReturn:
     keep_freed_memory()
     stop_on_signals()
     code = main()
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # it ends now; a handler that raises would end in a traceback of `atexit`
     if code in (0, STOPPED, INTERRUPTED):  # not after a failure: it would wait for ranks that may be gone
         leave_process_group()
     sys.stdout.flush()
