@@ -45,6 +45,7 @@ def config(tmp_path: Path, tiny_encoder: Path) -> Path:
     config.write_text(
         f"""
 name: tiny
+stages: [precompute, ckd]
 runs_dir: {tmp_path}/runs
 text: {{sources: [{{type: file, path: {tmp_path}/text.txt}}]}}
 teacher: {{model: {tmp_path}/models/teacher, pooling: mean}}
