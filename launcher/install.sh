@@ -39,7 +39,7 @@ print(torch.__version__ if numbers(torch.__version__) >= numbers(sys.argv[1]) el
 PY
 )
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    [ ! -e "$venv" ] || say "$venv is incomplete: it is made anew"
+    [ ! -e "$venv" ] || say "$venv is incomplete: it is made again"
     "$python" -m venv --clear ${own_torch:+--system-site-packages} "$venv"
   fi
   local pip=("$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check)

@@ -17,6 +17,7 @@ from distill.student.pooling import pooled_width
 
 SENTENCE_BYTES = 110  # of English text
 STATE_BYTES = 12  # of a parameter and Adam's two moments, in fp32
+STUDENT_BYTES = 4  # of a parameter of the best student, in fp32
 LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
 
 
@@ -57,9 +58,10 @@ def _training_bytes(config: RunConfig) -> int | None:
     if parameters is None:
         return None if stages else 0
     for stage in stages:
-        written = sum(path.stat().st_size for path in (config.run_dir / stage).glob("checkpoints/*/*.safetensors"))
-        checkpoints = (config.train(stage).keep + 1) * STATE_BYTES * parameters  # a new one is whole before an old one goes
-        total += max(0, checkpoints - written) + 2 * 4 * parameters  # the stage's student, and its export
+        written = sum(path.stat().st_size for path in (config.run_dir / stage).glob("checkpoints/**/*.safetensors"))
+        # those kept beside the newest, the newest, and the next, which is complete before one goes; each with a student
+        checkpoints = (config.train(stage).keep + 2) * (STATE_BYTES + STUDENT_BYTES) * parameters
+        total += max(0, checkpoints - written) + 2 * STUDENT_BYTES * parameters  # the stage's student, and its export
         if getattr(config.train(stage), "freeze_encoder", False):
             width, num = student_width(config), num_sentences(config)
             if width is None or num is None:

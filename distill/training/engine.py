@@ -83,10 +83,10 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate * group["lr_ratio"]
 
 
-def num_not_finite(engine: Any) -> int:
-    """How many of the parameters, or under ZeRO 3 of this rank's parts of them, hold a value that is not finite."""
+def has_finite_weights(engine: Any) -> bool:
+    """Whether all values of the parameters, under ZeRO 3 of this rank's parts of them, are finite."""
     parts = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
-    return sum(not part.detach().isfinite().all() for part in parts)
+    return all(bool(part.detach().isfinite().all()) for part in parts)
 
 
 def gradient_norm(engine: Any) -> float | None:

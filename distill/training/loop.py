@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.run.collectives import add_over_ranks, barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
+from distill.run.collectives import any_rank, barrier, bytes_received, from_rank_0, rank, reduce_sums, world_size
 from distill.run.stage import StopRequested
 from distill.run.stopping import Stopped
 from distill.student import Student
@@ -26,7 +26,7 @@ from distill.training.batches import MicroBatch, prefetch
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import session_end
 from distill.training.dev_evaluation import DevEvaluation
-from distill.training.engine import gradient_norm, learning_rate, num_not_finite, set_learning_rate
+from distill.training.engine import gradient_norm, has_finite_weights, learning_rate, set_learning_rate
 from distill.training.step_metrics import KEYS, WHOLE_STEP, StepMetrics
 from distill.training.student_store import StudentStore
 from distill.training.task import StepContext, Task
@@ -246,7 +246,7 @@ class Trainer:
         """
         progress = self.progress
         progress.evaluated = progress.step
-        if add_over_ranks(torch.tensor(num_not_finite(self.engine), device=self.device)) > 0:
+        if any_rank(not has_finite_weights(self.engine)):
             raise FloatingPointError(f"{self.name}: after step {progress.step} the weights are not finite: {self._remedy}")
         metrics = self.dev(self.task.module.student) if self.dev else {}
         value = self._score(metrics) if metrics else float(progress.step)

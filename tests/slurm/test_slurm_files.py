@@ -76,7 +76,7 @@ def test_the_words_of_a_container_stay_whole_in_a_clone_whose_path_has_a_space(t
     assert str(clone) in shlex.split(done.stdout) and f"PYTHONPATH={clone}" in shlex.split(done.stdout)
 
 
-def test_a_half_made_virtual_environment_is_made_anew(tmp_path):
+def test_a_half_made_virtual_environment_is_made_again(tmp_path):
     """One whose installation was killed has a Python without pip; every later `pip install` is recorded here, not run."""
     root = tmp_path / "clone"
     (root / "launcher").mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_a_half_made_virtual_environment_is_made_anew(tmp_path):
         text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
     )
-    assert done.returncode == 0 and "is incomplete: it is made anew" in done.stderr, done.stderr
+    assert done.returncode == 0 and "is incomplete: it is made again" in done.stderr, done.stderr
     assert f"-m venv --clear {root}/.venv" in (tmp_path / "calls").read_text()
 
 

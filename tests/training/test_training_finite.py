@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_config
 from distributed_ranks import on_ranks
 from engines import CELLS, embed_text, full_state, new_engine, train_stage, train_steps
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.run.collectives import rank
 from distill.training.engine import gradient_norm
+from distill.training.loop import Trainer
 from distill.training.teacher_keys import TeacherKeysModule
 
 
@@ -126,3 +128,24 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_on_all_ranks_with_a_fix(emb
     assert first == second
     assert first.startswith("ckd: the gradient is not finite in 3 steps in a row, the last is 8 (loss nan): use another")
     assert not (run / "ckd/DONE.json").exists()
+
+
+def spoil_the_weights_after_a_step(config, at):
+    step = Trainer._step
+
+    def spoiled(trainer, number, *arguments):
+        found = step(trainer, number, *arguments)
+        if number == at and rank() == 1:
+            with torch.no_grad():
+                next(trainer.engine.module.parameters()).view(-1)[0] = torch.nan
+        return found
+
+    Trainer._step = spoiled
+    return train_stage(config, "ckd", ["ckd.dev_every=3"])
+
+
+def test_weights_that_are_not_finite_on_one_rank_end_the_run_on_all_before_they_are_kept(tmp_path, tiny_encoder):
+    config = embed_text(write_config(tmp_path, tiny_encoder))
+    message = r"ckd: after step 3 the weights are not finite: use another name= with a lower ckd\.lr"
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, spoil_the_weights_after_a_step, config, 1)
