@@ -60,7 +60,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def seal(value: dict[str, Any], *, indent: int | None = None) -> bytes:
     """`value` as JSON with its sha256 under the key "self", so that any changed byte is detected."""
-    value = json.loads(json.dumps(value))  # numbers as keys become words, which sort differently
+    value = json.loads(json.dumps(value))  # keys that are numbers become strings, which sort differently
     digest = hashlib.sha256(canonical_json(value, allow_nan=True)).hexdigest()
     return canonical_json({**value, "self": digest}, indent, allow_nan=True)
 
@@ -91,7 +91,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def canonical_json(value: dict[str, Any], indent: int | None = None, *, allow_nan: bool = False) -> bytes:
-    """UTF-8 JSON with sorted keys."""
+    """UTF-8 JSON with sorted keys. Raises ValueError for NaN and infinities, unless `allow_nan`."""
     separators = (",", ":") if indent is None else (",", ": ")
     text = json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=allow_nan)
     return text.encode()

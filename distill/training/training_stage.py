@@ -117,7 +117,12 @@ class TrainingStage(Stage):
 
     def is_product_missing(self) -> str | None:
         student = self.directory / "student"
-        return None if (student / "student.json").is_file() else f"{student} is missing"
+        if not (student / "student.json").is_file():
+            try:
+                check_student(self.directory)  # takes it from a checkpoint, if one has it
+            except ValueError:
+                return f"{student} is missing"
+        return None
 
     @property
     def cache_dir(self) -> Path:

@@ -94,6 +94,19 @@ def test_a_student_that_is_damaged_since_its_stage_finished_is_restored_from_a_c
     assert (run / "ckd/student.damaged/model.safetensors").read_bytes() == b"weighus"
 
 
+def test_a_student_that_was_deleted_is_taken_from_a_checkpoint_and_trained_again_only_without_one(embedded_copy):
+    config, run = embedded_copy
+    steps = ["ckd.max_steps=4", "ckd.dev_every=100", "ckd.save_every=4"]
+    on_ranks(1, train_stage, config, "ckd", steps)
+    before = student_fingerprint(run / "ckd/student")
+    stage = stage_of(load_config(config, steps), "ckd")
+    shutil.rmtree(run / "ckd/student")
+    assert stage.reason_to_run() is None and student_fingerprint(run / "ckd/student") == before
+    shutil.rmtree(run / "ckd/student")
+    shutil.rmtree(run / "ckd/checkpoints")
+    assert stage.reason_to_run() == f"{run / 'ckd/student'} is missing"
+
+
 def test_other_weights_in_the_teachers_folder_are_refused_before_training(tmp_path, tiny_encoder):
     teacher = shutil.copytree(tiny_encoder, tmp_path / "teacher")
     config = embed_text(write_config(tmp_path, teacher))
