@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,7 +15,8 @@ from distill.corpus.text_config import TextConfig
 from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.export.export_config import ExportConfig
 from distill.run.config import ConfigError, FileName, FilePath, Section, load_tree, result, speed, validate
-from distill.run.stage import RunContext, Stage, write_run_config
+from distill.run.files import sweep
+from distill.run.stage import RunContext, Stage, is_config_as_written, write_run_config
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 from distill.training.tasks import training_tasks
@@ -150,7 +152,8 @@ class BaseRunConfig(Section):
         paths = [name, *kind.reads, *kind.covered_by_inputs]
         names = {path.partition(".")[0] for path in paths} & set(type(self).model_fields)
         sections = {each: section for each in sorted(names) if isinstance(section := getattr(self, each), Section)}
-        context = RunContext(self.name, self.run_dir, self.shards_dir, self.seed, tuple(self.trained_stages), sections)
+        write = partial(write_run_config, self.run_dir, self)
+        context = RunContext(self.name, self.run_dir, self.shards_dir, self.seed, tuple(self.trained_stages), sections, write)
         return kind(context)
 
 
@@ -195,6 +198,8 @@ def load_run(directory: Path) -> RunConfig:
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"no run at {directory}: it has no config.yaml")
+    if not is_config_as_written(path):
+        raise ConfigError(f"{path} was changed after the run wrote it: start the run's command again, which writes it")
     return load_config(path).model_copy(update={"runs_dir": directory.parent, "name": directory.name})
 
 
@@ -204,12 +209,13 @@ def stage_of(config: RunConfig, name: str) -> Stage:
 
 
 def open_run(config: RunConfig, stages: Sequence[str] = ()) -> Path:
-    """Creates the run directory and writes the resolved config into it; returns it. Raises OSError if that fails.
+    """Creates the run directory, clears it of what killed processes left, and returns it. Raises OSError if that fails.
 
-    Raises ValueError, and leaves the config there as it is, if one of the stages to be run would refuse this one.
+    Raises ValueError, before anything is written, if one of the stages to be run would refuse the config.
     """
     for name in stages:
         if refusal := config.stage_of(name).refusal():
             raise ValueError(refusal)
-    write_run_config(config.run_dir, config)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    sweep(config.run_dir)
     return config.run_dir

@@ -53,7 +53,8 @@ def _rows(section: type[Section], prefix: str, defaults: Any) -> Iterator[str]:
             continue
         yield _row(f"{prefix}{name}", _type(field.annotation), field, value)
         if inner and not issubclass(section, inner):  # its keys are listed already
-            yield from _rows(inner, f"{prefix}{name}[].", None)
+            mark = "[]" if typing.get_origin(field.annotation) is list else ""
+            yield from _rows(inner, f"{prefix}{name}{mark}.", None)
 
 
 def _row(key: str, kind: str, field: FieldInfo, value: Any) -> str:

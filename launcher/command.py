@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import errno
 import fcntl
+import io
 import logging
 import os
 import signal
@@ -37,7 +38,19 @@ if TYPE_CHECKING:
 
 FIXABLE = (ValueError, OSError, FloatingPointError)  # reported in one line
 # of an OSError that the user has to fix; others, of a network or a file system, may not come again
-FINAL_ERRORS = {"ENOENT", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EEXIST"}
+FINAL_ERRORS = {
+    "ENOENT",
+    "EACCES",
+    "EPERM",
+    "EROFS",
+    "ENOSPC",
+    "EDQUOT",
+    "EFBIG",
+    "EISDIR",
+    "ENOTDIR",
+    "ENAMETOOLONG",
+    "EEXIST",
+}
 CONTINUES = "the same command continues from here"
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci*", "dri/render*")
 
@@ -82,6 +95,9 @@ def start(main: Callable[[], int]) -> NoReturn:
     """The `__main__` of every command line: prepares this process, runs main and exits with its code."""
     if PARENT in os.environ:
         end_with_parent(int(os.environ[PARENT]))
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes where it lacks a character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     set_environment()
     keep_freed_memory()
     stop_on_signals()
@@ -120,6 +136,7 @@ def run(work: Callable[[], int | None], *, show_traceback: bool = False) -> int:
     Ctrl-C.
     """
     log_to_terminal()
+    threading.excepthook = report_thread
     try:
         return work() or 0
     except KeyboardInterrupt as stop:
@@ -144,6 +161,7 @@ def _prefix() -> str:
 def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) -> None:
     """Runs a stage of the run that the arguments describe, unless it is finished and nothing it depends on has changed."""
     from distill.config import load_config
+    from distill.run.files import sweep
 
     config = load_config(arguments.config, arguments.overrides)
     stage = config.stage_of(name)
@@ -152,6 +170,7 @@ def run_stage(arguments: argparse.Namespace, name: str, device: torch.device) ->
         return
     set_up_libraries()
     with only_one(stage.lock_file):
+        sweep(config.run_dir)
         stage.run(device)
 
 
@@ -165,12 +184,21 @@ def remove_left_over(stop: StopRequest) -> None:
 def only_one(path: Path) -> Iterator[None]:
     """Holds a stage's lock as long as this process lives. Raises TemporaryError if another process runs the stage."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with path.open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TemporaryError(f"{path}: another process runs this stage; wait for it, or end it") from None
         yield
+
+
+def report_thread(error: threading.ExceptHookArgs) -> None:
+    """What is printed of an error that ends a thread: a line, without a traceback, where the user has to fix it."""
+    if isinstance(error.exc_value, FIXABLE):
+        name = error.thread.name if error.thread is not None else "a thread"
+        print(f"{_prefix()}{name}: {describe(error.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(error)
 
 
 def log_to_terminal() -> None:

@@ -70,6 +70,7 @@ def diagnose(arguments: argparse.Namespace, started: float) -> int:
             from distill.doctor import examine, format_diagnosis
         from distill.config import load_config
 
+        command.set_up_libraries()
         config = load_config(arguments.config, arguments.overrides)
         context = context_of(config, started, arguments.timeout, arguments.ranks_per_node)
         diagnosis = examine(context)

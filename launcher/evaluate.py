@@ -132,14 +132,14 @@ def measure(args: argparse.Namespace) -> ModelResults | None:
     """The results; None on ranks other than 0, which only encode."""
     from distill.evaluation.model_encoder import encode_over_ranks, encoder_of
     from distill.metrics.results import ModelResults
-    from distill.metrics.vectors import EncodedTexts, encode_sided
+    from distill.metrics.vectors import EncodedTexts, encode_by_role
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
     if not command.is_one_of_many_ranks():
         tasks = read(args)
         encoder = encoder_of(args.model, device=args.device, progress=sys.stderr.isatty(), **options)
         texts = tasks.texts
-        vectors = encode_sided(encoder, texts)
+        vectors = encode_by_role(encoder, texts)
     else:
         from distill.run.collectives import rank
 

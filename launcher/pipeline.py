@@ -91,11 +91,19 @@ class Pipeline:
         from distill.config import open_run
         from distill.doctor.preflight import problems
 
+        command.set_up_libraries()
         if found := problems(self.config):
             for problem in found:
                 print(f"error: {problem}", file=sys.stderr)
             raise command.Exit(command.USER_ERROR)
+        for name in self.config.training_stages:
+            if self.config.stage_of(name).reason_to_run() is not None:
+                check_batch(self.config, name, self.world_size())
         open_run(self.config, self.config.stages)
+
+    def world_size(self) -> int:
+        """The ranks of a training stage, on all nodes."""
+        return ranks_per_node(self.config) * int(os.environ["SLURM_JOB_NUM_NODES"] if self.arguments.srun else 1)
 
     def check_nodes(self) -> int:
         """Runs doctor.py on the nodes of this job before anything is begun on them; returns its exit code."""
@@ -143,14 +151,21 @@ class Pipeline:
 
     def report(self, *, write: bool) -> None:
         """Writes the model cards and the page of an evaluated run, and prints where they are."""
+        from distill.evaluation.score_tables import format_results
+        from distill.metrics.results import read_results
+        from distill.run.files import read_json
+
         config = self.config
-        table, page = config.run_dir / "evaluate" / "table.txt", config.run_dir / "report.html"
-        done = table.with_name("DONE.json")
-        if write or not page.exists() or page.stat().st_mtime < done.stat().st_mtime:
+        directory, page = config.run_dir / "evaluate", config.run_dir / "report.html"
+        if write or not page.exists() or page.stat().st_mtime < (directory / "DONE.json").stat().st_mtime:
             from distill.report.page import write_report
 
             write_report(config)
-        print(f"\n{table.read_text()}\nstudents: {config.run_dir / 'export'}\nthe run on one page: {page}")
+        results = read_results(directory / "results.json")
+        done = read_json(directory / "DONE.json") or {}
+        in_order = {name: results[name] for name in done["results"]["models"]}  # read_results sorts by name
+        table = format_results(in_order)
+        print(f"\n{table}\n\nstudents: {config.run_dir / 'export'}\nthe run on one page: {page}")
 
     def run_stage(self, name: str, signals: Signals) -> int:
         """One stage in processes of its own, so that its memory and threads end with it; returns its exit code."""
@@ -166,7 +181,6 @@ class Pipeline:
         if (config.engine.num_ranks or 0) > ranks:
             num_ranks = config.engine.num_ranks
             print(f"{name}: one rank for each of the {ranks} GPUs of this node, instead of {num_ranks}", flush=True)
-        check_batch(config, name, ranks * int(os.environ["SLURM_JOB_NUM_NODES"] if arguments.srun else 1))
         if arguments.srun:
             srun, threads = slurm_job.srun_python(ranks, wait=WAIT_FOR_RANKS)
             return self.run_all([[*srun, *script]], signals, threads=threads, stops_by_file=True)

@@ -54,24 +54,34 @@ def search(arguments: argparse.Namespace) -> int:
     import torch
 
     from distill.evaluation.model_encoder import encoder_of
-    from distill.run.files import read_json
+    from distill.export.folder import exports_digests
+    from distill.run.files import DigestCache, read_json
+    from distill.student.fingerprint import check_recorded, check_student
     from distill.student.student import TeacherSpace
     from distill.teacher.encoder import Teacher, evaluation_dtype
+    from distill.teacher.identity import check_weights, pinned
 
     command.set_up_libraries()
     done = read_json(config.run_dir / "evaluate" / "DONE.json") or {}
     student: Callable[[list[str]], np.ndarray]
     if arguments.asymmetric:
         student_index = teacher_index
+        check_student(config.run_dir / "ckd")
         student = TeacherSpace(config.run_dir / "ckd" / "student").encode
         title = f"student's question, teacher's {teacher_index.vectors.shape[1]} dimensions"
     else:
-        encoder = encoder_of(config.run_dir / "export" / done["results"]["index"], device="cpu")
-        student = partial(encoder, side="query")
+        export = config.run_dir / "export"
+        check_recorded(export, export, exports_digests(export))
+        encoder = encoder_of(export / done["results"]["index"], device="cpu")
+        student = partial(encoder, role="query")
         title = described("student", encoder)
     loads_here = config.teacher.model is not None and config.teacher.placement != "zero3"
     cpu = torch.device("cpu")
-    teacher = Teacher(config.teacher, cpu, evaluation_dtype(config.teacher, cpu)) if loads_here else None
+    if loads_here:
+        digests = DigestCache(config.run_dir / "input_digests.json")
+        check_weights(config.teacher, config.shards_dir, teacher_index.reader.manifest, digests)
+    section = pinned(config.teacher, teacher_index.reader.manifest)
+    teacher = Teacher(section, cpu, evaluation_dtype(section, cpu)) if loads_here else None
     titles = (title, described("teacher", teacher) if teacher else "teacher: no weights here")
 
     def answer(question: str) -> None:

@@ -61,8 +61,8 @@ def errors_within_rounding(cell: Any, found: Trained, expected: Trained, start: 
     return worst_loss, worst_update
 
 
-def write_set(folder: Path, texts: list[str], dim: int) -> Path:
-    """A shard set of 100 rows a shard with random unit vectors [len(texts), dim]."""
+def write_set(folder: Path, texts: list[str], dim: int, teacher: dict[str, Any] = TEACHER) -> Path:
+    """A shard set of 100 rows a shard with random unit vectors [len(texts), dim], said to be this teacher's."""
     hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
     vectors = unit_vectors(len(texts), dim)
     chunks = range(len(texts) // 100)
@@ -75,13 +75,13 @@ def write_set(folder: Path, texts: list[str], dim: int) -> Path:
             hashes[rows],
             vectors[rows],
             block_rows=32,
-            teacher_fingerprint=fingerprint(TEACHER),
+            teacher_fingerprint=fingerprint(teacher),
             text_fingerprint=f"chunk {index}",
         )
     finish(
         folder,
-        teacher=TEACHER,
-        teacher_fingerprint=fingerprint(TEACHER),
+        teacher=teacher,
+        teacher_fingerprint=fingerprint(teacher),
         text_fingerprint="text",
         text_fingerprints=[f"chunk {index}" for index in chunks],
         rows=100,

@@ -91,7 +91,7 @@ class Cluster:
     def submit(self, *arguments: object, **environment: str) -> int:
         return int(self("sbatch", "--parsable", *arguments, **environment).strip())
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What `scontrol show job` says: JobState, Reason, Restarts, ExitCode, NodeList ..."""
         shown = self("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)

@@ -47,29 +47,35 @@ def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs `main` of launcher/`script` in a fork of this process, which saves the imports; returns what `launch` does."""
+def call(script: str, *arguments: object, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs `main` of launcher/`script` in a fork of this process, which saves the imports; returns what `launch` does.
+
+    before: called in the fork first. Where it makes the process end by a signal, the code is the signal's, negated, and what
+    the process printed is lost.
+    """
     for module in ("deepspeed", "sentence_transformers", launcher := f"launcher.{script.removesuffix('.py')}"):
         importlib.import_module(module)
     limit, words = hang_limit(), list(map(str, arguments))
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call_main, args=(launcher, words, theirs))
+    process = context.Process(target=_call_main, args=(launcher, words, theirs, before))
     process.start()
     theirs.close()
     is_over = ours.poll(limit)
     if not is_over:
         process.kill()
     process.join()
-    assert is_over and process.exitcode == 0, f"main{words} of {launcher} did not return"
-    code, printed = ours.recv()
+    assert is_over and (process.exitcode == 0 or before is not None), f"main{words} of {launcher} did not return"
+    code, printed = ours.recv() if process.exitcode == 0 else (process.exitcode, "")
     return subprocess.CompletedProcess([script, *words], code, printed)
 
 
-def _call_main(launcher: str, arguments: list[str], pipe: Connection) -> None:
+def _call_main(launcher: str, arguments: list[str], pipe: Connection, before: Callable[[], object] | None) -> None:
     os.environ |= environment()
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
         try:

@@ -20,6 +20,7 @@ from transformers import (
     MPNetConfig,
     MPNetModel,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2Model,
     RobertaConfig,
@@ -28,9 +29,20 @@ from transformers import (
     T5EncoderModel,
 )
 
+from distill.student.initial import build_student
+from distill.student.student_config import StudentConfig
+
 FAMILIES = ("bert", "roberta", "mpnet", "distilbert", "t5")
 ROTARY = ("qwen2", "llama", "modernbert")
 POSITIONS = 40
+
+
+def encoder_and_tokenizer(
+    config: StudentConfig, teacher: str | None, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Those of the student that a config describes."""
+    student = build_student(config, teacher, seed)
+    return student.encoder, student.tokenizer
 
 
 def make_family(family: str, *, layers: int = 3, vocabulary: int = 120, seed: int = 0) -> PreTrainedModel:

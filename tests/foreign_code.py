@@ -10,7 +10,9 @@ PLACES = ("config", "model", "tokenizer", "processor", "first module", "pooling"
 
 
 def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | changes))
+    path.write_text(
+        json.dumps((json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}) | changes), encoding="utf-8"
+    )
 
 
 def add_foreign_code(folder: Path, where: str, ran: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import ENDED, Cluster, wait_for
+from cluster import ENDED, ROOT, Cluster, wait_for
 from reference_times import hang_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -101,3 +102,15 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
 def make_folder(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+def changed_code(folder: Path, more: dict[str, str]) -> dict[str, str]:
+    """The environment in which `distill` is a copy of ours, with more at the end of some of its files."""
+    shutil.copytree(ROOT / "distill", folder / "changed/distill", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", folder / "changed/configs")
+    for name, text in more.items():
+        with (folder / "changed/distill" / name).open("a") as file:
+            file.write(text)
+    # before a launcher puts its own clone first in sys.path
+    (folder / "changed/sitecustomize.py").write_text("import distill\n")
+    return {"PYTHONPATH": str(folder / "changed")}

@@ -58,7 +58,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     return [
         Block(text.count("\n", 0, found.start("language")) + 1, found["language"], found["text"])
         for found in BLOCK.finditer(text)

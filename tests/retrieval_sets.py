@@ -14,7 +14,7 @@ DOCUMENTS = [("1", "a", "far"), ("2", "", "b"), ("3", "c", "near"), ("4", "d", "
 QUERIES = [("1", "q one"), ("2", "q two"), ("3", "q")]
 
 
-def encode(sentences: list[str], side: str | None = None) -> np.ndarray:
+def encode(sentences: list[str], role: str | None = None) -> np.ndarray:
     return np.array([VECTORS[text] for text in sentences], dtype=np.float32)
 
 

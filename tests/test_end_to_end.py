@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from browser import browser, keep_screenshot, tensorboard, until_visible
-from commands import ROOT, environment, launch
+from commands import ROOT, call, environment, launch
 from conftest import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -102,7 +103,7 @@ def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finis
 def test_a_second_start_of_a_finished_run_does_nothing(finished):
     config, run, _ = finished
     written = times_of_writing(run)
-    again = launch("pipeline.py", "--config", config)
+    again = call("pipeline.py", "--config", config)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert times_of_writing(run) == written
 
@@ -118,6 +119,21 @@ def test_a_changed_config_runs_what_depends_on_it_and_prints_why(finished, tmp_p
     shutil.copytree(run, tmp_path / run.name)
     again = launch("pipeline.py", "--config", config, f"runs_dir={tmp_path}", "stages=[hpd]", "hpd.lr=0.01")
     assert again.returncode == 0 and "hpd: hpd.lr: 0.0002 -> 0.01" in again.stdout, again.stdout
+    assert "the run on one page" not in again.stdout  # its table would be of the former student
+
+
+def test_a_page_older_than_the_results_is_made_again_and_the_table_is_printed(finished, tmp_path):
+    config, run, printed = finished
+    shutil.copytree(run, tmp_path / run.name)
+    page = tmp_path / run.name / "report.html"
+    for left in ("old", "none"):
+        os.utime(page, (0, 0)) if left == "old" else page.unlink()
+        again = call("pipeline.py", "--config", config, f"runs_dir={tmp_path}")
+        assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout
+        assert page.stat().st_mtime > 0 and str(page) in again.stdout
+    names = ("teacher", "ckd", "finetune", "hpd", "hpd-8")
+    table = [line for line in printed.splitlines() if line.startswith(tuple(f"{name}  " for name in names))]
+    assert [line.split()[0] for line in table] == list(names) and "\n".join(table) in again.stdout
 
 
 def test_an_export_loads_without_this_project(finished):
@@ -163,8 +179,9 @@ def test_simcse_needs_no_student_before_it(embedded_copy, tmp_path, tiny_encoder
         stages="[simcse, export, evaluate]",
         simcse="{global_batch: 32, micro_batch: 8, max_steps: 6, save_every: 2, dev_every: 3, log_every: 1, dropout: 0.1}",
     )
-    done = launch("pipeline.py", "--config", config, "student.pooling=first_last_mean")
-    assert done.returncode == 0, done.stdout
+    for script, *more in (("train.py", "stage=simcse"), ("export.py",), ("evaluate.py",)):
+        done = call(script, "--config", config, "student.pooling=first_last_mean", *more)
+        assert done.returncode == 0, done.stdout
     run = tmp_path / "runs/tiny"
     assert set(json.loads((run / "evaluate/results.json").read_text())) == {"version", "self", "teacher", "simcse"}
     logged = scalars(run, "simcse")

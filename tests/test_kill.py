@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import signal
 import time
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 from commands import command, kill_group_when, launch
 from conftest import write_config
+from curves import events_of, points_of
 from distributed_ranks import on_ranks, start_ranks
 from engines import embed_text, train_stage
 from reference_times import hang_limit
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.objectives.queue import KeyQueue
 from distill.run.collectives import rank
@@ -41,22 +40,9 @@ def shard_digests(run: Path) -> dict[str, str]:
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.glob("shards/**/*.tar"))}
 
 
-def events_of(run: Path) -> EventAccumulator:
-    """All that TensorBoard's own reader finds of the stage."""
-    everything = {"scalars": 0, "histograms": 0, "tensors": 0}
-    return EventAccumulator(str(run / "tensorboard/ckd"), size_guidance=everything).Reload()
-
-
-def points_of(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
-    """The points of all tags but measurements of time and memory."""
-    measured = "time/|memory/|mfu|.*_per_second|bytes_received/"
-    tags = [tag for tag in sorted(events.Tags()["scalars"]) if not re.match(measured, tag)]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-
-
 def assert_every_step_is_there_once(run: Path, whole: Path, num_steps: int, dev_every: int) -> None:
     """Scalars, histograms and what is written once, after kills, are those of the run that nobody killed."""
-    found, expected = events_of(run), events_of(whole)
+    found, expected = events_of(run, "ckd"), events_of(whole, "ckd")
     steps, dev_steps = list(range(1, num_steps + 1)), [*range(0, num_steps, dev_every), num_steps]
     assert found.Tags()["scalars"] and set(found.Tags()["scalars"]) == set(expected.Tags()["scalars"])
     for tag in found.Tags()["scalars"]:

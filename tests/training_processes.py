@@ -22,7 +22,7 @@ class TrainingProcesses:
     def __init__(self, commands: Sequence[list[str]], environments: Sequence[dict[str, str]], config: Path) -> None:
         self.config = config
         self._limit = hang_limit()  # measured before the processes run
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as this object
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  it lives as long as this object
         self._processes = [
             subprocess.Popen(
                 each, env=environment() | own, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
@@ -68,7 +68,9 @@ class TrainingProcesses:
         for pid, arguments in self.processes().items():
             if any(argument.endswith("train.py") for argument in arguments[1:3]):
                 variables = dict(
-                    line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line
+                    line.split("=", 1)
+                    for line in Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
+                    if "=" in line
                 )
                 found[int(variables["RANK"])] = pid
         return found

@@ -1,4 +1,7 @@
-"""Text chunks: files of one text a line, published under their names only when they are complete."""
+"""Text chunks: files of one text a line, published under their names only when they are complete.
+
+A line break within a text is a NUL in the file, which no text has.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,53 @@ import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from distill.run.files import publish, sha256_of
+from distill.run.recorded_array import publish_array
+
+ARRAYS = {"rows": np.int64, "sources": np.uint16}  # beside the texts of a chunk, as NAME.KIND.npy
+
+
+def as_line(text: str) -> str:
+    """The line of a text in a chunk, with its end."""
+    return text.replace("\n", "\0") + "\n"
 
 
 def read_chunk(path: Path) -> list[str]:
-    """The texts of a chunk; only "\\n" ends one. Raises ValueError if the last has no end: the file was cut off."""
+    """The texts of a chunk. Raises ValueError if the last has no end: the file was cut off."""
     text = path.read_bytes().decode()
     if text and text[-1] != "\n":
         raise ValueError(f"{path} does not end with a newline: it was cut off; prepare the text again")
-    return text.split("\n")[:-1]
+    texts = text.split("\n")[:-1]
+    return [each.replace("\0", "\n") for each in texts] if "\0" in text else texts
 
 
-def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> tuple[list[str], np.ndarray | None]:
-    """The texts of the chunk that an entry of the manifest describes, and their raw row numbers, int64, if it has them.
+class TextChunk(NamedTuple):
+    """texts [n]; rows: their raw row numbers, int64 [n], if they are recorded; sources: the numbers of their sources, uint16
+    [n], unless an earlier version wrote the chunk."""
 
-    Raises ValueError if a byte of them is not as it was written.
-    """
-    path, rows = folder / f"{entry['name']}.txt", folder / f"{entry['name']}.rows.npy"
+    texts: list[str]
+    rows: np.ndarray | None
+    sources: np.ndarray | None
+
+
+def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> TextChunk:
+    """The chunk that an entry of the manifest describes. Raises ValueError if a byte of it is not as it was written."""
+    path = folder / f"{entry['name']}.txt"
     verify(path, entry["sha256"])
-    if not rows.exists() and "rows_sha256" not in entry:
-        return read_chunk(path), None
-    verify(rows, entry.get("rows_sha256"))
-    return read_chunk(path), np.load(rows, allow_pickle=False)
+    arrays = {kind: _read_array(folder / f"{entry['name']}.{kind}.npy", entry.get(f"{kind}_sha256")) for kind in ARRAYS}
+    return TextChunk(read_chunk(path), **arrays)
+
+
+def _read_array(path: Path, sha256: str | None) -> np.ndarray | None:
+    if not path.exists() and sha256 is None:
+        return None
+    verify(path, sha256)
+    array: np.ndarray = np.load(path, allow_pickle=False)
+    return array
 
 
 def verify(path: Path, sha256: str | None) -> None:
@@ -43,17 +67,18 @@ def verify(path: Path, sha256: str | None) -> None:
 class ChunkWriter:
     """Writes lines (bytes, with their "\\n") into 000000.txt, 000001.txt, ..., each of `rows_per_chunk` lines but the last.
 
-    With has_rows, writes NAME.rows.npy (int64) beside each. With `name`, the only file has that name and is made even if empty.
-    `entries` are the manifest's: name, rows, bytes, sha256 of the .txt, rows_sha256 of any .rows.npy. An error inside the
-    `with` discards the open chunk.
+    Beside each, NAME.sources.npy (uint16) and, with has_rows, NAME.rows.npy (int64). With `name`, the only file has that name
+    and is made even if empty. `entries` are the manifest's: name, rows, bytes, sha256 of the .txt, sources_sha256 and
+    rows_sha256. An error inside the `with` discards the open chunk.
     """
 
     def __init__(self, out: Path, rows_per_chunk: int, has_rows: bool, name: str | None = None) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._out, self._rows_per_chunk, self._has_rows, self._name = out, rows_per_chunk, has_rows, name
+        self._out, self._rows_per_chunk, self._name = out, rows_per_chunk, name
+        self._kinds = [kind for kind in ARRAYS if kind != "rows" or has_rows]
         self._file: BinaryIO | None = None
         self._publishing = ExitStack()
-        self._rows: list[np.ndarray] = []
+        self._arrays: dict[str, list[np.ndarray]] = {kind: [] for kind in self._kinds}
         self._sha = hashlib.sha256()
         self._num_rows = 0
 
@@ -68,8 +93,9 @@ class ChunkWriter:
         else:
             self._publishing.__exit__(kind, error, trace)
 
-    def write(self, lines: list[bytes], rows: np.ndarray) -> None:
-        """Appends lines; `rows` [len(lines)] int64 are their raw row numbers."""
+    def write(self, lines: list[bytes], *, rows: np.ndarray, sources: np.ndarray) -> None:
+        """Appends lines; `rows` [len(lines)] are their raw row numbers, `sources` the numbers of their sources."""
+        given = {"rows": rows, "sources": sources}
         start = 0
         while start < len(lines):
             file = self._file or self._open()
@@ -77,7 +103,8 @@ class ChunkWriter:
             data = b"".join(lines[start:end])
             file.write(data)
             self._sha.update(data)
-            self._rows.append(rows[start:end])
+            for kind in self._kinds:
+                self._arrays[kind].append(given[kind][start:end])
             self._num_rows += end - start
             start = end
             if self._num_rows == self._rows_per_chunk:
@@ -93,13 +120,13 @@ class ChunkWriter:
         num_bytes = self._file.tell()
         self._publishing.close()
         entry = {"name": self._stem(), "rows": self._num_rows, "bytes": num_bytes, "sha256": self._sha.hexdigest()}
-        if self._has_rows:
-            path = self._out / f"{self._stem()}.rows.npy"
-            with publish(path) as file:
-                np.save(file, np.concatenate([np.empty(0, np.int64), *self._rows]), allow_pickle=False)
-            entry["rows_sha256"] = sha256_of(path)
+        for kind in self._kinds:
+            path = self._out / f"{self._stem()}.{kind}.npy"
+            publish_array(path, np.concatenate([np.empty(0, ARRAYS[kind]), *self._arrays[kind]]).astype(ARRAYS[kind]))
+            entry[f"{kind}_sha256"] = sha256_of(path)
         self.entries.append(entry)
-        self._file, self._rows, self._sha, self._num_rows = None, [], hashlib.sha256(), 0
+        self._file, self._sha, self._num_rows = None, hashlib.sha256(), 0
+        self._arrays = {kind: [] for kind in self._kinds}
 
     def _stem(self) -> str:
         return self._name or f"{len(self.entries):06d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from distill.corpus.spool import RECORD, Spool
 from distill.corpus.text import is_held_out
+from distill.run.files import naming
 from distill.run.sampling import splitmix64
 
 KEPT, DUPLICATE, HELD_OUT, HELD_OUT_UNUSED, NOT_SAMPLED = range(5)
@@ -25,7 +27,9 @@ def deduplicate(spool: Spool, num_texts: int, max_held_out: int, max_kept: int |
     """
     if not num_texts:
         return dict.fromkeys(_STATUS_NAMES, 0), np.empty(0, np.int64)
-    statuses = np.memmap(spool.statuses, np.uint8, "w+", shape=(num_texts,))
+    with naming(spool.statuses), spool.statuses.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, num_texts)  # zeros; a mapped file that meets a full disk would kill the process
+    statuses = np.memmap(spool.statuses, np.uint8, "r+", shape=(num_texts,))
     counts = Counter(dict.fromkeys(_STATUS_NAMES, 0))
     held_out_places = []
     histogram = np.zeros(1 << _RANK_BITS, np.int64)

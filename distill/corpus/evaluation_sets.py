@@ -53,12 +53,19 @@ Value = TypeVar("Value")
 class RetrievalSet(NamedTuple):
     """Texts by id. `queries` are those that have a relevant document, in the order of `grades`.
 
-    Ids of queries and documents are separate: a document with the id of a query is a document like any other.
+    Ids of queries and documents are separate: a document with the id of a query is a document like any other, but for one that
+    is the query itself.
     """
 
     documents: dict[str, str]
     queries: dict[str, str]
     grades: Grades
+
+    @property
+    def among_documents(self) -> set[str]:
+        """Ids of queries that are documents too, with the same id and text, as in ArguAna."""
+        wanted = {query: text.strip() for query, text in self.queries.items() if query in self.documents}
+        return {query for query, text in wanted.items() if text and self.documents[query].strip().endswith(text)}
 
 
 class Labelled(NamedTuple):

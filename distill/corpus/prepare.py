@@ -1,11 +1,12 @@
 """From raw strings to text chunks of unique texts, in constant memory for any number of texts.
 
-    sources -> spool.part/texts                 normalised, of the right length, one a line
+    sources -> spool.part/texts                 of the right length, one a line
             -> spool.part/bucket.*              (hash, place in the spool), by the hash's leading bits
     each bucket, sorted -> spool.part/statuses  one byte a text: kept, duplicate, held out, ...
     spool + statuses -> 000000.txt ..., held_out.txt, and manifest.json last
 
-Texts are duplicates if their 64-bit hashes are equal; in a billion texts, the chance that any two differ nevertheless is 3%.
+Texts are duplicates if the 64-bit hashes of their normal forms are equal; in a billion texts, the chance that any two differ
+nevertheless is 3%.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from tqdm import tqdm
 
 from distill.corpus.chunks import ChunkWriter, verify
 from distill.corpus.deduplication import HELD_OUT, KEPT, deduplicate
-from distill.corpus.sources import check_source
-from distill.corpus.spool import BLOCK_ROWS, Spool, fill
+from distill.corpus.sources import check_source, source_fingerprints
+from distill.corpus.spool import BLOCK_ROWS, Progress, Spool, fill
+from distill.corpus.text import NORMAL_FORM
 from distill.corpus.text_config import TextConfig
-from distill.run.files import DigestCache, publish, read_json, sha256_of, sweep, write_json
+from distill.run.files import DigestCache, fingerprint, read_json, sweep, write_json
 
 logger = logging.getLogger(__name__)
 HELD_OUT_SOURCES = "held_out.sources.npy"
@@ -49,9 +52,9 @@ def prepare_text(
 
     000000.txt ...: `rows_per_chunk` texts each but the last, in the order of the sources. held_out.txt: of the texts with
     hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; no chunk contains any of them.
-    held_out.sources.npy (int64) beside it: the number of each one's source. With keep_row_numbers, NAME.rows.npy (int64)
-    beside each NAME.txt: the number of each text among the raw ones of all sources, from 0. `num_buckets` (1..256) changes
-    memory, not results: 64 bytes x texts / num_buckets.
+    NAME.sources.npy (uint16) beside each NAME.txt: the number of each text's source. With keep_row_numbers, NAME.rows.npy
+    (int64): the number of each text among the raw ones of all sources, from 0. `num_buckets` (1..256) changes memory, not
+    results: 64 bytes x texts / num_buckets.
 
     Memory beyond that: a block of texts, and `config.held_out` texts. Disk: the text once more, and 25 bytes per text.
     Raises ValueError for a source that cannot be read (before any work, where possible), or if no text is left.
@@ -61,8 +64,10 @@ def prepare_text(
     out.mkdir(parents=True, exist_ok=True)
     sweep(out, older_than=0)  # of a killed call; nobody else writes here
     spool = Spool(out / "spool.part", num_buckets, keep_row_numbers)
+    digests = digests or DigestCache(spool.folder / "input_digests.json")
+    made_from = text_identity(config, rows_per_chunk, keep_row_numbers, digests)
     try:
-        progress = fill(config, spool, digests or DigestCache(spool.folder / "input_digests.json"))
+        progress = fill(config, spool, digests)
     except BaseException:
         if not can_resume(out):
             shutil.rmtree(spool.folder, ignore_errors=True)
@@ -73,12 +78,11 @@ def prepare_text(
     if not counts["kept"]:
         shutil.rmtree(spool.folder)
         raise ValueError(_nothing_left(config, counts))
-    chunks, held_out, lengths = _write_chunks(spool, progress.num_spooled, held_out_places, out, rows_per_chunk)
-    with publish(out / HELD_OUT_SOURCES) as file:
-        np.save(file, np.searchsorted(np.cumsum(progress.spooled_of), held_out_places, side="right"))
-    held_out["sources_sha256"] = sha256_of(out / HELD_OUT_SOURCES)
+    chunks, held_out, lengths = _write_chunks(spool, progress, held_out_places, out, rows_per_chunk)
     manifest = {
         "version": 1,
+        "made_from": made_from,
+        "normal_form": NORMAL_FORM,
         "chunks": chunks,
         "held_out": held_out,
         "counts": dict(counts),
@@ -95,6 +99,12 @@ def prepare_text(
     return manifest
 
 
+def text_identity(config: TextConfig, rows_per_chunk: int, keep_row_numbers: bool, digests: DigestCache) -> str:
+    """A fingerprint of all that decides what `prepare_text` writes; its manifest has it as "made_from"."""
+    settings = {"rows_per_chunk": rows_per_chunk, "keep_row_numbers": keep_row_numbers, "normal_form": NORMAL_FORM}
+    return fingerprint(settings | {"text": config.model_dump(mode="json"), "sources": source_fingerprints(config, digests)})
+
+
 def held_out_sources(folder: Path) -> list[str] | None:
     """The name of each held-out text's source, in a folder that `prepare_text` wrote; None if the sources are not recorded.
 
@@ -105,15 +115,17 @@ def held_out_sources(folder: Path) -> list[str] | None:
         return None
     if "sources_sha256" in manifest["held_out"]:  # earlier versions did not record it
         verify(path, manifest["held_out"]["sources_sha256"])
-    names = [_name(source) for source in manifest["sources"]]
-    if len(set(names)) < len(names):
-        names = [f"{number} {name}" for number, name in enumerate(names, start=1)]
+    names = source_names(manifest["sources"])
     return [names[number] for number in np.load(path, allow_pickle=False)]
 
 
-def _name(source: dict[str, Any]) -> str:
-    what = Path(source["path"]).name if source["path"] else source["name"] or source["type"]
-    return " ".join(filter(None, (what, source["subset"], source["field"])))
+def source_names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each source, given as its config's keys, all different: its file or dataset, and its field."""
+    names = [
+        " ".join(filter(None, (Path(s["path"]).name if s["path"] else s["name"] or s["type"], s["subset"], s["field"])))
+        for s in sources
+    ]
+    return names if len(set(names)) == len(names) else [f"{number} {name}" for number, name in enumerate(names, start=1)]
 
 
 def can_resume(out: Path) -> bool:
@@ -122,10 +134,15 @@ def can_resume(out: Path) -> bool:
 
 
 def _write_chunks(
-    spool: Spool, num_texts: int, held_out_places: np.ndarray, out: Path, rows_per_chunk: int
+    spool: Spool, progress: Progress, held_out_places: np.ndarray, out: Path, rows_per_chunk: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Counter[int]]:
     """Pass 2: writes the files of `out`; returns the manifest entries of the chunks and of held_out.txt, and text lengths."""
     lengths: Counter[int] = Counter()
+    num_texts, ends = progress.num_spooled, np.cumsum(progress.spooled_of)
+
+    def sources_of(places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(ends, places, side="right")
+
     held_out: dict[int, tuple[bytes, int]] = {}
     with (
         spool.texts.open("rb") as texts,
@@ -138,13 +155,15 @@ def _write_chunks(
             rows = spool.read_row_numbers(place, len(lines))
             kept = list(compress(lines, statuses == KEPT))
             lengths.update(len(line.decode()) - 1 for line in kept)
-            chunks.write(kept, rows[statuses == KEPT])
+            kept_places = place + np.flatnonzero(statuses == KEPT)
+            chunks.write(kept, rows=rows[statuses == KEPT], sources=sources_of(kept_places))
             for offset in np.flatnonzero(statuses == HELD_OUT).tolist():
                 held_out[place + offset] = lines[offset], int(rows[offset])
             bar.update(len(lines))
     chosen = [held_out[place] for place in held_out_places.tolist()]
     with ChunkWriter(out, max(1, len(chosen)), spool.has_rows, name="held_out") as writer:
-        writer.write([line for line, _ in chosen], np.array([row for _, row in chosen], np.int64))
+        numbers = np.array([row for _, row in chosen], np.int64)
+        writer.write([line for line, _ in chosen], rows=numbers, sources=sources_of(held_out_places))
     return chunks.entries, writer.entries[0], lengths
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from distill.corpus.rows import file_format, read_rows, rows_of
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import DigestCache, fingerprint
+from distill.run.hub import dataset_commit
 from distill.run.temporary import hub_error
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -70,8 +71,16 @@ def matching_files(source: SourceConfig) -> list[Path]:
     """The files that match a source's path or glob, sorted; may be empty."""
     pattern = source.path or ""
     _refuse_url(pattern, "path")
+    return glob_files(pattern)
+
+
+def glob_files(pattern: str) -> list[Path]:
+    """The files that a path or glob matches, sorted; may be empty."""
     if Path(pattern).is_file():
         return [Path(pattern)]
+    folder = next((str(each) for each in Path(pattern).parents if each.is_dir()), "")
+    if pattern.startswith(folder):  # the part that is there is no pattern, whatever characters it has
+        pattern = glob.escape(folder) + pattern.removeprefix(folder)
     matches = glob.glob(pattern, recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
     return [path for path in map(Path, sorted(matches)) if path.is_file()]
 
@@ -119,17 +128,41 @@ def source_files(config: TextConfig) -> list[Path]:
     return [path for source in config.sources if source.path for path in matching_files(source)]
 
 
-def source_fingerprints(config: TextConfig, digests: DigestCache) -> dict[str, str]:
-    """Path -> sha256 of each local file; name of a Hugging Face dataset -> its content in a folder, its revision on the hub."""
+def source_fingerprints(config: TextConfig, digests: DigestCache, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Path -> sha256 of each local file; name of a Hugging Face dataset -> its `dataset_fingerprint`.
+
+    recorded: an earlier result, whose values stay for datasets on the hub without a revision, '' included.
+    """
     found = {str(path): digests.sha256(path) for path in source_files(config)}
-    return found | {
-        source.name: _dataset_fingerprint(source.name, source.revision, digests) for source in config.sources if source.name
-    }
+    for source in config.sources:
+        if source.name and source.name in (recorded or {}) and _is_unpinned(source):
+            found[source.name] = (recorded or {})[source.name]
+        elif source.name:
+            found[source.name] = dataset_fingerprint(source.name, source.revision, digests)
+    return found
 
 
-def _dataset_fingerprint(name: str, revision: str | None, digests: DigestCache) -> str:
+def _is_unpinned(source: SourceConfig) -> bool:
+    """Whether a source is a dataset on the hub without a revision."""
+    return bool(source.name) and not source.revision and not Path(str(source.name)).is_dir()
+
+
+def pinned(config: TextConfig, commits: Mapping[str, str]) -> TextConfig:
+    """The config with the commit of each hub dataset as its revision, where it has none: what is read is what was recorded."""
+    sources = [
+        source.model_copy(update={"revision": commits.get(str(source.name)) or None}) if _is_unpinned(source) else source
+        for source in config.sources
+    ]
+    return config.model_copy(update={"sources": sources})
+
+
+def dataset_fingerprint(name: str, revision: str | None, digests: DigestCache) -> str:
+    """The content of a dataset in a folder; of one on the hub its revision, or the commit of its main branch.
+
+    '' of one on the hub without a revision where the hub cannot be reached.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return revision or ""
+        return revision or dataset_commit(name)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return fingerprint({str(path.relative_to(folder)): digests.sha256(path) for path in files})

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from distill.corpus.chunks import as_line
 from distill.corpus.sources import read_source, source_fingerprints
-from distill.corpus.text import normalise, text_hash
+from distill.corpus.text import NORMAL_FORM, hash_of_form, normal_form, stored
 from distill.corpus.text_config import TextConfig
-from distill.run.files import DigestCache, read_json, sha256_of, write_json
+from distill.run.files import DigestCache, naming, read_json, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
@@ -100,7 +101,8 @@ class Progress:
 def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
     """Writes texts, records and row numbers, continuing an interrupted call that had the same config and sources."""
     made_from = {
-        "journal": 5,
+        "journal": 7,
+        "normal_form": NORMAL_FORM,
         "num_buckets": spool.num_buckets,
         "has_rows": spool.has_rows,
         "text": config.model_dump(mode="json"),
@@ -118,24 +120,25 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
         for number, source in enumerate(config.sources):
             raw = islice(read_source(source), progress.read_of[number], None)
             for block in _blocks(raw, BLOCK_ROWS):
-                texts = [normalise(text) for text in block]
-                lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-                fits = (lengths >= config.min_chars) & (lengths <= config.max_chars)
-                texts = list(compress(texts, fits))
-                files[spool.texts].write("".join(f"{text}\n" for text in texts).encode())
+                forms = [normal_form(text) for text in block]
+                lengths = np.fromiter(map(len, forms), np.int64, len(forms))
+                is_long = lengths > (config.max_chars or np.iinfo(np.int64).max)
+                fits = (lengths >= config.min_chars) & ~is_long
+                files[spool.texts].write("".join(as_line(stored(text)) for text in compress(block, fits)).encode())
+                forms = list(compress(forms, fits))
                 if spool.has_rows:
                     rows = progress.counts["read"] + np.flatnonzero(fits)
                     files[spool.rows].write(rows.astype(np.int64).tobytes())
-                records = np.empty(len(texts), RECORD)
-                records["hash"] = np.fromiter(map(text_hash, texts), np.int64, len(texts)).view(np.uint64)
-                records["place"] = np.arange(progress.num_spooled, progress.num_spooled + len(texts))
+                records = np.empty(len(forms), RECORD)
+                records["hash"] = np.fromiter(map(hash_of_form, forms), np.int64, len(forms)).view(np.uint64)
+                records["place"] = np.arange(progress.num_spooled, progress.num_spooled + len(forms))
                 for bucket, part in zip(buckets, spool.by_bucket(records), strict=True):
                     bucket.write(part.tobytes())
                 progress.counts["too_short"] += int(np.count_nonzero(lengths < config.min_chars))
-                progress.counts["too_long"] += int(np.count_nonzero(lengths > config.max_chars))
+                progress.counts["too_long"] += int(np.count_nonzero(is_long))
                 progress.counts["read"] += len(block)
                 progress.read_of[number] += len(block)
-                progress.spooled_of[number] += len(texts)
+                progress.spooled_of[number] += len(forms)
                 bar.update(len(block))
                 num_blocks += 1
                 if num_blocks % JOURNAL_EVERY == 0:
@@ -178,7 +181,7 @@ class _Appended:
     """A working file that is appended to, with the sha256 of all its bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("ab")
+        self.path, self.file = path, path.open("ab")
         with path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256")
 
@@ -186,17 +189,24 @@ class _Appended:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
     def write(self, data: bytes) -> None:
-        self.file.write(data)
+        with naming(self.path):
+            self.file.write(data)
         self.sha256.update(data)
+
+    def flush(self) -> None:
+        """Returns once all is on the disk."""
+        with naming(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, files: Mapping[Path, _Appended]) -> None:
     for appended in files.values():
-        appended.file.flush()
-        os.fsync(appended.file.fileno())
+        appended.flush()
     sizes = {path.name: appended.file.tell() for path, appended in files.items()}
     digests = {path.name: appended.sha256.hexdigest() for path, appended in files.items()}
     state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete")}

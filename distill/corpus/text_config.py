@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from distill.run.config import FileName, Section, result
+from distill.run.prompts import Role
 
 
 class SourceConfig(Section):
@@ -20,6 +21,10 @@ class SourceConfig(Section):
     revision: str | None = result(None, description="huggingface: the commit to read")
     field: str | None = result(None, description="the column or field that holds the text, or a list of texts (not for .txt)")
     limit: int | None = result(None, gt=0, description="number of raw texts after which reading this source stops")
+    role: Role | None = result(
+        None, description="what the texts are in retrieval: teacher and student put their own prompt for it before them"
+    )
+    prompt: str | None = result(None, description="what the teacher reads before each text, instead of its own prompt")
 
     @field_validator("type", mode="before")
     @classmethod
@@ -46,8 +51,10 @@ class TextConfig(Section):
     sources: list[SourceConfig] = result(
         min_length=1, description="read one after the other; a plain path or glob stands for {type: file, path: ...}"
     )
-    min_chars: int = result(12, ge=1, description="shorter texts are dropped, and counted")
-    max_chars: int = result(1000, ge=1, description="longer texts are dropped, and counted")
+    min_chars: int = result(
+        1, ge=1, description="texts of fewer visible characters are dropped, and counted; a run of whitespace counts as one"
+    )
+    max_chars: int | None = result(None, ge=1, description="longer texts are dropped, and counted; null: none")
     max_sentences: int | None = result(
         None, gt=0, description="largest number of training texts; a uniform sample by text hash; null: all"
     )
@@ -63,6 +70,6 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:
-        if self.min_chars > self.max_chars:
+        if self.max_chars is not None and self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}: no text can pass")
         return self

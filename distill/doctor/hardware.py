@@ -33,7 +33,7 @@ def collect_devices(context: Context) -> Facts:
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if on_gpu else 0))
     gpus = [[device.name, round(device.total_memory / 2**30)] for device in devices]
     bf16 = autocast_dtype("auto", torch.device("cuda" if on_gpu else "cpu")) is not None
-    driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text(encoding="utf-8")) if DRIVER.exists() else None
     return {
         "gpus": gpus,
         "driver": driver and driver[1],

@@ -14,6 +14,7 @@ from distill.doctor.check import Context, Facts, Finding, Findings, Nodes, outli
 from distill.doctor.preflight import MAX_OPENED, problems
 from distill.run.formatting import format_bytes
 from distill.run.model_folders import resolve_model
+from distill.teacher.imported import vector_files
 from distill.teacher.teacher_config import ModelConfig
 
 
@@ -34,9 +35,11 @@ def collect(context: Context) -> Facts:
             sizes[f"{key} {place}"] = sum(path.stat().st_size for path in Path(place).rglob("*.safetensors"))
         elif key not in errors and not isinstance(try_to_load_from_cache(place, "config.json", revision=model.revision), str):
             hub[key] = place
-    for path in _paths(config):
-        if Path(path).is_file():
-            sizes[path] = Path(path).stat().st_size
+    found = {path: Path(path).stat().st_size for path in vector_files(config.teacher) if Path(path).is_file()}
+    sizes |= found if len(found) <= MAX_OPENED else {", ".join(config.teacher.vector_paths): sum(found.values())}
+    triplets = getattr(config.train("finetune"), "triplets", None)
+    if "finetune" in config.stages and triplets is not None and Path(triplets).is_file():
+        sizes[triplets] = Path(triplets).stat().st_size
     for source in config.text.sources:
         with suppress(ValueError):
             found = {str(path): path.stat().st_size for path in (matching_files(source) if source.type == "file" else [])}
@@ -51,14 +54,6 @@ def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
             yield f"teacher.concat[{number - 1}]" if number else "teacher.model", model
     if config.student.init != "teacher":
         yield "student.init", ModelConfig(model=config.student.init, revision=config.student.revision)
-
-
-def _paths(config: RunConfig) -> Iterator[str]:
-    if config.teacher.vectors is not None:
-        yield config.teacher.vectors
-    triplets = getattr(config.train("finetune"), "triplets", None)
-    if "finetune" in config.stages and triplets is not None:
-        yield triplets
 
 
 def diagnose(context: Context, nodes: Nodes) -> Findings:

@@ -13,7 +13,9 @@ from distill.plan.architectures import architecture_of
 from distill.plan.text_estimate import raw_count
 from distill.run.formatting import format_bytes
 from distill.run.model_folders import resolve_model
+from distill.student.initial import pooling_and_length, with_config
 from distill.student.pooling import pooled_width
+from distill.teacher.identity import initial_student
 
 SENTENCE_BYTES = 110  # of English text
 STATE_BYTES = 12  # of a parameter and Adam's two moments, in fp32
@@ -74,12 +76,15 @@ def student_width(config: RunConfig) -> int | None:
     """The width of the student's encoder with its pooling; None if the encoder is not known here."""
     section = config.student
     try:
-        encoder = architecture_of((config.teacher.model if section.init == "teacher" else section.init) or "", section.revision)
+        name = config.teacher.model if section.init == "teacher" else section.init
+        section = initial_student(section, config.teacher)
+        encoder = architecture_of(name or "", section.revision)
     except ValueError:  # `inputs` names what is missing
         return None
+    pooling, _ = pooling_and_length(section, encoder.settings, encoder.max_length)
     depth = encoder.config.num_hidden_layers
     depth = len(section.kept(depth)) if section.layers is not None else depth
-    return pooled_width(section.pooling, encoder.config.hidden_size, depth)
+    return with_config(encoder.settings, section).width(pooled_width(pooling, encoder.config.hidden_size, depth))
 
 
 def num_parameters(config: RunConfig) -> int | None:

@@ -6,6 +6,7 @@ Only stages that are still to be run are checked. No weights are loaded, no hub 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +23,22 @@ from distill.config import RunConfig
 from distill.corpus import evaluation_sets
 from distill.corpus.sources import check_source, matching_files
 from distill.evaluation.index_types import index_types
+from distill.evaluation.tasks import read_measurable, set_names
 from distill.export.formats import require_packages
 from distill.export.sentence_transformers import check_pooling
-from distill.plan.architectures import Architecture, cached_folder, vector_width
-from distill.run.files import LFS_POINTER, is_lfs_pointer, read_json
-from distill.run.model_folders import first_module, model_files, resolve_model
+from distill.plan.architectures import Architecture, cached_folder, full_width, vector_width
+from distill.run.files import LFS_POINTER, is_lfs_pointer
+from distill.run.model_folders import check_kind, check_one_route, first_module, model_files, resolve_model
+from distill.run.precision import autocast_dtype
 from distill.run.stage import stage_fingerprint
 from distill.shards import Manifest
 from distill.student import Student
-from distill.student.encoder import keep_layers, longest_input
+from distill.student.encoder import check_weights_complete, keep_layers, longest_input
+from distill.student.initial import check_truncation, initial_settings, pooling_and_length
+from distill.student.vocabulary import TokenTable
+from distill.teacher.identity import initial_student, pinned
 from distill.teacher.imported import ImportedVectors
-from distill.teacher.teacher_config import ModelConfig
+from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 from distill.training.deepspeed_config import read_deepspeed_config
 from distill.training.training_stage import TrainingStage
 
@@ -72,12 +78,14 @@ class ModelFolder:
         is_local = Path(place).is_dir()
         path = Path(place) if is_local else cached_folder(place, revision)
         encoder, is_transformer = first_module(path) if path is not None else (None, False)
-        if path is None or encoder is None or not (is_local or any(encoder.glob("*.safetensors"))):
+        if path is None or encoder is None or not (is_local or _is_downloaded(encoder)):
             if constants.HF_HUB_OFFLINE:
                 raise ValueError(
                     f"{name} is neither a folder nor in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}"
                 )
             return None
+        if not is_local:
+            check_kind(path)
         for file in model_files(path):
             if is_lfs_pointer(file):
                 raise ValueError(f"{file} {LFS_POINTER}")
@@ -116,6 +124,7 @@ class _Preflight:
         self.pending = pending_stages(config)
         self.training = [stage for stage in config.training_stages if stage in self.pending]
         self._models: dict[tuple[str, str | None], ModelFolder | None] = {}
+        self._encoder_config: PretrainedConfig | None = None  # of the student
 
     def run(self) -> list[Problem]:
         config = self.config
@@ -126,16 +135,16 @@ class _Preflight:
         for stage in self.training:
             self._inits(stage)
             with self._problem_of(stage), torch.device("meta"):
-                self._stage(stage).check_early(width, teacher_dim)
+                self._stage(stage).check_early(width, teacher_dim, self._encoder_config)
         if self.training:
+            with self._problem_of("engine.precision"):
+                autocast_dtype(config.engine.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             with self._problem_of("engine.deepspeed"):
                 read_deepspeed_config(config.engine.deepspeed)
         if "export" in self.pending:
             with self._problem_of("export.formats"):
                 require_packages(config.export.formats)
-            with self._problem_of("student.pooling"):
-                if config.training_stages:
-                    check_pooling(config.student.pooling)
+        self._needed_stages()
         self._evaluation_sets()
         first = {problem.what: problem for problem in reversed(self.found)}  # teacher and student may be one folder
         return [problem for problem in dict.fromkeys(self.found) if problem is first[problem.what]]
@@ -183,11 +192,19 @@ class _Preflight:
             with self._problem_of(f"{key}.model"):
                 folder = self._model(model.model or "", model.revision)
                 if folder is not None:
-                    self.found += _teacher_problems(key, model, folder)
-                    width = vector_width(folder.path) if model.pooling is None else None
-                    if width := width or getattr(folder.config, "hidden_size", None):
+                    check_one_route(folder.path)
+                    check_weights_complete(folder.path)
+                    hidden_size = getattr(folder.config, "hidden_size", 0)
+                    self.found += _teacher_problems(key, model, folder, full_width(folder.path, hidden_size))
+                    if width := vector_width(folder.path, hidden_size, model.dimensions):
                         widths.append(width)
         return sum(widths) if len(widths) == len(section.models) else None
+
+    def _shards_teacher(self) -> TeacherConfig:
+        """The teacher, at the commit that made the shards where they are finished."""
+        if "precompute" in self.pending or not (self.config.shards_dir / "manifest.json").is_file():
+            return self.config.teacher
+        return pinned(self.config.teacher, Manifest.load(self.config.shards_dir))
 
     def _student(self) -> int | None:
         """Checks the encoder that training begins with; returns the width of the student's vectors if that is known."""
@@ -195,13 +212,13 @@ class _Preflight:
         name = self.config.teacher.model if section.init == "teacher" else section.init
         before = len(self.found)
         with self._problem_of("student.init"):
-            folder = self._model(name or "", section.revision)
+            initial = initial_student(section, self._shards_teacher())
+            folder = self._model(name or "", initial.revision)
             if folder is None:
                 return None
+            check_one_route(folder.path)
             if not folder.is_transformer:
                 raise ValueError(f"{folder.path} is no transformer; name an encoder with layers in student.init")
-            if folder.encoder != folder.path and not (folder.path / "config.json").is_file():
-                raise ValueError(f"the encoder of {folder.path} lies in a folder of its own: student.init={folder.encoder}")
             if not folder.tokenizer.is_fast:
                 raise ValueError(f"{folder.path} has only a slow tokenizer; name a model with a tokenizer.json")
             if not any((folder.tokenizer.pad_token, folder.tokenizer.eos_token, folder.tokenizer.unk_token)):
@@ -209,7 +226,13 @@ class _Preflight:
                     f"the tokenizer of {folder.path} has no token to pad with; set `pad_token` in its tokenizer_config.json"
                 )
             folder.check_tokens()
+            if not section.from_scratch:
+                check_weights_complete(folder.path)
             assert folder.config is not None
+            self._encoder_config = folder.config
+            if section.vocabulary is not None:
+                with self._problem_of("student.vocabulary"):
+                    TokenTable(folder.tokenizer, folder.config).check(section.vocabulary)
             with torch.device("meta"):
                 encoder = Architecture(folder.config, 0, False).build()
             if section.layers is not None:
@@ -223,9 +246,28 @@ class _Preflight:
                 self.found.append(
                     Problem("student.pooling", f"pooler, but {folder.path} has no weights of one; use cls or mean")
                 )
-            student = Student(encoder, folder.tokenizer, pooling=section.pooling, max_length=section.max_length)
+            settings = initial_settings(initial, folder.path, has_weights=False)
+            pooling, max_length = pooling_and_length(section, settings, folder.tokenizer.model_max_length)
+            student = Student(encoder, folder.tokenizer, pooling=pooling, max_length=max_length, settings=settings)
+            with self._problem_of("student.truncate_dim"):
+                check_truncation(section, student)  # of the teacher's dimensions, `_teacher` speaks
+            with self._problem_of("student.pooling"):
+                if "export" in self.pending:
+                    check_pooling(pooling)
             return student.width if len(self.found) == before else None
         return None
+
+    def _needed_stages(self) -> None:
+        finished = {
+            "precompute": (self.config.shards_dir / "manifest.json").is_file(),  # a copy may have the shards alone
+            "export": bool(stage_fingerprint(self.config.run_dir / "export")),
+        }
+        absent = [need for need, is_finished in finished.items() if need not in self.config.stages and not is_finished]
+        for stage in self.pending:
+            for need in absent:
+                if need in self.config.needs(stage):
+                    what = f"{stage} needs {need}, which is neither finished nor among the stages: add it"
+                    self.found.append(Problem("stages", what))
 
     def _inits(self, stage: str) -> None:
         init = self._stage(stage).init
@@ -243,9 +285,11 @@ class _Preflight:
             return
         kinds: dict[str, tuple[Sequence[str], Callable[[str], Any], Callable[[Path], Any]]] = {
             "retrieval": (section.retrieval or (), evaluation_sets.read_retrieval, evaluation_sets.retrieval_files),
-            "transfer": (section.transfer or (), evaluation_sets.read_transfer, lambda folder: None),
+            "transfer": (section.transfer or (), read_measurable, lambda folder: None),
         }
         for kind, (places, read, look) in kinds.items():
+            with self._problem_of(f"evaluate.{kind}"):
+                set_names(places)
             for place in places:
                 if not place.startswith(evaluation_sets.PREFIX):
                     with self._problem_of(f"evaluate.{kind}"):
@@ -266,17 +310,20 @@ def pending_stages(config: RunConfig) -> list[str]:
     return pending
 
 
-def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder) -> Iterator[Problem]:
-    """Why a model cannot encode as its section, `key`, says. Raises ValueError for files that do not fit together."""
+def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder, width: int) -> Iterator[Problem]:
+    """Why a model of this width cannot encode as its section, `key`, says; width 0 is not known.
+
+    Raises ValueError for files that do not fit together.
+    """
     path, has_modules = folder.path, (folder.path / "modules.json").is_file()
     if not has_modules and model.pooling is None:
         yield Problem(f"{key}.pooling", f"{path} is a plain encoder (no modules.json): say how it pools, cls, pooler or mean")
-    if model.pooling is not None and not (path / "config.json").is_file():
+    if model.pooling is not None and (not folder.is_transformer or (has_modules and model.pooling == "pooler")):
         yield Problem(f"{key}.pooling", f"{path} is no plain encoder and names its own pooling; leave `pooling` out")
     if model.pooling == "pooler" and not folder.has_pooler:
         yield Problem(f"{key}.pooling", f"pooler, but {path} has no weights of one; use cls or mean")
     if has_modules and model.prompt_name is not None:
-        prompts = (read_json(path / "config_sentence_transformers.json") or {}).get("prompts") or {}
+        prompts = _json_of(path / "config_sentence_transformers.json").get("prompts") or {}
         if model.prompt_name not in prompts:
             yield Problem(f"{key}.prompt_name", f"{path} has no prompt {model.prompt_name!r}, but {sorted(prompts)}")
     if folder.config is not None:
@@ -287,6 +334,9 @@ def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder) -> Iter
     elif model.max_length is not None and model.max_length > limit:
         what = f"{model.max_length} is above the {limit} positions of {path}; lower it, or leave it out"
         yield Problem(f"{key}.max_length", what)
+    if model.dimensions is not None and model.dimensions > (width or model.dimensions):
+        what = f"{model.dimensions} is above the {width} dimensions of {path}; lower it, or leave it out"
+        yield Problem(f"{key}.dimensions", what)
 
 
 def _tensor_names(file: Path) -> list[str]:
@@ -296,6 +346,24 @@ def _tensor_names(file: Path) -> list[str]:
             return list(tensors.keys())
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); copy or download it again") from None
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder, {} if there is none. Raises ValueError naming it; the file stays as it is."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy or download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object; copy or download it again")
+    return found
+
+
+def _is_downloaded(encoder: Path) -> bool:
+    """Whether a folder in the hub's cache has all files of its weights: a download may have been interrupted."""
+    index = _json_of(encoder / "model.safetensors.index.json")
+    files = set(index["weight_map"].values()) if "weight_map" in index else {"*.safetensors"}
+    return all(any(encoder.glob(file)) for file in files)
 
 
 def _num_bytes(folder: Path) -> int:

@@ -20,8 +20,10 @@ class EvaluateConfig(Section):
     baselines: bool = result(
         False, description="also measure the student before training, and the PCA of what hpd compresses, at hpd's sizes"
     )
-    num_held_out: int = result(2000, gt=2, description="held-out texts that fidelity is measured on")
-    dev_sentences: int = result(1000, gt=2, description="held-out texts of a dev evaluation in training")
+    num_held_out: int = result(
+        2000, gt=2, description="held-out texts that fidelity is measured on, or what dev_sentences leaves"
+    )
+    dev_sentences: int = result(1000, gt=2, description="held-out texts of a dev evaluation in training, at most half of all")
     batch_size: int = speed(64, gt=0, description="texts in one forward pass of an evaluation")
 
 

@@ -15,21 +15,25 @@ from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.evaluation.measure import Measurement, Model
 from distill.evaluation.model_encoder import StudentEncoder, encoder_of, warn_of_unused_prompt
 from distill.evaluation.neighbours import neighbours
-from distill.evaluation.passage_index import build_index
+from distill.evaluation.passage_index import INDEX, build_index
 from distill.evaluation.score_tables import format_results
 from distill.evaluation.tasks import read_tasks
-from distill.export.folder import exports_fingerprint
+from distill.export.folder import exports_digests
 from distill.metrics.results import TEACHER, ModelResults, read_results, write_results
+from distill.metrics.vectors import encode_by_role
 from distill.run.files import fingerprint, publish, read_json, sha256_of, write_json
+from distill.run.recorded_array import is_saved
 from distill.run.session_log import device_name, session
 from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.student.fingerprint import check_recorded
 from distill.student.student_config import StudentConfig
 from distill.teacher.encoder import Teacher, evaluation_dtype
+from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
 from distill.teacher.teacher_config import TeacherConfig
 
 logger = logging.getLogger(__name__)
 UNTRAINED = "untrained"
+RESULTS, NEIGHBOURS = "results.json", "neighbours.json"
 
 
 class EvaluateStage(Stage):
@@ -57,8 +61,17 @@ class EvaluateStage(Stage):
         return self.section.sts, self.section.retrieval or (), self.section.transfer or ()
 
     def is_product_missing(self) -> str | None:
-        files = (self.directory / name for name in ("results.json", "table.txt"))
-        return next((f"{path} is missing" for path in files if not path.is_file()), None)
+        done = read_json(self.directory / "DONE.json") or {}
+        for path in (self.directory / name for name in done.get("results", {}).get("files", [RESULTS])):
+            if not (is_saved(path) if path.suffix == ".npy" else read_json(path)):
+                return f"{path} is missing"
+        return None
+
+    @property
+    def _loads_teacher(self) -> bool:
+        """Whether the teacher is a model that one process can hold."""
+        config = self.context.section(TeacherConfig)
+        return config.model is not None and config.placement != "zero3"
 
     @property
     def section(self) -> EvaluateConfig:
@@ -69,9 +82,13 @@ class EvaluateStage(Stage):
         export = self.context.run_dir / "export"
         if not stage_fingerprint(export):
             raise ValueError(f"evaluate needs {export}, which is not finished: run the export stage first")
-        check_recorded(export, export, exports_fingerprint(export))
+        check_recorded(export, export, exports_digests(export))
         tasks = read_tasks(*self._sets, precisions=section.precision or (), rescore=section.rescore)
-        measurement = Measurement(tasks, self.context.shards_dir, section.num_held_out)
+        measurement = Measurement(tasks, self.context.shards_dir, section.num_held_out, section.dev_sentences)
+        teacher, manifest = self.context.section(TeacherConfig), measurement.reader.manifest
+        check_teacher(teacher, self.context.shards_dir, manifest)
+        if self._loads_teacher:
+            check_weights(teacher, self.context.shards_dir, manifest, self.digests)
         models = list(self.models(measurement, device))
         if not models:
             raise ValueError(
@@ -81,28 +98,32 @@ class EvaluateStage(Stage):
         results: dict[str, ModelResults] = {}
         with session(self.directory, "evaluate", device):
             for model in tqdm(models, desc="evaluate", unit="model", disable=None):
-                results |= self._measured(model, measurement, device)
-            if students:
-                self._write_search(students[-1], measurement)
-        write_results(self.directory / "results.json", results)
+                try:
+                    results |= self._measured(model, measurement, device)
+                except torch.OutOfMemoryError:
+                    smaller = max(1, section.batch_size // 2)
+                    raise ValueError(f"{model.name}: out of device memory: set evaluate.batch_size={smaller}") from None
+            files = self._write_search(students[-1], measurement) if students else []
+        write_results(self.directory / RESULTS, results)
         with publish(self.directory / "table.txt") as file:
             file.write(format_results(results).encode() + b"\n")
         made = fingerprint({name: each.to_json() for name, each in results.items()})
-        self.finish({"models": list(results), "index": students[-1] if students else TEACHER}, made)
+        index = students[-1] if students else TEACHER
+        self.finish({"models": list(results), "index": index, "files": [RESULTS, *files]}, made)
         return True
 
     def models(self, measurement: Measurement, device: torch.device) -> Iterator[Model]:
         """The teacher, where one process can hold it, and the exported students in the order of their stages."""
-        config, stages = self.context.section(TeacherConfig), self.context.trained_stages
+        config, stages = pinned(self.context.section(TeacherConfig), measurement.reader.manifest), self.context.trained_stages
         pca = self._pca_sizes() if self.section.baselines else {}
         teacher = fingerprint({"teacher": measurement.reader.manifest.teacher})
-        if config.model is not None and config.placement != "zero3":
+        if self._loads_teacher:
             amp = evaluation_dtype(config, device)
             load = partial(_load_teacher, config, device, amp, self.context.precompute_dir / "offload")
             yield Model(TEACHER, teacher, load, pca=pca.get(TEACHER, ()), dtype=str(amp or torch.float32))
         if self.section.baselines and stages:
-            student = self.context.section(StudentConfig)
-            settings = student.model_dump(mode="json", exclude={"freeze_embeddings"})
+            student = initial_student(self.context.section(StudentConfig), config)
+            settings = student.model_dump(mode="json", exclude={"freeze_embeddings", "vocabulary"})  # it has all tokens
             identity = fingerprint({"student": settings, "seed": self.context.seed, "teacher": teacher})
             yield Model(UNTRAINED, identity, partial(StudentEncoder, student, config.model, self.context.seed, device))
         nested = (read_json(self.context.run_dir / "export" / "DONE.json") or {}).get("results", {}).get("nested_sizes", {})
@@ -140,14 +161,16 @@ class EvaluateStage(Stage):
                     sizes.setdefault(name, set()).update([settings["dim"], *settings["nested"]])
         return {name: tuple(sorted(found, reverse=True)) for name, found in sizes.items()}
 
-    def _write_search(self, student: str, measurement: Measurement) -> None:
-        """The search index of a student, and neighbours.json where texts were held out."""
+    def _write_search(self, student: str, measurement: Measurement) -> list[str]:
+        """Writes the search index of a student, and neighbours.json where texts were held out; returns the files' names."""
         encoder = encoder_of(self.context.run_dir / "export" / student, batch_size=self.section.batch_size)
         build_index(measurement.reader, encoder, self.directory, self.context.section(SearchConfig).max_sentences)
-        if measurement.held_out:
-            texts, vectors = measurement.held_out
-            found = neighbours(texts, encoder(texts), vectors)
-            write_json(self.directory / "neighbours.json", {"model": student, **found})
+        if not measurement.held_out:
+            return [INDEX]
+        texts, vectors = measurement.held_out
+        found = neighbours([text for _, text in texts], encode_by_role(encoder, texts), vectors)
+        write_json(self.directory / NEIGHBOURS, {"model": student, **found})
+        return [INDEX, NEIGHBOURS]
 
 
 def _load_teacher(config: TeacherConfig, device: torch.device, amp: torch.dtype | None, offload: Path) -> Teacher:

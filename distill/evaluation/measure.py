@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +12,16 @@ import numpy as np
 
 from distill.evaluation.model_encoder import TextEncoder, throughput
 from distill.evaluation.tasks import Tasks
-from distill.metrics.fidelity import fidelity
+from distill.metrics.fidelity import fidelity, rows_by_role
 from distill.metrics.held_out import final_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
-from distill.metrics.vectors import EncodedTexts, encode_sided
+from distill.metrics.vectors import EncodedTexts, RoleText, encode_by_role
 from distill.run.files import fingerprint, sha256_of
 from distill.shards import ShardReader
 from distill.shards.format import HELD_OUT
 from distill.shards.moments import Moments
 
+logger = logging.getLogger(__name__)
 SPEED_TEXTS, CALIBRATION_TEXTS, PCA_TEXTS = 512, 1000, 20_000  # of the training text
 Project = Callable[[np.ndarray], np.ndarray]
 
@@ -46,25 +48,28 @@ class Measurement:
     """Measures models on `tasks` and on the texts of a shard set: the held-out ones for fidelity, the others for speed, for the
     ranges of int8 and for the PCA."""
 
-    def __init__(self, tasks: Tasks, shards_dir: Path, num_held_out: int) -> None:
+    def __init__(self, tasks: Tasks, shards_dir: Path, num_held_out: int, num_dev: int) -> None:
         self.tasks = tasks
         self.reader = ShardReader(shards_dir)
-        self.num_held_out = num_held_out
+        self.num_held_out, self.num_dev = num_held_out, num_dev
 
     @cached_property
-    def held_out(self) -> tuple[list[str], np.ndarray] | None:
-        """Held-out texts and the teacher's vectors of them; None if there are fewer than 3."""
+    def held_out(self) -> tuple[list[RoleText], np.ndarray] | None:
+        """Held-out texts with their roles, and the teacher's vectors of them; None if there are fewer than 3."""
         path = self.reader.directory / HELD_OUT
         if not (path / "manifest.json").exists():
             return None
         reader = ShardReader(path)
-        rows = final_rows(len(reader), self.num_held_out)
-        return (reader.texts(rows), reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
+        rows = final_rows(len(reader), self.num_held_out, self.num_dev)
+        if len(rows) < min(self.num_held_out, len(reader)):
+            logger.info("evaluate: fidelity is measured on %d of %d held-out texts", len(rows), len(reader))
+        texts = list(zip(reader.roles(rows), reader.texts(rows), strict=True))
+        return (texts, reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
 
     @cached_property
     def _fingerprint(self) -> str:
         shards = sha256_of(self.reader.directory / "manifest.json")
-        return fingerprint({"tasks": self.tasks.fingerprint, "shards": shards, "held_out": self.num_held_out})
+        return fingerprint({"tasks": self.tasks.fingerprint, "shards": shards, "held_out": [self.num_held_out, self.num_dev]})
 
     def key(self, model: Model, device: str) -> str:
         """Equal for measurements of the same vectors, in the same precision, on the same sets and texts."""
@@ -75,8 +80,8 @@ class Measurement:
         """The results of each of the model's sizes by name."""
         encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
-        vectors = encode_sided(encoder, texts) if texts else None
-        held_out_vectors = encoder(held_out[0]) if held_out else None
+        vectors = encode_by_role(encoder, texts) if texts else None
+        held_out_vectors = encode_by_role(encoder, held_out[0]) if held_out else None
         has_int8 = bool(self.tasks.sts) and "int8" in self.tasks.precisions
         calibration = encoder(self._training_texts(CALIBRATION_TEXTS)) if has_int8 else None
         results: dict[str, ModelResults] = {}
@@ -84,7 +89,11 @@ class Measurement:
         for name, size, project in zip(model.result_names, sizes, self._projections(model, encoder), strict=True):
             scores: dict[str, Any] = {"texts_per_second": speed}
             if held_out and held_out_vectors is not None:
-                scores["fidelity"] = Fidelity(**fidelity(project(held_out_vectors), held_out[1]), texts=len(held_out[0]))
+                own, rows_of = project(held_out_vectors), rows_by_role([role for role, _ in held_out[0]])
+                scores["fidelity"] = Fidelity(**fidelity(own, held_out[1]), texts=len(own))
+                scores["fidelity_by_role"] = {
+                    role: Fidelity(**fidelity(own[rows], held_out[1][rows]), texts=len(rows)) for role, rows in rows_of.items()
+                }
             if vectors is not None:
                 ranges_from = None if calibration is None else project(calibration)
                 scores |= self.tasks.measure(EncodedTexts(texts, project(vectors)), calibration=ranges_from)

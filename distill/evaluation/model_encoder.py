@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 
-from distill.metrics.vectors import Encode, EncodedTexts, Side, SidedEncode, SidedText, encode_sided
+from distill.metrics.vectors import Encode, EncodedTexts, RoleEncode, RoleText, encode_by_role
 from distill.run.collectives import from_rank_0, gather_rows, rank, world_size
 from distill.run.hub import is_hub_reachable
 from distill.run.model_folders import resolve_model
-from distill.student import Student
-from distill.student.encoder import build_encoder
+from distill.run.prompts import Role
+from distill.student.encoder import check_weights_complete, set_pad_token
+from distill.student.initial import build_student
 from distill.student.student_config import StudentConfig
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ TEXTS_PER_BLOCK = 16_384  # gathered at once
 
 
 class TextEncoder(Protocol):
-    """Texts to float32 [n, dim] vectors, a SidedEncode. params: number of parameters; dtype: that it runs in."""
+    """Texts to float32 [n, dim] vectors, a RoleEncode. params: number of parameters; dtype: that it runs in."""
 
     @property
     def dim(self) -> int: ...
@@ -38,7 +40,7 @@ class TextEncoder(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray: ...
+    def __call__(self, texts: Sequence[str], role: Role | None = None, /) -> np.ndarray: ...
 
 
 class ModelEncoder:
@@ -52,43 +54,41 @@ class ModelEncoder:
         self.dtype = "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
         self.dim = len(model.encode("width", show_progress_bar=False))
 
-    def __call__(self, texts: Sequence[str], side: Side | None = None) -> np.ndarray:
+    def __call__(self, texts: Sequence[str], role: Role | None = None) -> np.ndarray:
         """Vectors float32 [n, dim] in the order given; a text that occurs twice is encoded once.
 
-        side: query or document takes the prompt that `encode_query` or `encode_document` does, None the default prompt.
+        role: query or document takes the prompt that `encode_query` or `encode_document` does, None the default prompt.
         Raises ValueError if the model gives a number that is not finite.
         """
         if not len(texts):
             return np.empty((0, self.dim), np.float32)
-        vectors = EncodedTexts.of(lambda distinct: self._encode(distinct, side), texts)(texts)
+        vectors = EncodedTexts.of(lambda distinct: self._encode(distinct, role), texts)(texts)
         if not (is_finite := np.isfinite(vectors).all(axis=1)).all():
             raise ValueError(f"the model gives a vector that is not finite, first for {texts[int(is_finite.argmin())]!r}")
         return vectors
 
-    def _encode(self, texts: list[str], side: Side | None) -> np.ndarray:
+    def _encode(self, texts: list[str], role: Role | None) -> np.ndarray:
         model: Any = self.model
-        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[side]
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[role]
         # sentence-transformers itself batches by length, longest first, and restores the order
         vectors = encode(texts, batch_size=self.batch_size, show_progress_bar=self.progress, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
 
 class StudentEncoder:
-    """A student as it is before training, as a TextEncoder; it has no prompts."""
+    """A student as it is before training, with all of its tokens, as a TextEncoder."""
 
     dtype = "float32"
 
     def __init__(self, config: StudentConfig, teacher: str | None, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
-        encoder, tokenizer = build_encoder(config, teacher, seed)
-        student = Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
-        self.student = student.to(device).eval()
-        self.dim = student.dim
-        self.params = sum(parameter.numel() for parameter in student.parameters())
+        self.student = build_student(config, teacher, seed).to(device).eval()
+        self.dim = self.student.dim
+        self.params = sum(parameter.numel() for parameter in self.student.parameters())
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray:
-        return self.student.encode(texts)
+    def __call__(self, texts: Sequence[str], role: Role | None = None, /) -> np.ndarray:
+        return self.student.encode(texts, roles=[role] * len(texts))
 
 
 def encoder_of(
@@ -133,7 +133,7 @@ def warn_of_unused_prompt(model: SentenceTransformer, name: str | Path | None) -
         )
 
 
-def encode_over_ranks(encode: SidedEncode, texts: Sequence[SidedText], device: torch.device) -> np.ndarray | None:
+def encode_over_ranks(encode: RoleEncode, texts: Sequence[RoleText], device: torch.device) -> np.ndarray | None:
     """Rank 0's vectors float32 [n, d] of its `texts`, in their order; None on the others, whose `texts` are not read.
 
     Rank r of W encodes every W-th text from r on. Vectors are gathered block by block on `device`, which is the process
@@ -143,8 +143,8 @@ def encode_over_ranks(encode: SidedEncode, texts: Sequence[SidedText], device: t
     gathered = []
     for start in range(0, num_texts, TEXTS_PER_BLOCK):
         block = from_rank_0(list(texts[start : start + TEXTS_PER_BLOCK]) if rank() == 0 else None, device)
-        mine = [(side, text) for side, text in block[rank() :: world_size()]]
-        own = torch.from_numpy(encode_sided(encode, mine)).to(device)
+        mine = [(role, text) for role, text in block[rank() :: world_size()]]
+        own = torch.from_numpy(encode_by_role(encode, mine)).to(device)
         vectors = gather_rows(own, len(block))
         if rank() == 0:
             gathered.append(vectors.cpu().numpy())
@@ -181,7 +181,11 @@ def _load(name: str, options: dict[str, Any]) -> SentenceTransformer:
     is_folder = Path(name).is_dir()
     is_reachable = not is_folder and is_hub_reachable()
     try:
-        return SentenceTransformer(name, local_files_only=not is_reachable, **options)
+        model = SentenceTransformer(name, local_files_only=not is_reachable, **options)
+        check_weights_complete(name, local_files_only=True)
+        if isinstance(model[0], Transformer):
+            set_pad_token(model.tokenizer)
+        return model
     except (OSError, SafetensorError) as error:
         if is_folder:
             raise ValueError(f"the model at {name} does not load: {error}") from None

@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from distill.evaluation.retrieval import exact_search
-from distill.metrics.vectors import SidedEncode, unit
-from distill.run.files import publish
+from distill.metrics.vectors import RoleEncode, unit
+from distill.run.recorded_array import is_saved, save_array
 from distill.shards import ShardReader
 
+INDEX = "index.npy"
 ROWS_PER_BATCH = 2048
 
 
@@ -43,8 +44,8 @@ class PassageIndex:
         return [Hit(*hit) for hit in zip(scores.tolist(), rows.tolist(), self.reader.texts(rows), strict=True)]
 
 
-def build_index(reader: ShardReader, encode: SidedEncode, directory: Path, max_texts: int) -> None:
-    """Writes the vectors of the first `max_texts` texts of the shards, [n, dim] fp16, to directory/index.npy."""
+def build_index(reader: ShardReader, encode: RoleEncode, directory: Path, max_texts: int) -> None:
+    """Writes the vectors of the first `max_texts` texts of the shards to directory/index.npy, [n, dim] fp16."""
     count = min(len(reader), max_texts)
     parts = []
     with tqdm(total=count, desc="search index", unit="text", disable=None) as bar:
@@ -52,14 +53,13 @@ def build_index(reader: ShardReader, encode: SidedEncode, directory: Path, max_t
             texts = reader.texts(np.arange(start, min(start + ROWS_PER_BATCH, count)))
             parts.append(unit(encode(texts, "document")).astype(np.float16))
             bar.update(len(texts))
-    with publish(directory / "index.npy") as file:
-        np.lib.format.write_array(file, np.concatenate(parts), allow_pickle=False)
+    save_array(directory / INDEX, np.concatenate(parts))
 
 
 def open_indices(run_dir: Path, shards_dir: Path) -> tuple[PassageIndex, PassageIndex]:
     """The student's and the teacher's index over the same texts. Raises ValueError if the run has none yet."""
-    path = run_dir / "evaluate" / "index.npy"
-    if not (path.with_name("DONE.json").is_file() and path.is_file()):
+    path = run_dir / "evaluate" / INDEX
+    if not (path.with_name("DONE.json").is_file() and is_saved(path)):
         raise ValueError(f"nothing to search in {run_dir}: no {path}; run the pipeline to its evaluate stage first")
     reader = ShardReader(shards_dir)
     compact = np.load(path, allow_pickle=False)

@@ -15,7 +15,7 @@ from distill.corpus.evaluation_sets import RetrievalSet
 from distill.evaluation.index_types import IndexType, timed_search
 from distill.metrics.bootstrap import interval, resampled_means, sample_name
 from distill.metrics.results import Resampled
-from distill.metrics.vectors import SidedEncode, unit_float32
+from distill.metrics.vectors import RoleEncode, unit_float32
 
 DEPTH = 100
 MEASURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
@@ -23,7 +23,7 @@ COMPARED = "ndcg@10"  # the measure whose resamples are kept
 
 
 def retrieval_scores(
-    encode: SidedEncode,
+    encode: RoleEncode,
     sets: Mapping[str, RetrievalSet],
     *,
     types: Sequence[IndexType] = (),
@@ -34,7 +34,8 @@ def retrieval_scores(
 
     With 95% percentile intervals from `bootstrap` resamples of the queries: the fields retrieval, retrieval_* of ModelResults.
     Every index type is measured on the same vectors and the same resamples. Documents with equal scores are ranked in the order
-    of the set, which does not depend on that of its files.
+    of the set, which does not depend on that of its files. A document that is the query itself is no result, as in BEIR and
+    mteb.
     """
     results: dict[str, Any] = {"retrieval": {}, "retrieval_ci": {}, "retrieval_resamples": {}}
     for name, given in sets.items():
@@ -44,9 +45,10 @@ def retrieval_scores(
             seed, {"queries": list(given.queries.items()), "grades": given.grades, "documents": len(given.documents)}
         )
         found: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = []  # index type, measure -> [q], costs
-        found.append(("", _by_query(exact_search(queries, documents, DEPTH), given), {}))
+        depth = DEPTH + bool(given.among_documents)
+        found.append(("", _by_query(exact_search(queries, documents, depth), given), {}))
         for index_type in types:
-            rows, costs = timed_search(index_type, queries, documents, DEPTH)
+            rows, costs = timed_search(index_type, queries, documents, depth)
             found.append((index_type.name, _by_query(rows, given), costs))
         drawn = iter(resampled_means([values for _, of_type, _ in found for values in of_type.values()], sample, bootstrap))
         scores: dict[str, Any] = {}
@@ -65,9 +67,11 @@ def retrieval_scores(
 
 def _by_query(rows: np.ndarray, given: RetrievalSet) -> dict[str, np.ndarray]:
     """Each measure [q] of the queries, which found the documents `rows` [q, count]."""
-    ids = list(given.documents)
-    found = ([ids[row] for row in of_query if row >= 0] for of_query in rows)
-    scores = [query_scores(documents, grades) for documents, grades in zip(found, given.grades.values(), strict=True)]
+    ids, itself = list(given.documents), given.among_documents
+    scores = []
+    for (query, grades), of_query in zip(given.grades.items(), rows, strict=True):
+        found = [ids[row] for row in of_query if row >= 0 and not (ids[row] == query and query in itself)]
+        scores.append(query_scores(found[:DEPTH], grades))
     return {measure: np.array([score[measure] for score in scores]) for measure in MEASURES}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,8 +21,9 @@ from distill.evaluation.retrieval import retrieval_scores
 from distill.evaluation.transfer import check_labels, transfer_scores
 from distill.metrics.quantise import Precision
 from distill.metrics.sts import Pairs, sts_scores
-from distill.metrics.vectors import Side, SidedEncode, SidedText
+from distill.metrics.vectors import RoleEncode, RoleText
 from distill.run.files import fingerprint
+from distill.run.prompts import Role
 
 Set = TypeVar("Set")
 
@@ -37,13 +39,13 @@ class Tasks(NamedTuple):
     rescore: int | None = None
 
     @property
-    def texts(self) -> list[SidedText]:
-        """Every text of every set, once for each side that it is encoded for."""
-        parts: list[tuple[Side | None, Iterable[str]]] = [(None, pairs.texts) for pairs in self.sts.values()]
+    def texts(self) -> list[RoleText]:
+        """Every text of every set, once for each role that it is encoded for."""
+        parts: list[tuple[Role | None, Iterable[str]]] = [(None, pairs.texts) for pairs in self.sts.values()]
         for found in self.retrieval.values():
             parts += [("query", found.queries.values()), ("document", found.documents.values())]
         parts += [(None, labelled.texts) for labelled in self.transfer.values()]
-        return list(dict.fromkeys((side, text) for side, texts in parts for text in texts))
+        return list(dict.fromkeys((role, text) for role, texts in parts for text in texts))
 
     @property
     def fingerprint(self) -> str:
@@ -53,7 +55,7 @@ class Tasks(NamedTuple):
         return fingerprint({"tasks": content})
 
     def measure(
-        self, encode: SidedEncode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
+        self, encode: RoleEncode, *, calibration: np.ndarray | None = None, bootstrap: int = 1000, seed: int = 0
     ) -> dict[str, Any]:
         """The fields of ModelResults of these sets. calibration: vectors [m, dim] that int8 STS takes its ranges from."""
         options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
@@ -84,22 +86,31 @@ def read_tasks(
     """
     if index_types(searches, precisions, rescore) and retrieval:
         import_faiss()
-    classified = _by_name(transfer, read_transfer)
-    for where, given in zip(transfer, classified.values(), strict=True):
-        check_labels(where, given, seed)
     return Tasks(
         read_sts(sts) if sts is not None else {},
         _by_name(retrieval, read_retrieval),
-        classified,
+        _by_name(transfer, partial(read_measurable, seed=seed)),
         tuple(searches),
         tuple(precisions),
         rescore,
     )
 
 
-def _by_name(places: Sequence[str], read: Callable[[str], Set]) -> dict[str, Set]:
+def read_measurable(where: str, seed: int = 0) -> TransferSet:
+    """A classification set. Raises ValueError where a regression cannot be fitted on it (`check_labels`)."""
+    given = read_transfer(where)
+    check_labels(where, given, seed)
+    return given
+
+
+def set_names(places: Sequence[str]) -> list[str]:
+    """The names of sets in results. Raises ValueError if two have the same one."""
     names = [set_name(place) for place in places]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two sets are called {name}; results are kept by the name of the folder or dataset")
-    return {name: read(place) for name, place in zip(names, places, strict=True)}
+    return names
+
+
+def _by_name(places: Sequence[str], read: Callable[[str], Set]) -> dict[str, Set]:
+    return {name: read(place) for name, place in zip(set_names(places), places, strict=True)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Provenance:
     """What an exported student was made from.
 
     method: the title of the task; base_model: the model that it was initialised from; recipe: the settings of its stage; text:
-    the manifest of the training text, or None; earlier: the settings of the stages before it, from the first on, by name.
+    the manifest of the training text, or None; earlier: the settings of the stages before it, from the first on, by name;
+    samples: the training samples of these stages, a text once in every epoch; language: ISO 639 codes.
     """
 
     run: str
@@ -69,14 +71,19 @@ class Provenance:
     nested: list[int]
     text: dict[str, Any] | None
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    language: list[str] | None = None
 
 
-def model_card(folder: Path, provenance: Provenance) -> str:
-    """README.md of the exported `folder`, from its files and where they come from."""
+def model_card(folder: Path, provenance: Provenance, model_index: Sequence[Mapping[str, Any]] = ()) -> str:
+    """README.md of the exported `folder`, from its files and where they come from.
+
+    model_index: the measured results, in the hub's format.
+    """
     about = read_json(folder / "export.json") or {}
     formats = [name for name in FORMATS if (folder / FORMATS[name].file).is_file()]
     parts = [
-        _front(provenance, formats),
+        _front(provenance, formats, model_index),
         _summary(provenance, about),
         _files(folder, about),
         _sentence_transformers(provenance.nested),
@@ -88,14 +95,16 @@ def model_card(folder: Path, provenance: Provenance) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(provenance: Provenance, formats: list[str]) -> str:
+def _front(provenance: Provenance, formats: list[str], model_index: Sequence[Mapping[str, Any]]) -> str:
     onnx = ["onnx"] if {"onnx", "onnx-int8"} & set(formats) else []
     front = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "knowledge-distillation", *onnx],
         **({"base_model": provenance.base_model} if is_hub_id(provenance.base_model) else {}),
+        **({"language": provenance.language} if provenance.language else {}),
         "license": "other",
+        **({"model-index": list(model_index)} if model_index else {}),
     }
     return f"---\n{_dump(front)}---"
 
@@ -104,7 +113,9 @@ def _summary(provenance: Provenance, about: dict[str, Any]) -> str:
     teachers = " and ".join(f"`{public(name)}`" for name in provenance.teachers)
     sources = ", ".join(escaped(public(source)) for source in provenance.sources)
     kept = (provenance.text or {}).get("counts", {}).get("kept", 0)
-    stages = ", then ".join(f"`{stage}`" for stage in [*provenance.earlier, provenance.stage])
+    names = [*provenance.earlier, provenance.stage]
+    counts = {name: f" ({provenance.samples[name]:,} samples)" if provenance.samples.get(name) else "" for name in names}
+    stages = ", then ".join(f"`{name}`{count}" for name, count in counts.items())
     summary = f"""\
 # {provenance.run}, after {provenance.method}
 

@@ -47,9 +47,11 @@ def rewrite_for_clients(folder: Path, student: Student) -> None:
 
 
 def _pooling(config: dict[str, Any]) -> dict[str, Any]:
+    modes = config["pooling_mode"]
+    modes = [modes] if isinstance(modes, str) else modes
     return {
         "word_embedding_dimension": config["embedding_dimension"],
-        **{key: mode == config["pooling_mode"] for mode, key in POOLING_MODES.items()},
+        **{key: mode in modes for mode, key in POOLING_MODES.items()},
         "include_prompt": config["include_prompt"],
     }
 
@@ -59,7 +61,8 @@ def _weighted_layer_pooling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dense(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in ("in_features", "out_features", "bias", "activation_function")}
+    known = ("in_features", "out_features", "bias", "activation_function", "use_residual")
+    return {key: config[key] for key in known if key in config}
 
 
 _REWRITTEN = {"Pooling": _pooling, "WeightedLayerPooling": _weighted_layer_pooling, "Dense": _dense}
@@ -74,8 +77,8 @@ def _write_tokenizer_configs(folder: Path, student: Student) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": student.max_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "right",
-        "truncation_side": "right",
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
         "clean_up_tokenization_spaces": False,
         **special,
         **({"additional_special_tokens": extra} if extra else {}),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
 
 from distill.run.config import Section, result
+
+LanguageCode = Annotated[str, StringConstraints(pattern="^[a-z]{2,3}$")]
 
 
 class ExportConfig(Section):
@@ -12,4 +16,7 @@ class ExportConfig(Section):
 
     formats: list[Literal["onnx", "onnx-int8"]] = result(
         [], description="written beside the sentence-transformers folder; they need `bash launcher/install.sh quickstart,onnx`"
+    )
+    language: list[LanguageCode] | None = result(
+        None, description='ISO 639 codes of the text\'s languages, for the model cards, e.g. [en, "no"]'
     )

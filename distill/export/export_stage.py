@@ -12,14 +12,14 @@ import torch
 from distill.corpus.text_config import TextConfig
 from distill.export.card import Provenance, model_card
 from distill.export.export_config import ExportConfig
-from distill.export.folder import export_student, exports_fingerprint
+from distill.export.folder import export_student, exports_digests
 from distill.export.formats import require_packages
 from distill.export.sentence_transformers import check_pooling
 from distill.run.files import read_json
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.shards import ShardReader
-from distill.student.fingerprint import check_student
+from distill.student.fingerprint import check_student, files_fingerprint
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.tasks import training_tasks
@@ -62,7 +62,8 @@ class ExportStage(Stage):
                 cosines[name] = {each: {"worst": found.worst, "mean": found.mean} for each, found in agreements.items()}
                 logger.info("%s: %s", name, out)
         results = {"folders": folders, "formats": formats, "nested_sizes": nested, "cosines": cosines}
-        self.finish(results, exports_fingerprint(self.directory))
+        files = exports_digests(self.directory)
+        self.finish(results, files_fingerprint(files), files)
         return True
 
     def formats(self) -> list[str]:
@@ -88,13 +89,19 @@ class ExportStage(Stage):
             stage=stage,
             method=training_tasks()[stage].title,
             base_model=base or "",
-            teachers=[model.model or teacher.vectors or "" for model in teacher.models],
+            teachers=teacher.names,
             sources=[source.name or source.path or source.type for source in sources],
             recipe=recipe,
             nested=done.get("results", {}).get("nested_sizes", []),
             text=read_json(self.context.precompute_dir / "text" / "manifest.json"),
             earlier=self._settings_before(recipe),
+            samples={name: self._num_samples(name) for name in [*self._settings_before(recipe), stage]},
+            language=self.context.section(ExportConfig).language,
         )
+
+    def _num_samples(self, stage: str) -> int:
+        done = read_json(self.context.run_dir / stage / "DONE.json") or {}
+        return int(done.get("results", {}).get("texts", 0))
 
     def _settings_before(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """The settings of the stages that a stage with these was initialised from, by name, from the first on."""

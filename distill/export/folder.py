@@ -13,10 +13,10 @@ from distill.export.formats import FORMATS, require_packages
 from distill.export.int8 import int8_graph
 from distill.export.onnx import onnx_graph
 from distill.export.sentence_transformers import check_pooling, save_sentence_transformers
-from distill.run.files import flush
+from distill.run.files import flush, naming
 from distill.run.model_folders import apply_umask
 from distill.student import Student
-from distill.student.fingerprint import files_fingerprint
+from distill.student.fingerprint import digests_of
 
 
 def export_student(
@@ -41,20 +41,21 @@ def export_student(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        save_sentence_transformers(student, student_dir, part)
-        _save_onnx(student, part, formats)
-        expected = student.encode(check_on)
-        agreements = {
-            name: check_format(part, name, str(student_dir), check_on, expected)
-            for name in FORMATS
-            if name == "sentence-transformers" or name in formats
-        }
-        description = json.dumps(_description(student, len(check_on), agreements), indent=1)
-        (part / "export.json").write_text(description + "\n", encoding="utf-8")
-        (part / "README.md").write_text(card(part), encoding="utf-8")
-        apply_umask(part)
-        for path in part.rglob("*"):
-            flush(path)
+        with naming(part):
+            save_sentence_transformers(student, student_dir, part)
+            _save_onnx(student, part, formats)
+            expected = student.encode(check_on)
+            agreements = {
+                name: check_format(part, name, str(student_dir), check_on, expected)
+                for name in FORMATS
+                if name == "sentence-transformers" or name in formats
+            }
+            description = json.dumps(_description(student, len(check_on), agreements), indent=1)
+            (part / "export.json").write_text(description + "\n", encoding="utf-8")
+            (part / "README.md").write_text(card(part), encoding="utf-8")
+            apply_umask(part)
+            for path in part.rglob("*"):
+                flush(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -64,10 +65,9 @@ def export_student(
     return agreements
 
 
-def exports_fingerprint(directory: Path) -> str:
-    """The fingerprint of all exported folders of a run but for their model cards; the export stage records it in DONE.json."""
-    files = [path for path in directory.glob("*/**/*") if path.is_file() and path.name != "README.md"]
-    return files_fingerprint(directory, files)
+def exports_digests(directory: Path) -> dict[str, str]:
+    """The sha256 of all files of the exported folders of a run but for model cards, which the stage records in DONE.json."""
+    return digests_of(directory, [path for path in directory.glob("*/**/*") if path.is_file() and path.name != "README.md"])
 
 
 def _save_onnx(student: Student, folder: Path, formats: Collection[str]) -> None:

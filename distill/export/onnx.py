@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.student import Student
-from distill.student.pooling import pool
 from distill.student.student import PooledVectors
 
 OPSET = 18
@@ -35,17 +34,23 @@ class _Graph(nn.Module):
         self.student = student
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        embedded_bld = self.student.encoder.get_input_embeddings()(input_ids)
-        output = self.student.encoder_output(embedded_bld, attention_mask)
-        vectors_bd = self.student(PooledVectors(pool(self.student.pooling, output, attention_mask)))
+        lookup = self.student.encoder.get_input_embeddings() if self.student.embeds_tokens_first else nn.Identity()
+        output = self.student.encoder_output(lookup(input_ids), attention_mask)
+        vectors_bd = self.student(PooledVectors(self.student.pooled(output, attention_mask)))
         return nn.functional.normalize(vectors_bd.float(), dim=-1), output.last_hidden_state
 
 
 def onnx_graph(student: Student) -> Any:
     """The student, float32, as an onnx.ModelProto of opset 18 whose bytes depend on the student alone.
 
-    Raises ValueError if the weights are too large for one file, or if torch cannot convert the encoder.
+    Raises ValueError if the weights are too large for one file, if torch cannot convert the encoder, or if the pooling leaves
+    out prompts, of which a graph does not know where they end.
     """
+    if not student.settings.include_prompt and any(student.settings.prompts.values()):
+        raise ValueError(
+            "export.formats: this student's pooling leaves out its prompts (include_prompt is false), which a graph of tokens"
+            " cannot; leave export.formats empty"
+        )
     num_bytes = 4 * sum(parameter.numel() for parameter in student.parameters())
     if num_bytes > LARGEST:
         raise ValueError(

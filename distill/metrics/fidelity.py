@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from distill.metrics.spearman import spearman, spearman_rows
 from distill.metrics.vectors import unit
+from distill.run.prompts import Role
+
+
+def rows_by_role(roles: Sequence[Role | None]) -> dict[str, list[int]]:
+    """The rows of each role that has at least 3 texts, if there are several roles; {} otherwise."""
+    rows_of: dict[str, list[int]] = {}
+    for row, role in enumerate(roles):
+        if role is not None:
+            rows_of.setdefault(role, []).append(row)
+    return {role: rows for role, rows in sorted(rows_of.items()) if len(rows) >= 3} if len(set(roles)) > 1 else {}
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:

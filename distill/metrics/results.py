@@ -42,6 +42,8 @@ class ModelResults(BaseModel):
     """What was measured of one model at one size. Sets that were not measured are absent; *_ci are 95% intervals.
 
     dtype          that the model ran in: float32, bfloat16, float16
+    fidelity_by_role
+                   the same among the held-out queries and documents alone, where there are texts of several roles
     sts            set -> Spearman x 100; AVG: the mean of the sets AVG_OF
     sts_quantised  float16, int8, binary -> the same with such vectors
     retrieval      set -> ndcg@10, recall@10, recall@100, mrr@10 of exact search, 0..1; index type -> the same and its costs
@@ -57,6 +59,7 @@ class ModelResults(BaseModel):
     bytes_per_vector: int
     texts_per_second: float | None = None
     fidelity: Fidelity | None = None
+    fidelity_by_role: dict[str, Fidelity] = {}
     sts: Scores = {}
     sts_ci: dict[str, Interval] = {}
     sts_quantised: dict[str, Scores] = {}

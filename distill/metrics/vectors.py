@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
+
+from distill.run.prompts import Role
 
 Encode = Callable[[list[str]], np.ndarray]
 """Texts [n] to their vectors, float32 [n, d], in the same order; not necessarily normalised."""
 
-Side = Literal["query", "document"]
-"""What a text is in retrieval: a model may have a prompt for each side."""
-
-SidedText = tuple[Side | None, str]
+RoleText = tuple[Role | None, str]
 
 
-class SidedEncode(Protocol):
+class RoleEncode(Protocol):
     """An Encode that also encodes queries and documents, with the model's prompts for them."""
 
-    def __call__(self, texts: list[str], side: Side | None = None, /) -> np.ndarray: ...
+    def __call__(self, texts: list[str], role: Role | None = None, /) -> np.ndarray: ...
 
 
 class EncodedTexts:
-    """A SidedEncode that looks up the stored vectors [n, d] of n distinct texts instead of running a model."""
+    """A RoleEncode that looks up the stored vectors [n, d] of n distinct texts instead of running a model."""
 
-    def __init__(self, texts: Sequence[SidedText], vectors: np.ndarray) -> None:
+    def __init__(self, texts: Sequence[RoleText], vectors: np.ndarray) -> None:
         self.texts, self.vectors = texts, vectors
         self._row_of = {text: row for row, text in enumerate(texts)}
 
     @classmethod
     def of(cls, encode: Encode, texts: Iterable[str]) -> EncodedTexts:
-        """Each text encoded once, all of them in one call, without a side."""
+        """Each text encoded once, all of them in one call, without a role."""
         distinct = list(dict.fromkeys(texts))
         return cls([(None, text) for text in distinct], encode(distinct))
 
-    def __call__(self, texts: Sequence[str], side: Side | None = None, /) -> np.ndarray:
-        return self.vectors[[self._row_of[side, text] for text in texts]]
+    def __call__(self, texts: Sequence[str], role: Role | None = None, /) -> np.ndarray:
+        return self.vectors[[self._row_of[role, text] for text in texts]]
 
 
-def encode_sided(encode: SidedEncode, texts: Sequence[SidedText]) -> np.ndarray:
-    """The vectors [n, d] of texts of several sides, in their order; all texts of a side are encoded in one call."""
-    rows_of: dict[Side | None, list[int]] = {}
-    for row, (side, _) in enumerate(texts):
-        rows_of.setdefault(side, []).append(row)
+def encode_by_role(encode: RoleEncode, texts: Sequence[RoleText]) -> np.ndarray:
+    """The vectors [n, d] of texts of several roles, in their order; all texts of a role are encoded in one call."""
+    rows_of: dict[Role | None, list[int]] = {}
+    for row, (role, _) in enumerate(texts):
+        rows_of.setdefault(role, []).append(row)
     vectors = encode([]) if not rows_of else None
-    for side, rows in rows_of.items():
-        part = encode([texts[row][1] for row in rows], side)
+    for role, rows in rows_of.items():
+        part = encode([texts[row][1] for row in rows], role)
         if vectors is None:
             vectors = np.empty((len(texts), part.shape[1]), part.dtype)
         vectors[rows] = part

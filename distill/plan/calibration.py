@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.functional import normalize
 
 from distill.config import RunConfig
-from distill.corpus import text_hash
+from distill.corpus import TextChunk, text_hash
 from distill.plan.devices import DeviceTable, local_devices
 from distill.plan.planner import Inputs, plan_stage
 from distill.plan.shapes import stage_chain
@@ -169,7 +169,7 @@ def _measure_teacher(config: RunConfig, device: torch.device) -> dict[str, float
     reader = ShardReader(config.shards_dir, verify=False)
     rows, first, start, flops = max(64, section.tokens_per_batch // 4), 0, 0.0, 0.0
     while not first or time.perf_counter() - start < SECONDS / 3:
-        teacher.encode(teacher.read(reader.texts((np.arange(rows) + first) % len(reader))))
+        teacher.encode(teacher.read(TextChunk(reader.texts((np.arange(rows) + first) % len(reader)), None, None)))
         if not first:  # in which kernels are chosen
             start, flops = time.perf_counter(), float(teacher.work.flops)
         first += rows

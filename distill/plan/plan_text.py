@@ -53,7 +53,7 @@ def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
     rows = min(train.micro_batch, -(-train.global_batch // plan.cluster.ranks))
     lines += [
         f"one step: {format_duration(total)}: {parts}",
-        f"memory of a rank with micro_batch {rows} and {config.student.max_length} tokens in every text; > marks the config's:",
+        f"memory of a rank with micro_batch {rows} and {plan.student_length:,} tokens in every text; > marks the config's:",
     ]
     marked = {f"{'>' if key == stage.deepspeed else ' '} {key}": _columns(variant) for key, variant in stage.variants.items()}
     header = ["deepspeed", *_columns(stage.chosen)]

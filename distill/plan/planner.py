@@ -20,6 +20,7 @@ from distill.plan.step_cost import HALF, bytes_received, collectives_per_step, r
 from distill.plan.text_estimate import TextEstimate, estimate_text
 from distill.plan.zero_partition import ZeroSettings
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, length_order
+from distill.student.initial import pooling_and_length
 from distill.student.student import PAD_TO
 from distill.teacher.imported import ImportedVectors
 from distill.training.tasks.finetune import FinetuneConfig
@@ -44,13 +45,24 @@ class Inputs:
     student: Architecture
     teacher_dim: int
 
+    @property
+    def student_length(self) -> int:
+        """The tokens of the student's longest input: its limit, or what the texts have if nothing but the model limits them."""
+        section, architecture = self.config.student, self.student
+        _, limit = pooling_and_length(section, architecture.settings, architecture.max_length)
+        return limit if section.max_length is not None else min(limit, int(self.text.lengths.max()))
+
 
 def collect_inputs(
     config: RunConfig, cluster: Cluster, *, tokens_per_text: float | None = None, num_texts: int | None = None
 ) -> Inputs:
     """tokens_per_text, num_texts: instead of estimates. Raises ValueError where text or an architecture is not known."""
     section, init = config.teacher, config.student.init
-    teachers = [architecture_of(each.model or "", each.revision) for each in section.models] if section.model else []
+    teachers = []
+    for each in section.models if section.model else []:
+        teachers.append(architecture_of(each.model or "", each.revision, each.dimensions))
+        if each.dimensions is not None and each.dimensions > teachers[-1].dim:
+            raise ValueError(f"teacher.dimensions {each.dimensions} is above the {teachers[-1].dim} dimensions of {each.model}")
     teacher_dim = sum(each.dim for each in teachers) if teachers else ImportedVectors(section).dim
     student = teachers[0] if init == "teacher" else architecture_of(init, config.student.revision)
     text = estimate_text(config, cluster.assumed, student.folder, tokens_per_text=tokens_per_text, num_texts=num_texts)
@@ -102,11 +114,12 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All values of a plan, in bytes, seconds, dollars and FLOPs; dataclasses.asdict makes it JSON."""
+    """All values of a plan, in bytes, seconds, dollars and FLOPs; dataclasses.asdict makes it JSON. student_length: tokens."""
 
     num_texts: int
     tokens_per_text: float
     bytes_per_text: float
+    student_length: int
     estimated_from: dict[str, str]
     shards: dict[str, float]
     teacher: TeacherPlan | None
@@ -131,6 +144,7 @@ def make_plan(inputs: Inputs, measured: dict[str, Any] | None = None) -> Plan:
         num_texts=text.num_texts,
         tokens_per_text=text.tokens_per_text,
         bytes_per_text=text.bytes_per_text,
+        student_length=inputs.student_length,
         estimated_from=text.estimated_from,
         shards=_shards(inputs),
         teacher=teacher,
@@ -153,8 +167,8 @@ def _shards(inputs: Inputs) -> dict[str, float]:
 def _teacher(inputs: Inputs) -> TeacherPlan:
     cluster, text, flops = inputs.cluster, inputs.text, 0.0
     shapes = [teacher_shape(each, is_bf16=cluster.is_bf16) for each in inputs.teachers]
-    for section, shape in zip(inputs.config.teacher.models, shapes, strict=True):
-        lengths = text.truncated(section.max_length or 512).lengths.tolist()
+    for section, model, shape in zip(inputs.config.teacher.models, inputs.teachers, shapes, strict=True):
+        lengths = text.truncated(section.max_length or model.max_length).lengths.tolist()
         flops_per_text = shape.forward_flops([(1, length) for length in lengths]) / len(lengths)
         flops += flops_per_text * (text.num_texts + text.num_held_out)
     seconds = flops / (cluster.peak_flops * cluster.device.teacher * cluster.ranks * cluster.assumed.padding)
@@ -163,7 +177,7 @@ def _teacher(inputs: Inputs) -> TeacherPlan:
 
 def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     """The plan of stage `name`. Raises ValueError if its batch is smaller than the ranks or larger than the data."""
-    config, cluster, text = inputs.config, inputs.cluster, inputs.text.truncated(inputs.config.student.max_length)
+    config, cluster, text = inputs.config, inputs.cluster, inputs.text.truncated(inputs.student_length)
     train = config.train(name)
     if train.global_batch < cluster.ranks:
         raise ValueError(
@@ -208,7 +222,7 @@ def _variant(inputs: Inputs, shape: TaskShape, zero: ZeroSettings, micro_batches
     cluster = inputs.cluster
 
     def memory(rows: int) -> dict[str, float]:  # of texts that are all as long as possible
-        longest = (rows * shape.texts_per_row, float(inputs.config.student.max_length))
+        longest = (rows * shape.texts_per_row, float(inputs.student_length))
         return rank_memory(shape, zero, cluster.ranks, [longest])
 
     candidates = range(1, min(_rows_per_rank(shape.train, cluster), MAX_MICRO_BATCH) + 1)

@@ -16,6 +16,9 @@ from distill.config import RunConfig
 from distill.plan.architectures import Architecture
 from distill.student import Student
 from distill.student.encoder import keep_layers, set_dropout
+from distill.student.initial import pooling_and_length, with_config
+from distill.student.settings import without_weights
+from distill.teacher.identity import initial_student
 from distill.training.contrast import ContrastConfig
 from distill.training.projection import build_projection
 from distill.training.step_metrics import num_passes
@@ -172,11 +175,15 @@ def stage_chain(config: RunConfig, name: str) -> list[str]:
 def _build_task(config: RunConfig, name: str, architecture: Architecture, teacher_dim: int) -> nn.ModuleDict:
     """Student, projection and temperature of stage `name`, with new weights."""
     train, section, chain = config.train(name), config.student, stage_chain(config, name)
+    if section.vocabulary is not None and section.vocabulary.size is not None:
+        architecture = architecture.with_vocabulary(section.vocabulary.size)
     encoder = architecture.build().train()
     if section.layers is not None:
         keep_layers(encoder, section.kept(encoder.config.num_hidden_layers))
     tokenizer: Any = None  # not needed: no text is encoded
-    student = Student(encoder, tokenizer, pooling=section.pooling, max_length=section.max_length)
+    pooling, max_length = pooling_and_length(section, architecture.settings, architecture.max_length)
+    settings = without_weights(with_config(architecture.settings, initial_student(section, config.teacher)))
+    student = Student(encoder, tokenizer, pooling=pooling, max_length=max_length, settings=settings)
     if "hpd" in chain:
         compact: Any = config.train("hpd")
         student.add_head(compact.dim, compact.head, 0)
@@ -186,6 +193,7 @@ def _build_task(config: RunConfig, name: str, architecture: Architecture, teache
     encoder.get_input_embeddings().requires_grad_(not section.freeze_embeddings)
     if getattr(train, "freeze_encoder", False):
         encoder.requires_grad_(False)
+        student.dense.requires_grad_(False)
     task = nn.ModuleDict({"student": student})
     if isinstance(temperature := getattr(train, "temperature", None), TemperatureConfig):
         task["temperature"] = Temperature(temperature)

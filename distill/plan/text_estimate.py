@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -107,7 +108,7 @@ def _sample(config: RunConfig, reader: ShardReader | None) -> list[str]:
         if source.type == "file" and matching_files(source):
             found += islice(read_source(source), SAMPLE_TEXTS // len(config.text.sources))
     limits = config.text
-    return [text for text in map(str.strip, found) if limits.min_chars <= len(text) <= limits.max_chars]
+    return [text for text in map(str.strip, found) if limits.min_chars <= len(text) <= (limits.max_chars or sys.maxsize)]
 
 
 def _estimate_num_texts(config: RunConfig, assumed: Assumptions, bytes_per_text: float) -> tuple[int, str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
+
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from distill.config import RunConfig
 from distill.export.card import model_card
@@ -24,11 +28,29 @@ def write_model_cards(config: RunConfig, results: Results) -> None:
         folder = export.directory / name
         if not folder.is_dir():
             continue
-        card = model_card(folder, export.provenance(name))
+        card = model_card(folder, export.provenance(name), model_index(f"{config.name}/{name}", results.get(name)))
         if name in results:
             card += f"\n{results_section(name, results)}\n"
         with publish(folder / "README.md") as file:
             file.write(card.encode())
+
+
+def model_index(model: str, results: ModelResults | None) -> list[dict[str, Any]]:
+    """The results of a model in the hub's format; [] without any."""
+    if results is None:
+        return []
+    scores: list[tuple[str, str, str, Any]] = [
+        ("semantic-similarity", name, "spearman_cosine", score / 100)
+        for name, score in results.sts.items()
+        if isinstance(score, float) and name != "AVG"
+    ]
+    scores += [("information-retrieval", name, "cosine_ndcg@10", each["ndcg@10"]) for name, each in results.retrieval.items()]
+    scores += [("text-classification", name, "accuracy", each["accuracy"]) for name, each in results.transfer.items()]
+    found = [
+        EvalResult(task, dataset_type=name, dataset_name=name, metric_type=metric, metric_value=round(float(value), 4))
+        for task, name, metric, value in scores
+    ]
+    return eval_results_to_model_index(model, found) if found else []
 
 
 def results_section(name: str, results: Results) -> str:

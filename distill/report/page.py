@@ -63,7 +63,7 @@ def _context(config: RunConfig, results: Results) -> dict[str, Any]:
     return {
         "name": config.name,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),  # safe: a file of this package
-        "teachers": [public(model.model or config.teacher.vectors or "") for model in config.teacher.models],
+        "teachers": [public(name) for name in config.teacher.names],
         "method": training_tasks()[students[-1]].title if students else None,
         "measured_on": time.strftime("%Y-%m-%d", time.gmtime(sessions[-1]["started"])) if sessions else None,
         "tiles": headline(results, students[-1]) if students else [],

@@ -10,9 +10,9 @@ from distill.config import TRAINING_STAGES, RunConfig
 from distill.export.card import public
 from distill.report.charts import Chart
 from distill.report.result_tables import TIMES, Table
-from distill.run.files import read_json
+from distill.run.files import read_json, read_lines
 from distill.run.formatting import format_duration
-from distill.run.session_log import read_lines, read_sessions
+from distill.run.session_log import read_sessions
 
 STATUS = {
     "kept": "kept, and embedded for training",

@@ -19,7 +19,7 @@ def num_cores() -> int:
 def _quotas() -> Iterator[int]:
     """The quota of each cgroup that has one, in whole cores, rounded up."""
     try:
-        groups = [line.split(":", 2) for line in OF_THIS_PROCESS.read_text().splitlines()]
+        groups = [line.split(":", 2) for line in OF_THIS_PROCESS.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return
     for _, controllers, path in groups:
@@ -36,6 +36,6 @@ def _quotas() -> Iterator[int]:
 
 def _words(path: Path) -> list[str]:
     try:
-        return path.read_text().split()
+        return path.read_text(encoding="utf-8").split()
     except OSError:
         return []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -14,7 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distill.run import liveness
+
 logger = logging.getLogger(__name__)
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 _LFS_BEGIN = b"version https://git-lfs.github.com/spec/v1"
 LFS_POINTER = "is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned"
 
@@ -27,29 +31,55 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     process may rename the folder as soon as `path` exists, so it is flushed through a descriptor that was opened before.
     """
     folder = os.open(path.parent, os.O_RDONLY)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = temporary_name(path)
     try:
-        with part.open("xb") as file:
+        with naming(path), part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
         os.fsync(folder)
-    except BaseException as error:
+    except BaseException:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)
         raise
     finally:
         os.close(folder)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the operating system that names no file names `path`, whoever raised it.
+
+    Libraries written in Rust (safetensors, tokenizers) raise errors of their own that end in "(os error 28)".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if (found := _OF_RUST.search(str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other call returns, and by which `sweep` knows who writes it."""
+    return path.with_name(f".{path.name.lstrip('.')}.{liveness.label()}-{secrets.token_hex(4)}.part")
+
+
 def sweep(directory: Path, *, older_than: float = 3600.0) -> None:
-    """Deletes temporary files of `publish` whose writer was killed: those not written to for `older_than` seconds."""
-    for part in directory.glob(".*.part"):
-        with suppress(FileNotFoundError):  # published or swept by another process in between
-            if time.time() - part.stat().st_mtime > older_than:
-                part.unlink()
+    """Deletes the temporary files below a folder whose writer was killed.
+
+    Those are of processes that ran on this machine and are gone; of others, what was not written to for `older_than` seconds.
+    """
+    for folder, _, names in os.walk(directory):
+        for part in (Path(folder, name) for name in names if name.startswith(".") and name.endswith(".part")):
+            with suppress(OSError):  # published or swept by another process in between, or another user's
+                writer = part.name.removesuffix(".part").rpartition(".")[2].rpartition("-")[0]
+                if liveness.has_ended(writer) or time.time() - part.stat().st_mtime > older_than:
+                    part.unlink()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -74,6 +104,27 @@ def unseal(raw: bytes, *, indent: int | None = None) -> dict[str, Any]:
     if seal(value, indent=indent) != raw:
         raise ValueError("it was changed after it was written (its own sha256 does not fit)")
     return value
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Appends `value` to a .jsonl file, with its own checksum."""
+    with naming(path), path.open("ab") as file:
+        file.write(seal(value) + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of `append_line`; [] if there is none. A line that is damaged is left out, with a warning.
+
+    Lines without a checksum were written by an earlier version of this program.
+    """
+    found, raw = [], path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(raw.splitlines(), start=1):
+        try:
+            value = json.loads(line)
+            found.append(value if isinstance(value, dict) and value and "self" not in value else unseal(line))
+        except ValueError as error:
+            logger.warning("%s, line %d, is damaged and left out: %s", path, number, error)
+    return found
 
 
 def fingerprint(value: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]  # what a rank writes about itself
 RECORD_BYTES = 1024
 BEAT = 1.0
-SILENCE = 6.0  # seconds without a heartbeat after which a rank counts as lost
+BEATS = 500  # heartbeats that all ranks together write in a second at most; more ranks beat less often
+SILENCE = 6.0  # seconds without a heartbeat after which a rank counts as lost, where ranks beat every second
 PRECEDENCE = 1.0  # seconds in which rank 0, whose terminal is seen, is elected first: a disconnected rank reaches nobody
 NEAR = 16  # ranks to either side, which as a rule include those of the same machine
 POLL = 0.1  # seconds from one look at the ranks nearby to the next, with up to POLLERS ranks; more ranks wait longer
@@ -35,7 +36,10 @@ PATIENCE = 5.0  # seconds in which a rank must exit by itself once another has r
 
 
 class RankHeartbeats:
-    """One rank's heartbeat, and its view of the others. `step`, set by the caller: the training step it is at."""
+    """One rank's heartbeat, and its view of the others.
+
+    step: the training step that it is at, set by the caller. silence: seconds without a heartbeat until a rank counts as lost.
+    """
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         self.step = 0
@@ -47,7 +51,9 @@ class RankHeartbeats:
         self._seen: dict[int, Record] = {number: _unknown(number) for number in range(world_size)}
         folder.mkdir(parents=True, exist_ok=True)
         self._beat()
-        self._heartbeat = Heartbeat(self._beat_or_exit, BEAT)
+        self.interval = max(BEAT, world_size / BEATS)
+        self.silence = SILENCE * self.interval / BEAT
+        self._heartbeat = Heartbeat(self._beat_or_exit, self.interval)
         self._heartbeat.start()
 
     def close(self) -> None:
@@ -72,7 +78,7 @@ class RankHeartbeats:
     def diagnose(self, failure: str, timeout: float) -> str:
         """What happened to the other ranks, after a collective failed with `failure`; '' if another rank reports it.
 
-        Takes up to SILENCE seconds. Every rank looks at those nearby, of its machine; at all others one rank after the other,
+        Takes up to `silence` seconds. Every rank looks at those nearby, of its machine; at all others one rank after the other,
         the lowest first, as their number grows with the square of the ranks'. Ranks that are stopped on this machine are
         killed: they would stay behind, since what ends the rest, a launcher's SIGTERM, does not reach them. That comes after
         `elect`, or another rank would find them killed.
@@ -91,7 +97,7 @@ class RankHeartbeats:
             self._read_records(range(self.world_size) if sees_all else self._nearby)
             if sees_all and not first:
                 since, first = now, dict(self._seen)
-            message, ended = self._diagnose_once(failure, timeout, first, bool(first) and now - since > SILENCE)
+            message, ended = self._diagnose_once(failure, timeout, first, bool(first) and now - since > self.silence)
             if message:
                 if self.rank > 0:
                     time.sleep(PRECEDENCE)
@@ -104,7 +110,7 @@ class RankHeartbeats:
     def _diagnose_once(self, failure: str, timeout: float, first: dict[int, Record], is_late: bool) -> tuple[str, list[Record]]:
         """What is known now, '' for nothing yet, and the ranks to be killed.
 
-        first: the records SILENCE seconds ago; {} while only those of the ranks nearby have been read.
+        first: the records `silence` seconds ago; {} while only those of the ranks nearby have been read.
         """
         limit = f"{timeout:g} s (engine.timeout)"
         others = [record for number, record in self._seen.items() if number != self.rank]
@@ -184,6 +190,6 @@ def _kill(records: list[Record]) -> None:
 def _read(path: Path) -> Record | None:
     """The object in a file that is written in place; None if it is not there, or is being written."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -42,7 +43,7 @@ def this_process() -> dict[str, Any]:
     names = Path("/proc/self/ns/pid")
     return {
         "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.exists() else "",
+        "boot": boot.read_text(encoding="utf-8").strip() if boot.exists() else "",
         "pids": names.stat().st_ino if names.exists() else 0,
         "pid": os.getpid(),
         "started": _stat(os.getpid())[1],
@@ -62,10 +63,28 @@ def state_of(process: dict[str, Any]) -> str:
     return state if started == process.get("started") else ""
 
 
+def label() -> str:
+    """This process as part of a file's name: a digest of its machine (host, boot, namespace), its number and start time."""
+    ours = this_process()
+    return f"{machine(ours)}-{ours['pid']}-{ours['started']}"
+
+
+def has_ended(label: str) -> bool:
+    """Whether the process of a `label` ran on this machine and is gone; False for one of another machine."""
+    on, _, process = label.partition("-")
+    pid, _, started = process.partition("-")
+    return on == machine(this_process()) and pid.isdecimal() and _stat(int(pid))[1] != started
+
+
+def machine(process: dict[str, Any]) -> str:
+    """A digest, 8 hex digits, of where a process runs: host, boot, namespace of process numbers."""
+    return hashlib.sha256(f"{process['host']} {process['boot']} {process['pids']}".encode()).hexdigest()[:8]
+
+
 def _stat(pid: int) -> tuple[str, str]:
     """State and start time (in kernel ticks, since process numbers are reused) of a process; ('', '') if it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return "", ""
     return ("", "") if fields[0] in "ZX" else (fields[0], fields[19])

@@ -7,7 +7,6 @@ A session that is killed leaves no line. No stage reads the log.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import socket
@@ -24,6 +23,7 @@ import torch
 import distill
 from distill.run.collectives import is_distributed, rank, reduce_sums, world_size
 from distill.run.energy import EnergyMeter
+from distill.run.files import append_line, read_lines
 from distill.run.stopping import Stopped
 
 PACKAGES = ("torch", "deepspeed", "transformers", "sentence-transformers", "numpy")
@@ -46,8 +46,8 @@ def session(directory: Path, work: str, device: torch.device, *, alone: bool = F
         joules = _sum_over_ranks(energy.joules(), device) if together else energy.joules()
         if alone or rank() == 0:
             seconds = round(time.monotonic() - clock, 1)
-            with suppress(OSError), (directory / FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "seconds": seconds, "gpu_joules": joules}) + "\n")
+            with suppress(OSError):
+                append_line(directory / FILE, {**line, "seconds": seconds, "gpu_joules": joules})
 
     try:
         yield
@@ -61,15 +61,6 @@ def session(directory: Path, work: str, device: torch.device, *, alone: bool = F
 def read_sessions(directory: Path) -> list[dict[str, Any]]:
     """The lines of a stage's sessions.jsonl."""
     return read_lines(directory / FILE)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a .jsonl file that is only appended to; [] if there is no file. An incomplete line is skipped."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +80,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
             return found[1].strip()
     return platform.machine()
 

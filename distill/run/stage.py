@@ -14,6 +14,7 @@ A stage is a subclass of Stage; distill/config.py lists them and gives each inst
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import shutil
@@ -31,6 +32,7 @@ from distill.run.files import DigestCache, flush, publish, read_json, write_json
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=Section)
 StopRequested = Callable[[int], bool]
+CONFIG_DIGEST = "# the sha256 of the lines below, as the run wrote them: "
 OUTSIDE = "outside.{}"  # in a stage's `previous`: a folder of its `outside`
 
 
@@ -39,6 +41,7 @@ class RunContext:
     """The part of a run that a stage sees: directories, the seed, and the config sections that it declares in `reads`.
 
     shards_dir is another run's where `shards_from` names one. trained_stages: those whose students this run has or is to have.
+    write_config: writes config.yaml of the run; called whenever a stage begins, so that a refused start leaves it as it is.
     """
 
     name: str
@@ -47,6 +50,7 @@ class RunContext:
     seed: int
     trained_stages: tuple[str, ...]
     sections: Mapping[str, Section]
+    write_config: Callable[[], object] = lambda: None
 
     @property
     def precompute_dir(self) -> Path:
@@ -74,6 +78,7 @@ class Stage(ABC):
     covered_by_inputs: sections that the stage uses but does not depend on, because the content of an input says the same.
     effects: dotted path -> effect, where it differs in this stage from what the field declares.
     uses_seed: whether the run's seed decides what is computed.
+    kept_by_content: entries of its directory that name what they were computed from: valid whatever the config is.
     """
 
     name: ClassVar[str]
@@ -81,6 +86,7 @@ class Stage(ABC):
     covered_by_inputs: ClassVar[tuple[str, ...]] = ()
     effects: ClassVar[Mapping[str, Effect]] = {}
     uses_seed: ClassVar[bool] = False
+    kept_by_content: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -146,6 +152,17 @@ class Stage(ABC):
         changes = self.changes_since(done)
         return "; ".join(changes) if changes else self.is_product_missing()
 
+    def recorded_inputs(self) -> Mapping[str, str]:
+        """The inputs of the stage that is begun or finished in the directory; {} if none is."""
+        return self._last_record().get("inputs", {})
+
+    def recorded_settings(self) -> Mapping[str, Any]:
+        """The same of the settings, by section."""
+        return self._last_record().get("settings", {})
+
+    def _last_record(self) -> dict[str, Any]:
+        return read_json(self.directory / "BEGUN.json") or read_json(self.directory / "DONE.json") or {}
+
     def changes_since(self, record: Mapping[str, Any]) -> list[str]:
         """Differences in result settings and inputs between a BEGUN.json or DONE.json and the stage as it would run now."""
         if "settings" not in record:
@@ -195,15 +212,21 @@ class Stage(ABC):
         elif self.directory.exists() and (begun is None or self.changes_since(begun)):
             self._clear()
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.context.write_config()
         write_json(self.directory / "BEGUN.json", self._record())
 
     def _clear(self) -> None:
-        """Deletes all but the progress; BEGUN.json first, so that a kill in between leaves nothing that is taken for more."""
-        (self.directory / "BEGUN.json").unlink(missing_ok=True)
-        if kept := self.progress():
+        """Deletes all but the progress, what is kept by its content, and what was damaged.
+
+        BEGUN.json is deleted first, so that a kill in between leaves nothing that is taken for more.
+        """
+        begun = self.directory / "BEGUN.json"
+        kept = self.progress()
+        if kept and not begun.exists():
             logger.warning("%s has no BEGUN.json: only %s is kept", self.directory, ", ".join(path.name for path in kept))
+        begun.unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            if path not in kept:
+            if path not in kept and path.name not in self.kept_by_content and path.suffix != ".damaged":
                 _delete(path)
 
     def _put_back(self) -> None:
@@ -222,10 +245,14 @@ class Stage(ABC):
         flush(self.directory.parent)
         logger.info("%s: the finished one is put back: it is of this config", self.name)
 
-    def finish(self, results: dict[str, Any], fingerprint: str) -> None:
-        """Writes DONE.json: settings and inputs as they were when the stage began, results, the product's fingerprint."""
+    def finish(self, results: dict[str, Any], fingerprint: str, files: Mapping[str, str] | None = None) -> None:
+        """Writes DONE.json: settings and inputs as they were when the stage began, results, the product's fingerprint.
+
+        files: the sha256 of the product's files by name, by which one that has changed is named.
+        """
         begun = read_json(self.directory / "BEGUN.json") or self._record()
-        write_json(self.directory / "DONE.json", begun | {"results": results, "fingerprint": fingerprint})
+        record = begun | {"results": results, "fingerprint": fingerprint}
+        write_json(self.directory / "DONE.json", record | ({"files": dict(files)} if files is not None else {}))
         _delete(self.previous)
 
     @property
@@ -245,7 +272,7 @@ class Stage(ABC):
 def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    with path.open("r+") as file:
+    with path.open("r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -272,10 +299,18 @@ def stage_fingerprint(directory: Path) -> str:
 
 
 def write_run_config(run_dir: Path, config: Section) -> None:
-    """Creates the run directory and writes the resolved config into it. Raises OSError if nothing can be written there."""
+    """Writes the resolved config into the run directory, with its checksum."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    text = dump_config(config).encode()
     with publish(run_dir / "config.yaml") as file:
-        file.write(dump_config(config).encode())
+        file.write(f"{CONFIG_DIGEST}{hashlib.sha256(text).hexdigest()}\n".encode() + text)
+
+
+def is_config_as_written(path: Path) -> bool:
+    """Whether a file of `write_run_config` is what it wrote; True for one of an earlier version, without a checksum."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    expected = CONFIG_DIGEST + hashlib.sha256(rest).hexdigest()
+    return first == expected.encode() or not first.startswith(CONFIG_DIGEST.encode())
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -289,6 +324,9 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(each, dict) for each in old):
+        pairs = zip(old, new, strict=True)  # a key that an earlier version did not have is that key with null, also in a list
+        return [d for number, pair in enumerate(pairs) for d in differences(*pair, f"{where}[{number}]")]
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 

@@ -16,11 +16,13 @@ import torch
 class Timing:
     """Seconds by activity: read, tokenize and write overlap with encode; `wait` is the encoder waiting for them.
 
-    peak: FLOP/s of a large matrix product on this device, or None if it was not measured.
+    peak: FLOP/s of a large matrix product on this device, or None if it was not measured. at_limit: texts of the longest input
+    that the encoder reads, most of which were longer.
     """
 
     peak: float | None = None
     texts: int = 0
+    at_limit: int = 0
     tokens: int = 0
     padded: int = 0
     flops: int = 0
@@ -42,6 +44,7 @@ class Timing:
         rate = self.flops * (padding or 0) / encode if encode else 0.0
         return {
             "texts": self.texts,
+            "at_limit": self.at_limit,
             "texts_per_second": round(self.texts / (encode + self.seconds["wait"]), 1) if encode else None,
             "seconds": {name: round(value, 2) for name, value in sorted(self.seconds.items())},
             "tokens": self.tokens,

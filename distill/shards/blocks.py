@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from distill.run.files import seal, unseal
 from distill.shards.format import ShardError, tar_name
 
-MEMBERS = ("embedding.npy", "hash.npy", "json", "offset.npy", "txt")
-DIGESTED = ("embedding.npy", "hash.npy", "offset.npy", "txt")
+MEMBERS = ("embedding.npy", "hash.npy", "json", "offset.npy", "source.npy", "txt")
+DIGESTED = ("embedding.npy", "hash.npy", "offset.npy", "source.npy", "txt")
+SOURCE = "source.npy"  # only where there are several sources, or one with a role
 NPY_HEADER = 128
 Int64 = NDArray[np.int64]
 
@@ -34,7 +35,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The layout of one tar. Arrays are [num_blocks] byte positions of the data, behind any npy header."""
+    """The layout of one tar. Arrays are [num_blocks] byte positions of the data, behind any npy header; sources: or None."""
 
     rows: int
     dim: int
@@ -45,6 +46,7 @@ class ShardIndex:
     hashes: Int64
     offsets: Int64
     texts: Int64
+    sources: Int64 | None
 
 
 class _Block(NamedTuple):
@@ -60,11 +62,12 @@ def encode_block(
     texts: Sequence[str],
     hashes_n: Int64,
     vectors_nd: NDArray[np.float16],
+    sources_n: NDArray[np.uint16] | None = None,
     *,
     teacher_fingerprint: str,
     text_fingerprint: str,
 ) -> bytes:
-    """The tar bytes of one block, its five members in MEMBERS' order."""
+    """The tar bytes of one block, its members in MEMBERS' order."""
     lines = [_line(text, f"{tar_name(shard)}: block {block}, text {row}") for row, text in enumerate(texts)]
     ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     if ends[-1] >= 2**32:
@@ -75,9 +78,11 @@ def encode_block(
         "offset.npy": _npy("<u4", ends),
         "txt": b"".join(lines),
     }
+    if sources_n is not None:
+        data[SOURCE] = _npy("<u2", sources_n)
     about = {
         "rows": len(texts),
-        "sha256": {member: hashlib.sha256(data[member]).hexdigest() for member in DIGESTED},
+        "sha256": {member: hashlib.sha256(data[member]).hexdigest() for member in DIGESTED if member in data},
         "shard": shard,
         "teacher": teacher_fingerprint,
         "text": text_fingerprint,
@@ -85,6 +90,8 @@ def encode_block(
     data["json"] = seal(about)
     parts: list[bytes] = []
     for member in MEMBERS:
+        if member not in data:
+            continue
         size = len(data[member])
         parts += [_tar_header(_name(shard, block, member), size), data[member], bytes(-size % tarfile.BLOCKSIZE)]
     return b"".join(parts)
@@ -120,6 +127,8 @@ def scan(data: mmap.mmap, index: int) -> ShardIndex:
             raise ShardError(
                 f"{_where(index, number, 'json')}: {rows[number]} rows of {block.dim}, unlike the blocks before it"
             )
+        if block.spans.keys() != first.spans.keys():
+            raise ShardError(f"{_where(index, number, SOURCE)}: it is in some blocks and not in others")
         if any(block.about[key] != first.about[key] for key in ("teacher", "text")):
             raise ShardError(f"{_where(index, number, 'json')}: made by another teacher or from another text than block 0")
 
@@ -136,13 +145,14 @@ def scan(data: mmap.mmap, index: int) -> ShardIndex:
         hashes=starts("hash.npy", NPY_HEADER),
         offsets=starts("offset.npy", NPY_HEADER),
         texts=starts("txt", 0),
+        sources=starts(SOURCE, NPY_HEADER) if SOURCE in first.spans else None,
     )
 
 
 def inspect(data: mmap.mmap, index: int) -> ShardIndex:
     """`scan`, and the sha256 of every member against its block's JSON: together they cover every byte of the tar."""
     for number, block in enumerate(_walk(data, index)):
-        for member in DIGESTED:
+        for member in block.about["sha256"]:
             span = block.spans[member]
             if hashlib.sha256(memoryview(data)[span.start : span.stop]).hexdigest() != block.about["sha256"][member]:
                 raise ShardError(f"{_where(index, number, member)}: its bytes are not those that were written (sha256)")
@@ -171,14 +181,20 @@ def _walk(data: mmap.mmap, index: int) -> Iterator[_Block]:
 def _read_block(data: mmap.mmap, index: int, number: int, position: int) -> _Block:
     spans = {}
     for member in MEMBERS:
+        if member == SOURCE and not _is_named(data, index, number, member, position):
+            continue
         spans[member] = span = _read_header(data, index, number, member, position)
         position = span.stop + -span.stop % tarfile.BLOCKSIZE
         if any(data[span.stop : position]):
             raise ShardError(f"{_where(index, number, member)}: the padding behind it is not zero")
     about = _read_about(data[slice(*spans["json"])], _where(index, number, "json"), index)
+    if about["sha256"].keys() != spans.keys() - {"json"}:
+        raise ShardError(f"{_where(index, number, 'json')}: it describes other members than the block has")
     rows = about["rows"]
     dim = (spans["embedding.npy"].stop - spans["embedding.npy"].start - NPY_HEADER) // (2 * rows)
     shapes = {"embedding.npy": ("<f2", (rows, dim)), "hash.npy": ("<i8", (rows,)), "offset.npy": ("<u4", (rows + 1,))}
+    if SOURCE in spans:
+        shapes[SOURCE] = ("<u2", (rows,))
     for member, (dtype, shape) in shapes.items():
         span = spans[member]
         size = NPY_HEADER + np.dtype(dtype).itemsize * int(np.prod(shape))
@@ -190,6 +206,12 @@ def _read_block(data: mmap.mmap, index: int, number: int, position: int) -> _Blo
     if edges != [0, spans["txt"].stop - spans["txt"].start]:
         raise ShardError(f"{_where(index, number, 'offset.npy')}: it does not span the text")
     return _Block(spans, about, dim, position)
+
+
+def _is_named(data: mmap.mmap, index: int, number: int, member: str, position: int) -> bool:
+    """Whether the header at `position` begins with a member's name."""
+    name = _name(index, number, member).encode() + b"\0"
+    return data[position : position + len(name)] == name
 
 
 def _read_header(data: mmap.mmap, index: int, number: int, member: str, position: int) -> Span:
@@ -223,7 +245,7 @@ def _read_about(raw: bytes, where: str, index: int) -> dict[str, Any]:
         and type(about["rows"]) is int
         and about["rows"] > 0
         and isinstance(digests, dict)
-        and digests.keys() == set(DIGESTED)
+        and digests.keys() | {SOURCE} == set(DIGESTED)
     )
     if not well_formed:
         raise ShardError(f"{where}: not the description of a block")
@@ -233,8 +255,6 @@ def _read_about(raw: bytes, where: str, index: int) -> dict[str, Any]:
 
 
 def _line(text: str, where: str) -> bytes:
-    if "\n" in text:
-        raise ValueError(f"{where} holds a line break: {text[:80]!r}; a text is one line")
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
 
 from distill.run.files import unseal, write_json
+from distill.run.prompts import Role
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -54,10 +55,18 @@ class ShardEntry(_StrictModel):
     moments_sha256: Sha256
 
 
+class SourceEntry(_StrictModel):
+    """A source of the texts. role: what they are in retrieval."""
+
+    name: str
+    role: Role | None = None
+
+
 class Manifest(_StrictModel):
     """The files of a finished set. A reader opens only what is listed here.
 
-    count: texts in all shards. rows: the largest number of texts in a shard.
+    count: texts in all shards. rows: the largest number of texts in a shard. sources: those that the shards' source.npy number,
+    none where the shards have no source.npy.
     """
 
     version: int
@@ -70,6 +79,7 @@ class Manifest(_StrictModel):
     teacher_fingerprint: str
     text_fingerprint: str
     moments_sha256: Sha256
+    sources: tuple[SourceEntry, ...] = Field(default=(), strict=False)
     shards: tuple[ShardEntry, ...] = Field(min_length=1, strict=False)
 
     @model_validator(mode="after")
@@ -92,11 +102,12 @@ class Manifest(_StrictModel):
             "text_fingerprints": [entry.text_fingerprint for entry in self.shards],
             "rows": self.rows,
             "block_rows": self.block_rows,
+            **({"sources": [entry.model_dump() for entry in self.sources]} if self.sources else {}),
         }
 
     def save(self, directory: Path) -> None:
         write_json(directory / RECIPE, self.recipe())
-        write_json(directory / MANIFEST, self.model_dump())
+        write_json(directory / MANIFEST, self.model_dump(exclude=None if self.sources else {"sources"}))
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

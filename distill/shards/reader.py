@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from distill.run.files import sha256_of
+from distill.run.prompts import Role
 from distill.shards.blocks import ShardIndex, open_map, scan
 from distill.shards.format import MOMENTS, Manifest, ShardError, repair_hint
 from distill.shards.moments import Moments
@@ -44,12 +45,19 @@ class _OpenShard:
         self._windows = sliding_window_view(np.frombuffer(data, "<f2"), index.dim)
         self._int64 = np.frombuffer(data, "<i8")
         self._uint32 = np.frombuffer(data, "<u4")
+        self._uint16 = np.frombuffer(data, "<u2")
 
     def vectors(self, blocks: Int64, rows: Int64) -> NDArray[np.float16]:
         return self._windows[self.index.embeddings[blocks] // 2 + rows * self.index.dim]
 
     def hashes(self, blocks: Int64, rows: Int64) -> Int64:
         return self._int64[self.index.hashes[blocks] // 8 + rows]
+
+    def sources(self, blocks: Int64, rows: Int64) -> NDArray[np.uint16]:
+        """Zeros where the shard has only one source."""
+        if self.index.sources is None:
+            return np.zeros(len(rows), np.uint16)
+        return self._uint16[self.index.sources[blocks] // 2 + rows]
 
     def spans(self, blocks: Int64, rows: Int64) -> tuple[Int64, Int64]:
         """Start and stop positions of the texts in `data`, without their line breaks."""
@@ -105,6 +113,10 @@ class ShardReader:
             raise ShardError(f"{path}: missing, or not as it was written; {repair_hint(self.directory)}")
         return Moments.load(path)
 
+    def verify(self, number: int) -> None:
+        """Opens and verifies a shard by its number."""
+        self._shard(number)
+
     def texts(self, indices: Int64 | list[int]) -> list[str]:
         """The texts, in the order of `indices` [n]."""
         texts = [""] * len(indices)
@@ -128,6 +140,21 @@ class ShardReader:
         for positions, shard, blocks, rows in self._locate(indices):
             hashes_n[positions] = shard.hashes(blocks, rows)
         return hashes_n
+
+    def sources(self, indices: Int64 | list[int]) -> NDArray[np.uint16]:
+        """The number of each text's source, [n] uint16; the manifest has their names and roles, if there is more to say."""
+        sources_n = np.zeros(len(indices), dtype=np.uint16)
+        if self.manifest.sources:
+            for positions, shard, blocks, rows in self._locate(indices):
+                sources_n[positions] = shard.sources(blocks, rows)
+        return sources_n
+
+    def roles(self, indices: Int64 | list[int]) -> list[Role | None]:
+        """What each text is in retrieval, [n]."""
+        roles = [source.role for source in self.manifest.sources]
+        if not any(roles):
+            return [None] * len(indices)
+        return [roles[number] for number in self.sources(indices).tolist()]
 
     def lengths(self, indices: Int64 | list[int]) -> Int64:
         """The UTF-8 bytes of each text, [n] int64."""

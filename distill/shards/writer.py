@@ -20,6 +20,7 @@ from distill.shards.format import (
     Manifest,
     ShardEntry,
     ShardError,
+    SourceEntry,
     moments_name,
     repair_hint,
     tar_name,
@@ -55,6 +56,7 @@ def write_shard(
     texts: Sequence[str],
     hashes: NDArray[np.int64],
     vectors: Float16,
+    sources: NDArray[np.uint16] | None = None,
     *,
     block_rows: int,
     teacher_fingerprint: str,
@@ -62,7 +64,7 @@ def write_shard(
 ) -> None:
     """Publishes the moments' sidecar and then the tar of shard `index`, replacing any that are there.
 
-    hashes [n] int64, vectors [n, d] float16, L2-normalised. The same input gives the same bytes.
+    hashes [n] int64, vectors [n, d] float16, L2-normalised, sources [n] uint16 or None. The same input gives the same bytes.
     Raises ValueError for invalid input, OSError if it cannot be written; neither leaves a tar behind.
     """
     _demand_fit(index, texts, hashes, vectors, block_rows)
@@ -77,6 +79,7 @@ def write_shard(
                 texts[rows],
                 hashes[rows],
                 vectors[rows],
+                None if sources is None else sources[rows],
                 teacher_fingerprint=teacher_fingerprint,
                 text_fingerprint=text_fingerprint,
             )
@@ -98,10 +101,12 @@ def finish(
     text_fingerprints: Sequence[str],
     rows: int,
     block_rows: int,
+    sources: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
     """Checks that every shard is there, valid, and of this teacher and text; then merges the moments and writes the manifest.
 
-    text_fingerprints[i]: of the text chunk that shard i was made from; their number is the number of shards.
+    text_fingerprints[i]: of the text chunk that shard i was made from; their number is the number of shards. sources: the
+    manifest's, if the shards number them.
     Raises ShardError naming the first shard that is missing, damaged or foreign.
     """
     num_shards = len(text_fingerprints)
@@ -133,6 +138,7 @@ def finish(
         teacher_fingerprint=teacher_fingerprint,
         text_fingerprint=text_fingerprint,
         moments_sha256=sha256_of(directory / MOMENTS),
+        sources=tuple(SourceEntry(**source) for source in sources),
         shards=tuple(entries),
     )
     manifest.save(directory)

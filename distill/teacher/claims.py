@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from distill.run.files import naming, temporary_name
 from distill.run.liveness import Heartbeat, is_here, state_of, this_process
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,10 @@ class Claims:
 
     def _create(self, path: Path) -> None:
         """Creates a claim with its content: one that is seen names its owner. Raises FileExistsError if there is one."""
-        part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        part = temporary_name(path)
         try:
-            part.write_bytes(self._content())
+            with naming(part):
+                part.write_bytes(self._content())
             os.link(part, path)
         finally:
             part.unlink(missing_ok=True)

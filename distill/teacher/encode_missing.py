@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distill.corpus import read_listed_chunk, text_hash
+from distill.corpus import TextChunk, read_listed_chunk, text_hash
 from distill.run.collectives import from_rank_0, is_distributed, rank
 from distill.run.throughput import Timing
 from distill.shards import missing, write_shard
@@ -26,20 +26,21 @@ WAIT = "wait"  # from rank 0, in time for the others' timeout: there is no chunk
 
 
 class Source(Protocol):
-    """Makes vectors of a chunk's texts and their raw row numbers: `read` on one thread, `encode` on another."""
+    """Makes vectors of a text chunk: `read` on one thread, `encode` on another."""
 
-    def read(self, texts: list[str], numbers: np.ndarray | None) -> Any: ...
+    def read(self, chunk: TextChunk) -> Any: ...
 
     def encode(self, read: Any, tick: Tick) -> np.ndarray: ...
 
 
 class Chunk(NamedTuple):
-    """A text chunk whose shard is missing, read and tokenized."""
+    """A text chunk whose shard is missing, read and tokenized. sources: as for `write_shard`."""
 
     folder: Path
     number: int
     claim: Path
     texts: list[str]
+    sources: np.ndarray | None
     fingerprint: str
     read: Any
 
@@ -58,11 +59,13 @@ def encode_missing(
     *,
     teacher_fingerprint: str,
     block_rows: int,
+    numbers_sources: bool = False,
     peak: float | None = None,
 ) -> Timing:
     """Makes missing shards until none is left or live tasks have claimed the rest. Returns the work and its durations.
 
-    texts: the folder of the text chunks. Raises ValueError for a chunk whose content has changed.
+    texts: the folder of the text chunks. numbers_sources: whether the shards say of which source a text is.
+    Raises ValueError for a chunk whose content has changed.
     """
     for shards in sets:
         shards.folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +80,7 @@ def encode_missing(
                 chunk.texts,
                 np.array([text_hash(text) for text in chunk.texts], dtype=np.int64),
                 vectors,
+                chunk.sources,
                 block_rows=block_rows,
                 teacher_fingerprint=teacher_fingerprint,
                 text_fingerprint=chunk.fingerprint,
@@ -89,7 +93,7 @@ def encode_missing(
         ThreadPoolExecutor(1, "writer") as writer,
         tqdm(total=total, desc="precompute", unit=" texts", unit_scale=True, disable=True if rank() else None) as bar,
     ):
-        chunks = _read_chunks(sets, texts, source, claims, timing)
+        chunks = _read_chunks(sets, texts, source, claims, timing, numbers_sources)
         upcoming: Future[Chunk | None] = reader.submit(next, chunks, None)
         writing: Future[None] | None = None
         try:
@@ -115,20 +119,24 @@ def encode_missing(
             claims.stop()
     work = getattr(source, "work", None)
     if work is not None:
-        timing.tokens, timing.padded, timing.flops, timing.shapes = work.tokens, work.padded, work.flops, len(work.shapes)
+        timing.at_limit, timing.shapes = work.at_limit, len(work.shapes)
+        timing.tokens, timing.padded, timing.flops = work.tokens, work.padded, work.flops
     return timing
 
 
-def _read_chunks(sets: list[ShardSet], texts: Path, source: Source, claims: Claims, timing: Timing) -> Iterator[Chunk]:
+def _read_chunks(
+    sets: list[ShardSet], texts: Path, source: Source, claims: Claims, timing: Timing, numbers_sources: bool
+) -> Iterator[Chunk]:
     """Claims missing shards and yields their chunks, read and tokenized."""
     entries_of = {shards.folder: shards.entries for shards in sets}
     for folder, index, claim in _claimed_by_rank_0(claims, sets):
         entry = entries_of[folder][index]
         with timing.of("read"):
-            content, numbers = read_listed_chunk(texts, entry)
+            content = read_listed_chunk(texts, entry)
         with timing.of("tokenize"):
-            read = source.read(content, numbers)
-        yield Chunk(folder, index, claim, content, entry["sha256"], read)
+            read = source.read(content)
+        sources = content.sources if numbers_sources else None
+        yield Chunk(folder, index, claim, content.texts, sources, entry["sha256"], read)
 
 
 def _claimed_by_rank_0(claims: Claims, sets: list[ShardSet]) -> Iterator[tuple[Path, int, Path]]:

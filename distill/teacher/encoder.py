@@ -14,9 +14,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.metrics.vectors import Side
+from distill.corpus import TextChunk
+from distill.corpus.prepare import source_names
+from distill.corpus.text_config import SourceConfig
 from distill.run.collectives import add_over_ranks, rank, world_size
 from distill.run.precision import autocast_dtype
+from distill.run.prompts import ROLE_PROMPTS, Role, role_prompt
 from distill.teacher.batching import Batch, Tokens, can_tokenise, cut, pad, tokenise
 from distill.teacher.load import load_model, packed_flops
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
@@ -24,9 +27,6 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 logger = logging.getLogger(__name__)
 PACKED_FLOPS = {torch.ops.mkldnn._linear_pointwise: packed_flops}
 TEXTS_PER_BATCH = 256  # for models that take texts, not tokens
-
-SIDE_PROMPTS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Names of a side's prompt in sentence-transformers, of which it takes the first that a model has."""
 
 
 class Prompted(NamedTuple):
@@ -36,13 +36,18 @@ class Prompted(NamedTuple):
     texts: list[str]
 
 
-Read = list[Tokens | Prompted]  # the input of each encoder, of the same texts
+class Read(NamedTuple):
+    """Texts with the same prompts: their rows among those that are read together, and the input of each encoder."""
+
+    rows: np.ndarray
+    inputs: list[Tokens | Prompted]
 
 
 @dataclass
 class Work:
-    """Work done: tokens without and with padding, FLOPs (2 x multiply-adds), shapes of batches."""
+    """Work done: texts of the longest input, tokens without and with padding, FLOPs (2 x multiply-adds), shapes of batches."""
 
+    at_limit: int = 0
     tokens: int = 0
     padded: int = 0
     flops: int = 0
@@ -52,13 +57,22 @@ class Work:
 class Teacher:
     """One or several frozen encoders: texts to L2-normalised float16 vectors [n, dim], in the texts' order.
 
-    `read` tokenizes and `encode` runs the encoders, so that each can have its own thread. amp: bfloat16 or None. The vectors of
-    several encoders are concatenated and divided by the square root of their number: a cosine is the mean of theirs.
+    `read` tokenizes a text chunk and `encode` runs the encoders, so that each can have its own thread. amp: bfloat16 or None.
+    The vectors of several encoders are concatenated and divided by the square root of their number: a cosine is the mean of
+    theirs.
     """
 
     def __init__(
-        self, config: TeacherConfig, device: torch.device, amp: torch.dtype | None, *, offload: Path | None = None
+        self,
+        config: TeacherConfig,
+        device: torch.device,
+        amp: torch.dtype | None,
+        *,
+        sources: Sequence[SourceConfig] = (),
+        offload: Path | None = None,
     ) -> None:
+        """sources: those of the texts that `read` is given, which decide their prompts; none if they have no role."""
+        self._sources = sources
         place: dict[str, Any] = {}
         if config.placement == "auto":
             limits = {int(key) if key.isdigit() else key: value for key, value in (config.max_memory or {}).items()}
@@ -68,15 +82,16 @@ class Teacher:
         self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
         self.work = Work()
 
-    def __call__(self, texts: Sequence[str], side: Side | None = None) -> np.ndarray:
+    def __call__(self, texts: Sequence[str], role: Role | None = None) -> np.ndarray:
         """float32 [n, dim], L2-normalised: for evaluation and search.
 
-        side: query or document takes the model's own prompt for it, unless the config names a prompt; None takes the prompt
+        role: query or document takes the model's own prompt for it, unless the config names a prompt; None takes the prompt
         that text is embedded with.
         """
         if not len(texts):
             return np.empty((0, self.dim), np.float32)
-        return self.encode([encoder.read(texts, side) for encoder in self.encoders]).astype(np.float32)
+        inputs = [encoder.read(texts, encoder.prompts[role]) for encoder in self.encoders]
+        return self.encode([Read(np.arange(len(texts)), inputs)]).astype(np.float32)
 
     @cached_property
     def dim(self) -> int:
@@ -91,16 +106,43 @@ class Teacher:
     def params(self) -> int:
         return sum(parameter.numel() for encoder in self.encoders for parameter in encoder.model.parameters())
 
-    def read(self, texts: Sequence[str], numbers: np.ndarray | None = None) -> Read:
-        """Tokenises the texts, without the weights or the device."""
-        return [encoder.read(texts) for encoder in self.encoders]
+    def read(self, chunk: TextChunk) -> list[Read]:
+        """Tokenises the texts, each with the prompt of its source, without the weights or the device."""
+        numbers = np.zeros(len(chunk.texts), np.uint16) if chunk.sources is None or not self._sources else chunk.sources
+        prompts_of = [self.prompts(source) for source in self._sources] or [
+            [encoder.prompts[None] for encoder in self.encoders]
+        ]
+        found = []
+        for prompts in dict.fromkeys(map(tuple, prompts_of)):
+            rows = np.flatnonzero(np.isin(numbers, [n for n, each in enumerate(prompts_of) if tuple(each) == prompts]))
+            texts = chunk.texts if len(rows) == len(chunk.texts) else [chunk.texts[row] for row in rows.tolist()]
+            if texts:
+                inputs = [encoder.read(texts, prompt) for encoder, prompt in zip(self.encoders, prompts, strict=True)]
+                found.append(Read(rows, inputs))
+        return found
 
-    def encode(self, read: Read, tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
+    def prompts(self, source: SourceConfig | None) -> list[str]:
+        """What each encoder reads before the texts of a source: the source's prompt, else that of its role."""
+        if source is not None and source.prompt is not None:
+            return [source.prompt] * len(self.encoders)
+        return [encoder.prompts[source.role if source is not None else None] for encoder in self.encoders]
+
+    def encode(self, read: list[Read], tick: Callable[[int], object] = lambda rows: None) -> np.ndarray:
         """float16 [n, dim], L2-normalised, of what `read` returned. tick: progress callback, called with
         the number of texts finished since its last call."""
+        parts = [self._encode(inputs, tick) for _, inputs in read]
+        if len(parts) == 1:
+            return parts[0]
+        vectors = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float16)
+        for (rows, _), part in zip(read, parts, strict=True):
+            vectors[rows] = part
+        return vectors
+
+    def _encode(self, inputs: list[Tokens | Prompted], tick: Callable[[int], object]) -> np.ndarray:
+        last = len(self.encoders) - 1
         parts = [
-            encoder.encode(tokens, self.work, number, tick if number == len(self.encoders) - 1 else lambda rows: None)
-            for number, (encoder, tokens) in enumerate(zip(self.encoders, read, strict=True))
+            encoder.encode(tokens, self.work, number, tick if number == last else lambda rows: None)
+            for number, (encoder, tokens) in enumerate(zip(self.encoders, inputs, strict=True))
         ]
         if len(parts) == 1:
             return parts[0].to(torch.float16).cpu().numpy()
@@ -116,16 +158,16 @@ class _Encoder:
         tokens_per_batch: int,
         place: dict[str, Any],
     ) -> None:
+        self.name = config.model
         self.model = load_model(config, device, amp, **place)
         self.device = device
         self.amp = amp
-        self.prompts = {side: prompt_of(self.model, config, side) for side in (None, *SIDE_PROMPTS)}
+        self.prompts = {role: prompt_of(self.model, config, role) for role in (None, *ROLE_PROMPTS)}
         self.tokens_per_batch = tokens_per_batch
         with torch.inference_mode():
             self._flops_linear, self._flops_square = self._count_flops()
 
-    def read(self, texts: Sequence[str], side: Side | None = None) -> Tokens | Prompted:
-        prompt = self.prompts[side]
+    def read(self, texts: Sequence[str], prompt: str) -> Tokens | Prompted:
         return tokenise(self.model, texts, prompt) if can_tokenise(self.model) else Prompted(prompt, list(texts))
 
     @torch.inference_mode()
@@ -146,7 +188,9 @@ class _Encoder:
             if step < len(mine):
                 work.shapes.add((number, len(batch.rows), batch.width))
                 work.flops += round(len(batch.rows) * (self._flops_linear + self._flops_square * batch.width) * batch.width)
-                work.tokens += int(read.lengths[batch.rows].sum())
+                lengths = read.lengths[batch.rows]
+                work.at_limit += int(np.count_nonzero(lengths == self.model.max_seq_length)) if number == 0 else 0
+                work.tokens += int(lengths.sum())
                 work.padded += batch.rows.size * batch.width
                 rows.append(batch.rows)
                 vectors.append(encoded)
@@ -190,7 +234,7 @@ class _Encoder:
 
     def _count_flops(self) -> tuple[float, float]:
         """(a, b): a text of w tokens takes a w + b w^2 FLOPs (2 x multiply-adds), from two forward passes."""
-        tokens, counts = self.read(["what does it take"]), []
+        tokens, counts = self.read(["what does it take"], self.prompts[None]), []
         if not isinstance(tokens, Tokens):
             return 0.0, 0.0
         for width in (8, 16):
@@ -212,28 +256,40 @@ class _Encoder:
         return torch.nn.functional.normalize(vectors[:, : self.model.truncate_dim].float(), dim=-1)
 
 
+def describe_prompts(teacher: Teacher, sources: Sequence[SourceConfig]) -> list[str]:
+    """Which prompts the texts are embedded with, a line for each encoder, and which of the model's own are not used."""
+    names, lines = source_names([source.model_dump() for source in sources]), []
+    for number, encoder in enumerate(teacher.encoders):
+        used = {name: teacher.prompts(source)[number] for name, source in zip(names, sources, strict=True)}
+        own = sorted(name for name, prompt in encoder.model.prompts.items() if prompt)
+        if any(used.values()):
+            lines.append("prompts: " + ", ".join(f"{name} {prompt!r}" for name, prompt in used.items()))
+        elif own:
+            lines.append(
+                f"no prompt is put before the texts, though {encoder.name} has {', '.join(own)}: text.sources[].role,"
+                " teacher.prompt_name or teacher.prompt chooses one"
+            )
+    return lines
+
+
 def evaluation_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype | None:
     """The teacher's precision for evaluation and search: bfloat16 or None (float32), which it also is for bf16 on a device that
     does not have it, since no vectors are kept."""
     return autocast_dtype("auto" if config.precision == "bf16" else config.precision, device)
 
 
-def prompt_of(model: SentenceTransformer, config: ModelConfig, side: Side | None = None) -> str:
+def prompt_of(model: SentenceTransformer, config: ModelConfig, role: Role | None = None) -> str:
     """The prompt put before every text: `prompt`, or the model's own prompt named `prompt_name`, or its default prompt.
 
-    Where neither is given, a `side` has the prompt that sentence-transformers' encode_query or encode_document takes.
-    Raises ValueError for a name that the model does not have.
+    Where neither is given, a `role` has the model's prompt for it. Raises ValueError for a name that the model does not have.
     """
     if config.prompt is not None:
         return config.prompt
-    name = config.prompt_name or model.default_prompt_name
-    if side is not None and config.prompt_name is None:
-        name = next((name for name in SIDE_PROMPTS[side] if name in model.prompts), name)
-    if name is None:
-        return ""
-    if name not in model.prompts:
-        raise ValueError(f"teacher.prompt_name {name!r}: {config.model} has the prompts {sorted(model.prompts)}")
-    return model.prompts[name] or ""
+    if config.prompt_name is None:
+        return role_prompt(model.prompts, model.default_prompt_name, role)
+    if config.prompt_name not in model.prompts:
+        raise ValueError(f"teacher.prompt_name {config.prompt_name!r}: {config.model} has the prompts {sorted(model.prompts)}")
+    return model.prompts[config.prompt_name] or ""
 
 
 def _in_order(vectors: list[torch.Tensor], rows: Sequence[np.ndarray], total: int) -> torch.Tensor:

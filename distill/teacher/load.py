@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,10 +15,19 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from distill.run.files import LFS_POINTER, is_lfs_pointer
-from distill.run.model_folders import model_files, resolve_model
+from distill.run.model_folders import check_one_route, model_files, resolve_model
 from distill.run.precision import has_bf16
-from distill.student.encoder import NO_LIMIT, load_encoder, longest_input
+from distill.student.encoder import (
+    NO_LIMIT,
+    check_weights_complete,
+    load_encoder,
+    longest_input,
+    set_pad_token,
+    set_padding_side,
+)
 from distill.teacher.teacher_config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -27,11 +37,12 @@ def load_model(
 
     `placement` goes to from_pretrained (device_map and the like), and zero3 splits the weights over the ranks: the model then
     stays where that puts it, all of it in `amp`. A folder without modules.json is a plain encoder: `pooling` must say how it
-    pools. Raises ValueError.
+    pools; in another folder it replaces the pooling alone. Raises ValueError.
     """
     path = resolve_model(config.model or "")
     if pointers := [file for file in model_files(Path(path)) if is_lfs_pointer(file)]:
         raise ValueError(f"{pointers[0]} {LFS_POINTER}")
+    check_weights_complete(path, config.revision)
     placed = zero3 or bool(placement)
     dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
@@ -46,8 +57,12 @@ def load_model(
         model.to(device)
         if device.type == "cpu" and amp is not None and has_bf16(device):
             pack_linears(model)
+    if model.tokenizer is not None and isinstance(model[0], Transformer):
+        set_pad_token(model.tokenizer)
+        set_padding_side(model.tokenizer, model[0].model.config)
     _check_tokens(model, path)
     _limit_length(model, path, config.max_length)
+    _limit_dimensions(model, path, config.dimensions)
     return model.eval().requires_grad_(False)
 
 
@@ -83,13 +98,49 @@ def _limit_length(model: SentenceTransformer, path: str, max_length: int | None)
         model.max_seq_length = max_length
 
 
+def _limit_dimensions(model: SentenceTransformer, path: str, dimensions: int | None) -> None:
+    """Sets the number of first dimensions that are kept, if it is given, instead of the folder's own.
+
+    Raises ValueError if the model has fewer.
+    """
+    if dimensions is None:
+        return
+    model.truncate_dim = None
+    width = model.get_embedding_dimension()
+    if width is not None and dimensions > width:
+        raise ValueError(
+            f"teacher.dimensions {dimensions} is above the {width} dimensions of {path}; lower it, or leave it out"
+        )
+    model.truncate_dim = dimensions
+
+
 def _load(path: str, config: ModelConfig, arguments: dict[str, Any], device: str | None) -> SentenceTransformer:
-    says_how = not Path(path).exists() or (Path(path) / "modules.json").exists()
-    if config.pooling is not None:
+    is_folder = Path(path).exists()
+    if is_folder:
+        check_one_route(Path(path))
+    has_modules = is_folder and (Path(path) / "modules.json").exists()
+    if is_folder and not has_modules:
+        if config.pooling is None:
+            raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
         return SentenceTransformer(modules=_pooled(path, config, arguments), device=device)
-    if not says_how:
-        raise ValueError(f"{path} is a plain encoder (no modules.json): say how it pools, teacher.pooling=cls|pooler|mean")
-    return SentenceTransformer(path, device=device, trust_remote_code=False, revision=config.revision, model_kwargs=arguments)
+    if config.pooling == "pooler" and not is_folder:
+        return SentenceTransformer(modules=_pooled(path, config, arguments), device=device)
+    model = SentenceTransformer(path, device=device, trust_remote_code=False, revision=config.revision, model_kwargs=arguments)
+    if config.pooling is not None:
+        _replace_pooling(model, path, config.pooling)
+    return model
+
+
+def _replace_pooling(model: SentenceTransformer, path: str, mode: str) -> None:
+    """Another pooling mode in a model that names its own; all other modules stay. Raises ValueError where it has none."""
+    pooling = next((module for module in model if isinstance(module, Pooling)), None)
+    if mode == "pooler" or pooling is None or not isinstance(pooling.pooling_mode, str):
+        own = "no pooling" if pooling is None else f"the pooling {pooling.pooling_mode}"
+        raise ValueError(f"teacher.pooling {mode}: {path} is a sentence-transformers model with {own}; leave it out")
+    if pooling.pooling_mode != mode:
+        words = "teacher.pooling %s replaces the pooling of %s, which is %s; its other modules stay"
+        logger.warning(words, mode, path, pooling.pooling_mode)
+        pooling.pooling_mode = mode
 
 
 @contextmanager

@@ -10,7 +10,6 @@ overlaps reading and tokenizing the next chunk, encoding this one and writing th
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -25,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.corpus import can_resume, prepare_text
-from distill.corpus.sources import source_fingerprints
+from distill.corpus import TextChunk, can_resume, prepare_text
+from distill.corpus.prepare import source_names, text_identity
+from distill.corpus.sources import pinned, source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import from_rank_0, rank
-from distill.run.files import fingerprint, read_json, set_aside, sha256_of, write_json
+from distill.run.files import append_line, fingerprint, read_json, set_aside, sha256_of, write_json
 from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.session_log import session
@@ -40,7 +40,7 @@ from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
 from distill.teacher.identity import check_teacher, teacher_identity
-from distill.teacher.imported import ImportedVectors
+from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -69,15 +69,24 @@ class PrecomputeStage(Stage):
     def inputs(self) -> dict[str, str]:
         """Digests of the text files and of the teacher's folders, or of its vectors; commits of hub datasets.
 
-        A hub model is not among them: `identify` records its commit in teacher.json.
+        A commit that was recorded stays: text that moves on after it was read is no other input. A hub model is not among
+        them: `identify` records its commit in teacher.json.
         """
-        found = source_fingerprints(self.context.section(TextConfig), self.digests)
+        found = source_fingerprints(self.context.section(TextConfig), self.digests, self.recorded_inputs())
         for model in self.teacher.models:
             if digest := model_fingerprint(model.model, self.digests):
                 found[str(model.model)] = digest
-        if self.teacher.vectors is not None:
-            found[self.teacher.vectors] = self.digest(Path(self.teacher.vectors))
+        for path in vector_files(self.teacher):
+            found[path] = self.digest(Path(path))
         return found
+
+    def progress(self) -> list[Path]:
+        """The text that was prepared from these sources with these settings."""
+        text, config = self.directory / "text", pinned(self.context.section(TextConfig), self.recorded_inputs())
+        manifest = read_json(text / "manifest.json") or {}
+        rows, has_rows = self.context.section(ShardsConfig).rows, self.teacher.vectors is not None
+        is_of_these = bool(manifest) and manifest.get("made_from") == text_identity(config, rows, has_rows, self.digests)
+        return [text] if is_of_these else []
 
     def is_product_missing(self) -> str | None:
         results = (read_json(self.directory / "DONE.json") or {}).get("results", {})
@@ -114,7 +123,7 @@ class PrecomputeStage(Stage):
         source = cache(lambda: self.open_source(device, amp, text))  # loads the teacher when it is needed
 
         def encode(texts: Sequence[str]) -> np.ndarray:
-            return source().encode(source().read(list(texts), None), lambda rows: None)
+            return source().encode(source().read(TextChunk(list(texts), None, None)), lambda rows: None)
 
         has_missing, lacks_score = from_rank_0((bool(all_missing(self.shard_sets(text))), self.lacks_dev_score), device)
         if has_missing or lacks_score:
@@ -126,6 +135,7 @@ class PrecomputeStage(Stage):
                         source(),
                         teacher_fingerprint=fingerprint(identity),
                         block_rows=self.context.section(ShardsConfig).block_rows,
+                        numbers_sources=bool(self.source_entries),
                         peak=matmul_peak(device, amp),
                     )
                 if lacks_score:
@@ -133,6 +143,9 @@ class PrecomputeStage(Stage):
             if timing.texts and rank() == 0:
                 self.log_task(timing)
                 logger.info("precompute: %s", timing)
+                if timing.at_limit:
+                    words = "precompute: %d of %d texts reach the longest input; longer ones are truncated (teacher.max_length)"
+                    logger.info(words, timing.at_limit, timing.texts)
         return bool(from_rank_0(self._finish(text, identity, timing) if rank() == 0 else None, device))
 
     def _finish(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
@@ -208,7 +221,6 @@ class PrecomputeStage(Stage):
         changes = self.changes_since(begun) if begun is not None else []
         if changes or begun is None:
             self._check_nobody_works(changes)
-            (self.directory / "BEGUN.json").unlink(missing_ok=True)  # so that begin() clears the rest at once
             self.begin()
         text = self.directory / "text"
         if read_json(text / "manifest.json") is None:
@@ -216,7 +228,8 @@ class PrecomputeStage(Stage):
             keep_row_numbers = self.teacher.vectors is not None
             try:
                 with session(self.directory, "text", torch.device("cpu"), alone=True):
-                    config, rows = self.context.section(TextConfig), self.context.section(ShardsConfig).rows
+                    config = pinned(self.context.section(TextConfig), self.recorded_inputs())
+                    rows = self.context.section(ShardsConfig).rows
                     prepare_text(config, part, rows_per_chunk=rows, keep_row_numbers=keep_row_numbers, digests=self.digests)
             except BaseException:
                 if not can_resume(part):
@@ -284,13 +297,27 @@ class PrecomputeStage(Stage):
             imported = ImportedVectors(self.teacher)
             if len(imported) != text["counts"]["read"]:
                 raise ValueError(
-                    f"teacher.vectors: {self.teacher.vectors} has {len(imported):,} rows, the text {text['counts']['read']:,}"
+                    f"teacher.vectors: {imported} has {len(imported):,} rows, the text {text['counts']['read']:,}"
                     " raw texts; there must be one vector for each, in order"
                 )
             return imported
-        from distill.teacher.encoder import Teacher
+        from distill.teacher.encoder import Teacher, describe_prompts
 
-        return Teacher(self.teacher, device, amp, offload=self.directory / "offload")
+        sources = self.context.section(TextConfig).sources
+        teacher = Teacher(self.teacher, device, amp, sources=sources, offload=self.directory / "offload")
+        if rank() == 0:
+            for line in describe_prompts(teacher, sources):
+                logger.info("precompute: %s", line)
+        return teacher
+
+    @property
+    def source_entries(self) -> list[dict[str, Any]]:
+        """The sources in the shards' manifest; none where there is one, without a role, which every text is of."""
+        sources = self.context.section(TextConfig).sources
+        if len(sources) == 1 and sources[0].role is None:
+            return []
+        names = source_names([source.model_dump() for source in sources])
+        return [{"name": name, "role": source.role} for name, source in zip(names, sources, strict=True)]
 
     def finish_set(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
         """Writes the manifests and DONE.json once no shard is missing; False if some are."""
@@ -308,8 +335,11 @@ class PrecomputeStage(Stage):
                     text_fingerprints=[entry["sha256"] for entry in entries],
                     rows=max(config.rows, max(entry["rows"] for entry in entries)),  # the held-out set is one shard
                     block_rows=config.block_rows,
+                    sources=self.source_entries,
                 )
             )
+            for claim in folder.glob(".*.claim"):  # of killed tasks; one that lives has nothing left to claim
+                claim.unlink(missing_ok=True)
         main = manifests[-1]
         results = {
             "texts": main.count,
@@ -330,5 +360,4 @@ class PrecomputeStage(Stage):
     def log_task(self, timing: Timing) -> None:
         """Appends this task's work and durations to precompute/tasks.jsonl."""
         line = {"host": socket.gethostname(), "pid": os.getpid(), "ended": round(time.time()), **timing.metrics()}
-        with (self.directory / "tasks.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.directory / "tasks.jsonl", line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from distill.run.config import FileName, Section, result, speed
 from distill.run.precision import Precision
@@ -17,12 +17,15 @@ class ModelConfig(Section):
         None, description="a folder, a hub name, or package:NAME/FOLDER for a model inside a Python package"
     )
     revision: str | None = result(None, description="a hub model's commit, tag or branch")
-    pooling: Literal["cls", "pooler", "mean"] | None = result(
-        None, description="for a plain encoder; a sentence-transformers folder names its own pooling"
+    pooling: Literal["cls", "pooler", "mean", "lasttoken"] | None = result(
+        None, description="for a plain encoder; in a sentence-transformers folder it replaces the folder's own pooling alone"
     )
     max_length: int | None = result(None, gt=2, description="tokens; longer texts are truncated; null: the model's limit")
     prompt: str | None = result(None, description="put before every text; null: the model's default prompt, if it has one")
     prompt_name: str | None = result(None, description="instead of `prompt`: the name of one of the model's prompts")
+    dimensions: int | None = result(
+        None, ge=1, description="the first dimensions of each vector (Matryoshka), normalised again; null: the model's own"
+    )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> ModelConfig:
@@ -37,10 +40,14 @@ class TeacherConfig(ModelConfig):
     concat: list[ModelConfig] = result(
         [], description="further encoders (model to prompt_name); their vectors are appended to the first one's"
     )
-    vectors: FileName | None = result(
-        None, description="instead of a model: .npy or .parquet with a vector for each raw text, in order"
+    vectors: FileName | list[FileName] | None = result(
+        None,
+        description="instead of a model: a path or glob, or a list of them, of .npy, .safetensors or .parquet files with a"
+        " vector for each raw text, in order; the files of a glob are sorted",
     )
-    vectors_field: str = result("embedding", description="the column of a .parquet file of vectors")
+    vectors_field: str = result(
+        "embedding", description="the column of .parquet files of vectors; the tensor of .safetensors files with several"
+    )
     precision: Precision = result("auto", description="auto: bf16 where the processor has it")
     tokens_per_batch: int = speed(8192, gt=0, description="largest number of tokens in a forward pass, with padding")
     tasks: int = speed(1, ge=1, description="number of precompute processes that pipeline.py starts")
@@ -52,6 +59,13 @@ class TeacherConfig(ModelConfig):
         None,
         description='placement auto: limits, e.g. {"0": 70GiB, cpu: 100GiB}; the rest stays on disk',
     )
+
+    @field_validator("vectors")
+    @classmethod
+    def _some_vectors(cls, vectors: str | list[str] | None) -> str | list[str] | None:
+        if vectors == []:
+            raise ValueError("teacher.vectors lists no file")
+        return vectors
 
     @model_validator(mode="after")
     def _is_consistent(self) -> TeacherConfig:
@@ -69,6 +83,17 @@ class TeacherConfig(ModelConfig):
     def models(self) -> list[ModelConfig]:
         """All encoders, in the order of their dimensions."""
         return [self, *self.concat]
+
+    @property
+    def vector_paths(self) -> list[str]:
+        """The paths and globs of `vectors`; none of a model."""
+        given = self.vectors or []
+        return [given] if isinstance(given, str) else given
+
+    @property
+    def names(self) -> list[str]:
+        """What the vectors are from: the names of the encoders, or the paths of `vectors`."""
+        return self.vector_paths or [model.model or "" for model in self.models]
 
 
 class ShardsConfig(Section):

@@ -13,7 +13,7 @@ loop.py             step, log, dev evaluation, checkpoint;  student_store.py  th
 checkpoint.py       complete or absent, written in the background, verified before it is opened
 fragments.py        parameters and optimizer state of a rank, to files and back, for any world size and ZeRO stage
 dev_evaluation.py   fidelity and STS of the student in training, on all ranks together
-recorded_array.py   arrays on disk that are verified before they are read back
+shard_verification.py    the shards are verified before the first step, each once on every node
 step_metrics.py     throughput, FLOPs, time and memory of a logged step
 tensorboard.py      logs every step once, also after a resume;  dashboard.py  chart layout, texts;  projector.py  embeddings
 """

@@ -69,7 +69,7 @@ class Tokenized:
         self._student = student
 
     def read(self, rows: np.ndarray) -> list[list[int]]:
-        return self._student.token_ids(self._reader.texts(rows))
+        return self._student.token_ids(self._reader.texts(rows), self._reader.roles(rows))
 
     def pad(self, read: list[list[int]]) -> Tokens:
         return self._student.pad(read or self._student.token_ids([PLACEHOLDER]))

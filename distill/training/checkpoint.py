@@ -26,7 +26,7 @@ from torch import Tensor
 from distill.run.collectives import FailedElsewhere, add_over_ranks, barrier, from_rank_0, rank, world_size
 from distill.run.files import flush, publish, read_json, sha256_of, unseal, write_json
 from distill.run.stage import differences
-from distill.training.fragments import copy_owned, load_fragments, shapes, steps_taken, write_tensors
+from distill.training.fragments import copy_owned, file_name, load_fragments, shapes, steps_taken, write_tensors
 from distill.training.student_store import copy_folder, flush_folder, link_folder, restore_folder
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Checkpoints:
         """COMPLETE.json of the checkpoint to continue from; removes what a killed run left half-written or half-deleted."""
         for part in self.directory.glob("step-*.part"):
             shutil.rmtree(part)
-        for folder in reversed(_complete(self.directory)):
+        for folder in reversed(_folders(self.directory)):
             described, damage = _read(folder)
             if damage is None:
                 self._trusted.append(folder)
@@ -166,7 +166,7 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         try:
-            file = self.part / f"rank-{self.rank:05d}.safetensors"
+            file = self.part / file_name(self.rank)
             with publish(file) as opened:
                 write_tensors(opened, self.tensors)
             self.tensors.clear()
@@ -181,9 +181,9 @@ class _Writer(threading.Thread):
 
     def _commit(self) -> None:
         """Waits for every rank's file, renames the folder to its final name and deletes the checkpoints before those kept."""
-        reports = [self.part / f"rank-{number:05d}.json" for number in range(self.described["world_size"])]
-        while not all(report.exists() for report in reports):
-            if self.abandoned.wait(POLL_SECONDS):
+        reports = [(self.part / file_name(number)).with_suffix(".json") for number in range(self.described["world_size"])]
+        while not set(reports) <= set(self.part.iterdir()):  # NFS caches that a file is absent, not the listing of a folder
+            if self.abandoned.wait(POLL_SECONDS * max(1, len(reports) / 64)):
                 return
         files = {}
         for report in reports:
@@ -201,7 +201,7 @@ class _Writer(threading.Thread):
         self.trusted[:] = [path for path in self.trusted if path < final] + [final]
         if len(self.trusted) > self.keep + 1:
             self.trusted.pop(0)
-            for old in _complete(final.parent):
+            for old in _folders(final.parent):
                 if old < self.trusted[0]:
                     _delete(old)
 
@@ -213,8 +213,9 @@ def _student_digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _complete(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob("step-*") if not p.suffix and (p / "COMPLETE.json").is_file())
+def _folders(directory: Path) -> list[Path]:
+    """All that were complete once, in the order of their steps."""
+    return sorted(path for path in directory.glob("step-*") if not path.suffix)
 
 
 def _delete(folder: Path) -> None:
@@ -225,6 +226,8 @@ def _delete(folder: Path) -> None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
     """COMPLETE.json of a checkpoint, and what is wrong with the checkpoint's files, if anything is."""
+    if not (folder / "COMPLETE.json").is_file():
+        return {}, "COMPLETE.json is missing"
     try:
         described = unseal((folder / "COMPLETE.json").read_bytes(), indent=1)
     except (OSError, ValueError) as error:

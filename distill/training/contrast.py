@@ -22,12 +22,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from distill.corpus import text_hash
 from distill.objectives.in_batch_contrast import contrast_losses, reference_loss, same_text
 from distill.objectives.loss_terms.cosine import cosine_losses
 from distill.run.collectives import add_over_ranks, gather_rows, gather_with_gradient, rank, world_size
 from distill.run.config import result
+from distill.run.prompts import Role
 from distill.run.sampling import CHUNK_ROWS_ON_GPU, GlobalOrder, length_order, seed_of
 from distill.shards import ShardReader
 from distill.student import Student
@@ -55,6 +57,10 @@ class Rows(Protocol):
 
     def views(self, rows: np.ndarray) -> list[list[str]]:
         """The texts of the rows: V lists of n, the first of them the anchors."""
+        ...
+
+    def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
+        """The roles of these texts, each None where they have none."""
         ...
 
 
@@ -257,20 +263,22 @@ class ContrastTask(Task):
     def _micro_batch(self, index: int, positions: np.ndarray, rows: np.ndarray, replayed: np.ndarray) -> MicroBatch:
         most = self._most_rows[index]
         views = self.rows.views(rows)
-        tokens = [chunk for view in views for chunk in self._chunks(view, most)]
+        pairs = zip(views, self.rows.roles(rows), strict=True)
+        tokens = [chunk for view, roles in pairs for chunk in self._chunks(view, roles, most)]
         teacher = np.zeros((len(rows), 0), dtype=np.float16)
         if self.replay is not None:
-            tokens += self._chunks(self.replay.texts(replayed), most)
+            tokens += self._chunks(self.replay.texts(replayed), self.replay.roles(replayed), most)
             teacher = self.replay.vectors(replayed)
         hashes = np.array([[text_hash(text) for text in view] for view in views], dtype=np.int64).T
         rows_of = torch.from_numpy(positions), torch.from_numpy(teacher), torch.from_numpy(hashes.copy())
         return MicroBatch(tokens, *rows_of, most, index)
 
-    def _chunks(self, texts: list[str], most: int) -> list[Tokens]:
+    def _chunks(self, texts: list[str], roles: list[Role | None], most: int) -> list[Tokens]:
         """Neighbours are of similar length. Every rank makes as many chunks, none of them empty."""
-        texts = texts or [PLACEHOLDER]
+        if not texts:
+            texts, roles = [PLACEHOLDER], [None]
         starts = np.linspace(0, len(texts), max(1, (most - 1) // self.view_rows) + 1).astype(int)
-        return [self.module.student.tokenize(texts[start:stop]) for start, stop in pairwise(starts)]
+        return [self.module.student.tokenize(texts[start:stop], roles[start:stop]) for start, stop in pairwise(starts)]
 
     def prepare_step(self, step: int, micro: list[MicroBatch], *, is_logged: bool) -> StepContext:
         """Dropout depends on (seed, step, rank, micro-batch) alone: a resumed run has the masks that it would have had, and the
@@ -291,7 +299,7 @@ class ContrastTask(Task):
 def build_contrast_task(stage: TrainingStage, config: ContrastConfig, rows: Rows, setup: Setup) -> ContrastTask:
     """The task of a stage over these rows, with dropout and the teacher's vectors as its config asks."""
     student = setup.student
-    dropout = own_dropout(student) if config.dropout is None else config.dropout
+    dropout = own_dropout(student.encoder.config) if config.dropout is None else config.dropout
     set_dropout(student.encoder, dropout)
     to_teacher = teacher_map(stage, student, setup.reader) if config.teacher_weight else None
     module = ContrastModule(student, config, setup.amp, num_views=rows.num_views, to_teacher=to_teacher)
@@ -300,13 +308,21 @@ def build_contrast_task(stage: TrainingStage, config: ContrastConfig, rows: Rows
     return ContrastTask(module, rows, replay, seed=setup.seed, dropout=dropout, view_rows=view_rows)
 
 
-def own_dropout(student: Student) -> float:
-    """The dropout that the encoder's own config names: between layers, or, where it has none there, the largest elsewhere."""
-    config = student.encoder.config
+def own_dropout(config: PretrainedConfig) -> float:
+    """The dropout that an encoder's own config names: between layers, or, where it has none there, the largest elsewhere."""
     named = [getattr(config, name, None) for name in ("hidden_dropout_prob", "dropout_rate", "dropout")]
     elsewhere = ("attention_dropout", "embedding_dropout", "mlp_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
     others = [float(getattr(config, name, None) or 0.0) for name in elsewhere]
     return next((float(value) for value in named if value is not None), max(others))
+
+
+def check_contrast(stage: TrainingStage, config: ContrastConfig, width: int | None, teacher_dim: int | None) -> None:
+    """Raises ValueError if `teacher_weight` compares the encoder's vectors with the teacher's and nothing maps between them."""
+    if config.teacher_weight and stage.init == "student" and width is not None and teacher_dim not in (None, width):
+        raise ValueError(
+            f"{stage.name}.teacher_weight: the student is {width} wide, the teacher {teacher_dim}, and no projection between"
+            f" them is trained before: begin with the student of ckd ({stage.name}.init=ckd), or leave it at 0"
+        )
 
 
 def teacher_map(stage: TrainingStage, student: Student, reader: ShardReader) -> TeacherMap:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.metrics.fidelity import fidelity
+from distill.metrics.fidelity import fidelity, rows_by_role
 from distill.metrics.sts import Pairs, dev_score
 from distill.run.collectives import gather_rows, rank, world_size
+from distill.run.prompts import Role
 from distill.shards import ShardReader
 from distill.student import Student
 
@@ -34,7 +35,7 @@ class DevEvaluation:
         amp: torch.dtype | None,
         teacher_sts: float | None = None,
     ) -> None:
-        self.texts = held_out.texts(rows)
+        self.texts, self.roles = held_out.texts(rows), held_out.roles(rows)
         self.teacher = held_out.vectors(rows).astype(np.float32)
         self.sts = sts
         self.batch_size = batch_size
@@ -47,22 +48,29 @@ class DevEvaluation:
         """Metrics by name, the same on every rank; a collective."""
         was_training = student.training
         student.eval()
-        metrics = {f"fidelity/{k}": v for k, v in fidelity(self._encode(student, self.texts), self.teacher).items()}
+        vectors = self._encode(student, self.texts, self.roles)
+        metrics = {f"fidelity/{k}": v for k, v in fidelity(vectors, self.teacher).items()}
+        for role, rows in rows_by_role(self.roles).items():
+            metrics |= {f"fidelity_{role}/{k}": v for k, v in fidelity(vectors[rows], self.teacher[rows]).items()}
         if self.sts is not None:
             metrics["sts/STSB-dev"] = dev_score(lambda texts: self._encode(student, texts), self.sts)
         student.train(was_training)
         return metrics
 
     @torch.no_grad()
-    def _encode(self, student: Student, texts: Sequence[str]) -> np.ndarray:
+    def _encode(self, student: Student, texts: Sequence[str], roles: Sequence[Role | None] | None = None) -> np.ndarray:
         order = np.array(sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i)))
         device = next(student.parameters()).device
         mine = order[rank() :: world_size()]
         largest = -(-len(order) // world_size())
         parts = []
         for start in range(0, largest, self.batch_size):
-            batch = [texts[i] for i in mine[start : start + self.batch_size]]
-            tokens = {name: value.to(device) for name, value in student.tokenize(batch or ["."]).items()}
+            rows = mine[start : start + self.batch_size].tolist()
+            batch = [texts[row] for row in rows]
+            read = (
+                student.tokenize(batch, [roles[row] for row in rows] if roles else None) if batch else student.tokenize(["."])
+            )
+            tokens = {name: value.to(device) for name, value in read.items()}
             with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
                 vectors = nn.functional.normalize(student(tokens).float(), dim=-1)
             parts.append(vectors[: len(batch)])

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from distill.run.collectives import barrier, rank, world_size
+from distill.run.recorded_array import is_saved, save_array
 from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader, fingerprint
 from distill.student import Student
 from distill.student.student import PooledVectors
-from distill.training.recorded_array import is_saved, save_array
 
 BLOCK = 4096
 MAX_OPEN = 64  # each takes a file descriptor
@@ -65,6 +65,7 @@ def encode_all(
         "weights": _digest(student),
         "pooling": student.pooling,
         "max_length": student.max_length,
+        "prompts": [student.prompt(role) for role in (None, "query", "document")],
         "text": [reader.manifest.text_fingerprint, len(reader)],
         "amp": str(amp),
     }
@@ -78,7 +79,7 @@ def encode_all(
         if number < len(paths) and not is_saved(paths[number]):
             rows = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(reader)))
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                vectors = student.encode(reader.texts(rows), normalize=False).astype(np.float16)
+                vectors = student.encode(reader.texts(rows), normalize=False, roles=reader.roles(rows)).astype(np.float16)
             if not np.isfinite(vectors).all():
                 raise ValueError("the frozen encoder's vectors are beyond float16: use hpd.freeze_encoder=false")
             save_array(paths[number], vectors)

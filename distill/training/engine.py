@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.run.collectives import rank
 from distill.training.deepspeed_config import read_deepspeed_config
 from distill.training.train_config import EngineConfig, TrainConfig
 
@@ -85,8 +86,15 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 
 def has_finite_weights(engine: Any) -> bool:
     """Whether all values of the parameters, under ZeRO 3 of this rank's parts of them, are finite."""
-    parts = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
-    return all(bool(part.detach().isfinite().all()) for part in parts)
+    return all(bool(_own_part(parameter).isfinite().all()) for parameter in engine.module.parameters())
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """This rank's values of a parameter: under ZeRO 3 its part without the padding, which DeepSpeed leaves uninitialised."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    if hasattr(parameter, "ds_tensor"):
+        part = part[: max(0, parameter.ds_numel - rank() * part.numel())]
+    return part
 
 
 def gradient_norm(engine: Any) -> float | None:

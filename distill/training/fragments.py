@@ -3,7 +3,7 @@
 A fragment is a run of elements of one flattened parameter. Who holds which follows from the ZeRO stage and the world size; what
 is in it does not, so that any ranks read what any others wrote. Padding belongs to no parameter and is never written.
 
-    ZeRO 0       each rank holds every parameter, and writes each W-th
+    ZeRO 0       each rank holds every parameter, and writes each W-th; what is frozen, rank 0 (as under ZeRO 1 and 2)
     ZeRO 1, 2    each rank holds one part of each group's parameters, laid end to end
     ZeRO 3       each rank holds a W-th of every parameter
 """
@@ -65,7 +65,8 @@ def fragments(engine: Any) -> Iterator[Fragment]:
         elif stage == 0 or not parameter.requires_grad:
             tensors = _with_state(adam, parameter) if parameter.requires_grad else {"master": parameter.detach()}
             views = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
-            yield Fragment(name, 0, views, is_owned=number % world_size() == rank())
+            writer = number % world_size() if parameter.requires_grad else 0  # every rank reads rank 0's file
+            yield Fragment(name, 0, views, is_owned=writer == rank())
         else:
             yield from _partitioned(engine, name, parameter)
 
@@ -91,6 +92,11 @@ def _sliced(engine: Any, name: str, parameter: Any) -> Iterator[Fragment]:
         group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
         tensors = _with_state(zero.optimizer, zero.fp32_partitioned_groups_flat[group])
     yield Fragment(name, start, {kind: tensor.narrow(0, offset, count) for kind, tensor in tensors.items()})
+
+
+def file_name(number: int) -> str:
+    """The file of a rank in a checkpoint."""
+    return f"rank-{number:05d}.safetensors"
 
 
 def steps_taken(engine: Any) -> int:
@@ -127,22 +133,28 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> None:
 def load_fragments(engine: Any, files: list[Path], steps: int) -> None:
     """Sets parameters, Adam's state and its count of steps to what `files` hold; all ranks call it.
 
-    Reads what this rank holds and no more. Raises ValueError if the files do not hold all of it.
+    Reads what this rank holds and no more; from the files of a rank of its number and of rank 0, which have all of it where
+    ZeRO 1 to 3 and the number of ranks are the same, and only then from the others. Raises ValueError if it is not all there.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         zero._partition_all_parameters()  # what is gathered now would be used as it is
-    with ExitStack() as stack, torch.no_grad():
-        parts: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)
-        for path in files:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                kind, start, name = key.split("/", 2)
-                parts[kind, name].append((int(start), file.get_slice(key)))
-        for fragment in fragments(engine):
-            for kind, tensor in fragment.tensors.items():
-                if _fill(tensor, fragment.start, parts[kind, fragment.name]) < len(tensor):
-                    raise ValueError(f"{files[0].parent} does not hold all of {kind} of {fragment.name}")
+    left = [(fragment, kind, tensor) for fragment in fragments(engine) for kind, tensor in fragment.tensors.items()]
+    first = [path for path in files if path.name in (file_name(rank()), file_name(0))]
+    with torch.no_grad():
+        for paths in (first, files):
+            with ExitStack() as stack:
+                parts = _parts([stack.enter_context(safe_open(path, framework="pt")) for path in paths])
+                left = [
+                    (fragment, kind, tensor)
+                    for fragment, kind, tensor in left
+                    if _fill(tensor, fragment.start, parts[kind, fragment.name]) < len(tensor)
+                ]
+            if not left:
+                break
+    if left:
+        fragment, kind, _ = left[0]
+        raise ValueError(f"{files[0].parent} does not hold all of {kind} of {fragment.name}")
     for state in _adam(engine).state.values():
         state["step"].fill_(steps)
     if stage in (1, 2):
@@ -150,6 +162,16 @@ def load_fragments(engine: Any, files: list[Path], steps: int) -> None:
     elif stage == 3:
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
+
+
+def _parts(files: list[Any]) -> dict[tuple[str, str], list[tuple[int, Any]]]:
+    """(kind, name) -> the parts of it in open files: the first element of each, and the part."""
+    parts: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)
+    for file in files:
+        for key in file.keys():  # noqa: SIM118 - it is no mapping
+            kind, start, name = key.split("/", 2)
+            parts[kind, name].append((int(start), file.get_slice(key)))
+    return parts
 
 
 def _fill(tensor: Tensor, start: int, parts: list[tuple[int, Any]]) -> int:

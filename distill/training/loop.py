@@ -218,7 +218,7 @@ class Trainer:
         self.tensorboard.add(progress.step, session_end())
 
     def _count_skipped(self, step: int, loss: float) -> None:
-        """Every rank finds the same. Raises FloatingPointError after `max_skipped` skipped steps in a row."""
+        """Every rank finds the same. Raises FloatingPointError after `max_skipped` skipped steps in a row, or if all were."""
         progress = self.progress
         if self.engine.was_step_applied():
             progress.skipped_in_row = 0
@@ -229,10 +229,11 @@ class Trainer:
         if rank() == 0:
             where = f"{self.name}: step {step + 1}/{self.num_steps}"
             logger.warning("%s is skipped: the gradient is not finite (loss %.4f)", where, loss)
-        if progress.skipped_in_row >= self.max_skipped:
+        if progress.skipped_in_row >= min(self.max_skipped, self.num_steps):
+            more = ", or raise engine.max_skipped" if self.max_skipped < self.num_steps else ""
             raise FloatingPointError(
                 f"{self.name}: the gradient is not finite in {progress.skipped_in_row} steps in a row, the last is {step + 1}"
-                f" (loss {loss:.4f}): {self._remedy}, or raise engine.max_skipped"
+                f" (loss {loss:.4f}): {self._remedy}{more}"
             )
 
     @property
@@ -274,5 +275,6 @@ class Trainer:
 
     def _show(self, what: str, metrics: dict[str, float], end: str = "") -> None:
         if rank() == 0:
-            shown = "".join(f"  {name.split('/')[1]} {value:.3f}" for name, value in metrics.items())
+            named = {name.split("/")[1]: value for name, value in metrics.items() if not name.startswith("fidelity_")}
+            shown = "".join(f"  {name} {value:.3f}" for name, value in named.items())
             logger.info("%s: %s%s%s", self.name, what, shown, end)

@@ -7,13 +7,13 @@ procrustes   fixed: the map with orthonormal columns that brings the untrained s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from distill.run.prompts import Role
 from distill.run.sampling import first_of_permutation
 from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
@@ -48,8 +48,9 @@ def fit_projection(
     if kind == "pca":
         weight, bias = reader.moments.pca(student.dim)[0].T, np.zeros(reader.dim)
     else:
-        texts, teacher = fit_sample(reader, seed)
-        vectors = encode_sample(student, texts, check_stop, normalize=kind == "procrustes")
+        sample = fit_sample(reader, seed)
+        teacher = sample.vectors
+        vectors = encode_sample(student, sample, check_stop, normalize=kind == "procrustes")
         if kind == "procrustes":
             left, _, right = np.linalg.svd(teacher.T @ vectors, full_matrices=False)
             weight, bias = left @ right, np.zeros(reader.dim)
@@ -58,19 +59,28 @@ def fit_projection(
     set_linear(projection, weight, bias)
 
 
-def fit_sample(reader: ShardReader, seed: int) -> tuple[list[str], np.ndarray]:
-    """Texts to fit a map on, and their teacher vectors, float64 [n, d_t]."""
+class Sample(NamedTuple):
+    """Texts to fit a map on, their roles, and their teacher vectors, float64 [n, d_t]."""
+
+    texts: list[str]
+    roles: list[Role | None]
+    vectors: np.ndarray
+
+
+def fit_sample(reader: ShardReader, seed: int) -> Sample:
     rows = first_of_permutation(len(reader), FIT_TEXTS, seed, 0)
-    return reader.texts(rows), reader.vectors(rows).astype(np.float64)
+    return Sample(reader.texts(rows), reader.roles(rows), reader.vectors(rows).astype(np.float64))
 
 
-def encode_sample(student: Student, texts: Sequence[str], check_stop: CheckStop, *, normalize: bool) -> np.ndarray:
+def encode_sample(student: Student, sample: Sample, check_stop: CheckStop, *, normalize: bool) -> np.ndarray:
     """The student's vectors of the texts, float64 [n, d_s]; every rank calls it with the same texts."""
+    texts, roles, _ = sample
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # as Student.encode sorts them
     vectors = np.empty((len(texts), student.dim))
     for start in range(0, len(order), TEXTS_PER_CHECK):
         rows = order[start : start + TEXTS_PER_CHECK]
-        vectors[rows] = student.encode([texts[i] for i in rows], normalize=normalize)
+        part = [texts[i] for i in rows], [roles[i] for i in rows]
+        vectors[rows] = student.encode(part[0], normalize=normalize, roles=part[1])
         check_stop()
     return vectors
 

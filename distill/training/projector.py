@@ -30,7 +30,8 @@ def write_projector(record: Path, student: Student, held_out: ShardReader, sourc
     sentences = held_out.texts(rows)
     folder = record / "projector"
     folder.mkdir(parents=True, exist_ok=True)
-    spaces = {"student": student.encode(sentences), "teacher": held_out.vectors(rows).astype(np.float32)}
+    encoded = student.encode(sentences, roles=held_out.roles(rows))
+    spaces = {"student": encoded, "teacher": held_out.vectors(rows).astype(np.float32)}
     config = ProjectorConfig()
     for name, vectors in spaces.items():
         narrow = _narrowed(vectors)

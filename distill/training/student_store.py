@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.run.collectives import barrier, rank
-from distill.run.files import flush
+from distill.run.files import flush, naming
 from distill.student import Student
 from distill.training.engine import whole_state
 
@@ -53,8 +53,9 @@ class StudentStore:
         part.mkdir(parents=True)
         own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
         extra = {name: value.contiguous() for name, value in state.items() if not name.startswith(PREFIX)}
-        student.save(part, own, extra)
-        flush_folder(part)
+        with naming(part):
+            student.save(part, own, extra)
+            flush_folder(part)
         _put_in_place(part, self.directory)
 
 

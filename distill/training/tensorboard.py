@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from distill.run.files import naming
+
 BIN_WIDTH = 0.02  # of a histogram of cosines
 
 
@@ -31,9 +33,10 @@ class TensorBoard:
             self._writer = SummaryWriter(str(directory), purge_step=None if self.is_new else first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        if self._writer is not None and self._directory is not None:
+            with naming(self._directory):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def has(self, name: str, step: int) -> bool:
         """Whether a point was written, by this process or one before it. Reads all events; True on ranks that write none."""
@@ -77,9 +80,11 @@ class TensorBoard:
             writer.add_summary(summary, step)
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        if self._writer is not None and self._directory is not None:
+            with naming(self._directory):
+                self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is not None and self._directory is not None:
+            with naming(self._directory):
+                self._writer.close()

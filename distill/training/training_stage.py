@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from distill.corpus import held_out_sources
 from distill.corpus.evaluation_sets import read_sts_dev
 from distill.metrics.held_out import dev_rows
 from distill.run.collectives import any_rank, barrier, rank, world_size
 from distill.run.config import Effect, Section
-from distill.run.files import sha256_of
+from distill.run.files import read_json, sha256_of
+from distill.run.hub import model_commit
 from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
@@ -25,11 +29,13 @@ from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fing
 from distill.run.stopping import CheckStop, Stopped, never
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
-from distill.student.fingerprint import check_student, student_fingerprint
-from distill.student.student_config import StudentConfig
+from distill.student.encoder import set_dropout
+from distill.student.fingerprint import check_student, files_fingerprint, student_digests
+from distill.student.initial import build_student, describe_initial, initial_folder
+from distill.student.student_config import StudentConfig, VocabularyConfig
+from distill.student.vocabulary import read_kept, trim, trim_and_describe, write_kept
 from distill.teacher.dev_score import read_dev_score
-from distill.teacher.identity import check_teacher, check_weights
+from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_dropped
 from distill.training.checkpoint import Checkpoints
@@ -39,11 +45,14 @@ from distill.training.encoded_cache import Encoded
 from distill.training.engine import build_engine
 from distill.training.loop import Trainer
 from distill.training.projector import write_projector
+from distill.training.shard_verification import open_verified
 from distill.training.step_metrics import StepMetrics
 from distill.training.task import Task
 from distill.training.train_config import EngineConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
+TRUNCATION_SAMPLE = 1000  # texts
+VOCABULARY = "vocabulary.json"  # the tokens that are kept, of an unfinished stage
 S = TypeVar("S", bound=Section)
 
 
@@ -81,16 +90,15 @@ class TrainingStage(Stage):
     title: ClassVar[str]
     selects_by_sts: ClassVar[bool] = False
     uses_seed = True
+    kept_by_content = ("cache",)
     reads = (
         "student",
         "engine.precision",
         "evaluate.dev_sentences",
-        "evaluate.num_held_out",
         "evaluate.sts",
     )
     effects: ClassVar[dict[str, Effect]] = {
         "evaluate.dev_sentences": "selection",
-        "evaluate.num_held_out": "selection",
         "evaluate.sts": "selection",
     }
     covered_by_inputs = ("teacher", "engine", "evaluate.batch_size")  # the shards are the teacher's
@@ -129,6 +137,11 @@ class TrainingStage(Stage):
         """Where a task may keep what it computes once; deleted when the stage is finished."""
         return self.directory / "cache"
 
+    @property
+    def reads_all_shards(self) -> bool:
+        """Whether training reads from all shards, which are then verified before the first step, once on every node."""
+        return True
+
     @abstractmethod
     def build(self, setup: Setup) -> Task:
         """The module and data of the stage on this rank."""
@@ -136,10 +149,11 @@ class TrainingStage(Stage):
     def check(self, reader: ShardReader) -> None:
         """Raises ValueError where the config does not fit the shards; called before anything expensive."""
 
-    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+    def check_early(self, width: int | None, teacher_dim: int | None, encoder_config: PretrainedConfig | None = None) -> None:
         """Raises ValueError for what can be known to be wrong before any stage has run.
 
-        width: of the encoder's vectors, for a stage that begins with it; teacher_dim: of the teacher's; None where not known.
+        width: of the encoder's vectors, for a stage that begins with it; teacher_dim: of the teacher's; encoder_config: the
+        student's; each None where it is not known.
         """
 
     def results(self) -> dict[str, Any]:
@@ -150,10 +164,26 @@ class TrainingStage(Stage):
         manifest = self.context.shards_dir / "manifest.json"
         found = {"shards": sha256_of(manifest) if manifest.is_file() else ""}
         if self.init != "student":
-            found[self.init] = stage_fingerprint(self.context.run_dir / self.init)
-        elif (encoder := self.section(StudentConfig).init) != "teacher":
-            found["student.init"] = model_fingerprint(encoder, self.digests)
+            return found | {self.init: stage_fingerprint(self.context.run_dir / self.init)}
+        student = self.section(StudentConfig)
+        if student.init != "teacher":
+            found["student.init"] = model_fingerprint(student.init, self.digests) or self._hub_commit()
+        if student.vocabulary is not None and student.vocabulary.tokens is not None:
+            found["student.vocabulary.tokens"] = self.digest(Path(student.vocabulary.tokens))
         return found
+
+    def _hub_commit(self) -> str:
+        """The commit of the hub model that the student begins with: what was recorded when the stage began stays; '' for a
+        folder, and where it is not known."""
+        section = self.section(StudentConfig)
+        with suppress(ValueError):  # from `resolve_model`: another check names what is missing
+            if Path(resolve_model(section.init)).is_dir():
+                return ""
+        recorded, begun_with = self.recorded_inputs(), self.recorded_settings().get("student", {})
+        is_same = begun_with.get("init") == section.init and begun_with.get("revision") == section.revision
+        if is_same and "student.init" in recorded:
+            return recorded["student.init"]
+        return model_commit(section.init, section.revision)
 
     def run(self, device: torch.device, stop_requested: StopRequested = lambda step: False) -> bool:
         """Trains to the end; every rank calls it. The student lies in <stage>/student afterwards."""
@@ -170,16 +200,16 @@ class TrainingStage(Stage):
             if any_rank(stop_requested(0)):
                 raise Stopped(f"{self.name}: stopped on request before its first step")
 
-        task = self.build(self.setup(device, amp, check_stop))
-        task.module.to(device)
-        trainer = self._trainer(task, device, amp, stop_requested)
-        if trainer.tensorboard.is_new:
-            trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
-        with session(self.directory, "train", device):
-            try:
+        try:
+            task = self.build(self.setup(device, amp, check_stop))
+            task.module.to(device)
+            trainer = self._trainer(task, device, amp, stop_requested)
+            if trainer.tensorboard.is_new:
+                trainer.tensorboard.describe(*describe_run(self.context, self.name, self.settings("result"), device))
+            with session(self.directory, "train", device):
                 results = trainer.run()
-            except torch.OutOfMemoryError:
-                raise ValueError(self._out_of_memory()) from None
+        except torch.OutOfMemoryError:
+            raise ValueError(self._out_of_memory()) from None
         if rank() == 0:
             self._finish(results | self.results(), device)
         barrier()
@@ -228,6 +258,10 @@ class TrainingStage(Stage):
         """Checks, before anything expensive, that the inputs are there and fit. Raises ValueError naming what to run first."""
         reader = ShardReader(self.context.shards_dir, verify=False)
         check_teacher(self.section(TeacherConfig), self.context.shards_dir, reader.manifest)
+        results = (read_json(self.context.precompute_dir / "DONE.json") or {}).get("results", {})
+        held_out = self.context.shards_dir / "held_out" / "manifest.json"
+        if results.get("held_out") and not held_out.exists():
+            raise ValueError(f"{held_out} is missing: run the precompute stage again, which writes it")
         if self.init != "student":
             folder = self.context.run_dir / self.init
             if not stage_fingerprint(folder):
@@ -235,15 +269,16 @@ class TrainingStage(Stage):
             check_student(folder)
         elif (encoder := self.section(StudentConfig).init) != "teacher":
             resolve_model(encoder)
-        elif (model := self.section(TeacherConfig).model) is not None:
-            check_weights(model, self.context.shards_dir, reader.manifest, self.digests)
+        elif self.section(TeacherConfig).model is not None:
+            check_weights(self.section(TeacherConfig), self.context.shards_dir, reader.manifest, self.digests)
         self.check(reader)
 
     def setup(self, device: torch.device, amp: torch.dtype | None, check_stop: CheckStop = never) -> Setup:
         """The shards and the student that the stage begins with, on the device and ready to train, without dropout."""
-        reader = ShardReader(self.context.shards_dir)
+        shards_dir = self.context.shards_dir
+        reader = open_verified(shards_dir, device, check_stop) if self.reads_all_shards else ShardReader(shards_dir)
         torch.manual_seed(self.context.seed)  # new weights, such as the projection's
-        student, config = self._initial_student(), self.section(StudentConfig)
+        student, config = self._initial_student(reader, check_stop), self.section(StudentConfig)
         student.train()  # transformers loads encoders in eval mode: without dropout, and without activation checkpointing
         set_dropout(student.encoder, 0.0)
         student.encoder.get_input_embeddings().requires_grad_(not config.freeze_embeddings)
@@ -252,14 +287,45 @@ class TrainingStage(Stage):
         student.to(device)
         if device.type == "cpu":
             student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
+        if rank() == 0:
+            self._report_truncated(student, reader)
         return Setup(reader, student, device, amp, self.context.seed, check_stop)
 
-    def _initial_student(self) -> Student:
+    def _report_truncated(self, student: Student, reader: ShardReader) -> None:
+        """Logs how many of the texts, by a sample, are longer than the student's longest input."""
+        rows = np.random.default_rng(self.context.seed).integers(len(reader), size=min(TRUNCATION_SAMPLE, len(reader)))
+        if truncated := student.count_truncated(reader.texts(rows), reader.roles(rows)):
+            words = "%s: %.1f%% of %d texts drawn at random are longer than %d tokens and truncated (student.max_length)"
+            logger.info(words, self.name, 100 * truncated / len(rows), len(rows), student.max_length)
+
+    def _initial_student(self, reader: ShardReader, check_stop: CheckStop) -> Student:
         if self.init != "student":
             return Student.load(self.context.run_dir / self.init / "student")
-        config = self.section(StudentConfig)
-        encoder, tokenizer = build_encoder(config, self.section(TeacherConfig).model, self.context.seed)
-        return Student(encoder, tokenizer, pooling=config.pooling, max_length=config.max_length)
+        teacher = pinned(self.section(TeacherConfig), reader.manifest)
+        config = initial_student(self.section(StudentConfig), teacher)
+        if config.init != "teacher" and (commit := self._hub_commit()):
+            config = config.model_copy(update={"revision": commit})
+        student = build_student(config, teacher.model, self.context.seed)
+        if rank() == 0:
+            what = describe_initial(config, student, initial_folder(config, teacher.model))
+            logger.info("%s: the student begins with: %s", self.name, what)
+        if config.vocabulary is not None:
+            self._trim_vocabulary(student, config.vocabulary, reader, check_stop)
+        return student
+
+    def _trim_vocabulary(self, student: Student, config: VocabularyConfig, reader: ShardReader, check_stop: CheckStop) -> None:
+        """Leaves the student the tokens that rank 0 selects, once for a stage: a resumed one reads the same list."""
+        path, held_out = self.directory / VOCABULARY, self.context.shards_dir / "held_out"
+        selecting = write_kept(path, config, student, reader) if rank() == 0 and read_kept(path) is None else iter(())
+        while any_rank(next(selecting, None) is not None):  # so that no rank waits longer than for a block
+            check_stop()
+        kept = read_kept(path)
+        assert kept is not None
+        if rank() == 0:
+            measured = ShardReader(held_out) if (held_out / "manifest.json").exists() else None
+            logger.info("%s: vocabulary: %s", self.name, trim_and_describe(student, kept, measured))
+        else:
+            trim(student, kept)
 
     def dev_evaluation(self, amp: torch.dtype | None) -> DevEvaluation | None:
         """The dev evaluation over the held-out shards; None if fewer than three texts were held out."""
@@ -267,7 +333,7 @@ class TrainingStage(Stage):
         if not (path / "manifest.json").exists():
             return None
         held_out, value = ShardReader(path), self.context.value
-        rows = dev_rows(len(held_out), value("evaluate.num_held_out"), value("evaluate.dev_sentences"))
+        rows = dev_rows(len(held_out), value("evaluate.dev_sentences"))
         if len(rows) < 3:
             return None
         sts: str | None = value("evaluate.sts")
@@ -283,6 +349,7 @@ class TrainingStage(Stage):
             kept = Student.load(student).to(device).eval()
             sources = held_out_sources(self.context.precompute_dir / "text")
             write_projector(self.tensorboard_dir, kept, ShardReader(held_out), sources)
-        made = student_fingerprint(student)
+        files = student_digests(student)
         shutil.rmtree(self.cache_dir, ignore_errors=True)  # only now: a stage killed before this needs it again
-        self.finish(results, made)
+        (self.directory / VOCABULARY).unlink(missing_ok=True)
+        self.finish(results, files_fingerprint(files), files)

@@ -83,14 +83,14 @@ def joined_namespaces(first_address: str, second_address: str, rate: str | None 
 
 def enter(namespace: str) -> None:
     """Moves this process, which must not have another thread that uses the network, into a network namespace."""
-    with Path("/run/netns", namespace).open() as file:
+    with Path("/run/netns", namespace).open(encoding="utf-8") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "cannot enter the network namespace", namespace)
 
 
 def received() -> Counters:
     """The counters of the veth in this process's namespace."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    lines = Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines()
     fields = next(line for line in lines if line.strip().startswith(f"{INTERFACE}:")).split(":")[1].split()
     return Counters(int(fields[0]), int(fields[1]))
 

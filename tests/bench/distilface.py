@@ -24,7 +24,7 @@ from distill.corpus.evaluation_sets import read_sts
 from distill.metrics.sts import sts_scores
 from distill.run.formatting import format_table
 from distill.student import Student
-from distill.student.encoder import build_encoder
+from distill.student.initial import build_student
 from distill.student.student_config import Pooling
 
 PAPER = {
@@ -72,9 +72,7 @@ def mean_of_sets(student: Student, options: argparse.Namespace) -> float:
 
 def run(pooling: str, options: argparse.Namespace) -> dict[str, Any]:
     config = config_of(pooling, options)
-    encoder, tokenizer = build_encoder(config.student, config.teacher.model, config.seed)
-    untrained = Student(encoder, tokenizer, pooling=config.student.pooling, max_length=config.student.max_length)
-    before = mean_of_sets(untrained, options)
+    before = mean_of_sets(build_student(config.student, config.teacher.model, config.seed), options)
     launch(ROOT / "launcher/pipeline.py", "--config", write_config(config.model_dump(mode="json"), options.work))
     stage = config.run_dir / "simcse"
     after = mean_of_sets(Student.load(stage / "student"), options)

@@ -114,7 +114,7 @@ def run(name: str, inputs: Inputs, device: torch.device) -> tuple[float, float, 
 
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
@@ -130,7 +130,7 @@ class Peak:
             self.held = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.held = resident("VmRSS")
 
     def rise(self) -> int:
@@ -157,7 +157,7 @@ def work(
 def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 

@@ -170,7 +170,7 @@ def evaluate(directory: Path, shards: Path, options: argparse.Namespace) -> dict
     from distill.student import Student
 
     held_out = ShardReader(shards / "held_out")
-    rows = final_rows(len(held_out), 2000)
+    rows = final_rows(len(held_out), 2000, 1000)
     student = Student.load(directory / "ckd/student").eval()
     scores = sts_scores(student.encode, read_sts(options.data / "sts"), bootstrap=0)["sts"]
     kept = fidelity(student.encode(held_out.texts(rows)), held_out.vectors(rows).astype("float32"))

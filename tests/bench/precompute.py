@@ -29,7 +29,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from distill.config import RunConfig, stage_of
-from distill.corpus.text import normalise, text_hash
+from distill.corpus.text import normal_form, text_hash
 from distill.run.allocator import KEPT, NAME
 from distill.run.files import fingerprint, read_json
 from distill.run.precision import autocast_dtype
@@ -47,7 +47,7 @@ def read_texts(path: Path, count: int) -> list[str]:
     found: dict[str, None] = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
-            text = normalise(line)
+            text = normal_form(line)
             if 12 <= len(text) <= 1000:
                 found[text] = None
             if len(found) == count:

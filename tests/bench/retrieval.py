@@ -34,7 +34,7 @@ from distill.evaluation.retrieval import COMPARED, exact_search, retrieval_score
 from distill.evaluation.score_tables import cell, table_of
 from distill.evaluation.tasks import Tasks, read_tasks
 from distill.metrics.bootstrap import difference
-from distill.metrics.vectors import EncodedTexts, SidedText, encode_sided, unit
+from distill.metrics.vectors import EncodedTexts, RoleText, encode_by_role, unit
 from distill.run.allocator import keep_freed_memory
 from distill.run.files import publish, sha256_of
 from distill.run.precision import autocast_dtype
@@ -59,18 +59,18 @@ class Model:
         weights = sorted(Path(name).rglob("*.safetensors"))  # none where it is a hub name
         self.identity = {"model": [sha256_of(path) for path in weights] or name}
 
-    def __call__(self, texts: Sequence[SidedText]) -> np.ndarray:
+    def __call__(self, texts: Sequence[RoleText]) -> np.ndarray:
         """float32 [n, d], L2-normalised."""
         blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
         vectors = np.concatenate([self._block(block, f"{n + 1} of {len(blocks)}") for n, block in enumerate(blocks)])
         return unit(vectors[:, : self.truncate_dim]).astype(np.float32)
 
-    def _block(self, texts: Sequence[SidedText], which: str) -> np.ndarray:
+    def _block(self, texts: Sequence[RoleText], which: str) -> np.ndarray:
         path = self.work / f"{fingerprint(self.identity | {'texts': list(texts)})[:24]}.npy"
         if not path.exists():
             self.encoder = self.encoder or encoder_of(self.name)
             print(f"{self.name}: encoding block {which}", flush=True)
-            vectors = encode_sided(self.encoder, texts)
+            vectors = encode_by_role(self.encoder, texts)
             with publish(path) as file:
                 np.lib.format.write_array(file, vectors, allow_pickle=False)
         return np.load(path, allow_pickle=False)

@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from distill.corpus import TextChunk
 from distill.run.precision import autocast_dtype
 from distill.run.throughput import matmul_peak
 from distill.teacher.encoder import Teacher, Work
@@ -88,7 +89,7 @@ def measure(
     pooling = None if (model / "modules.json").exists() else "mean"
     config = TeacherConfig(model=str(model), pooling=pooling, max_length=max_length, tokens_per_batch=tokens_per_batch)
     teacher = Teacher(config, device, autocast_dtype("bf16", device))
-    read = teacher.read(texts)
+    read = teacher.read(TextChunk(texts, None, None))
     teacher.encode(read)
     teacher.work = Work()
     started = time.perf_counter()

@@ -6,19 +6,22 @@ import json
 import logging
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from distributed_ranks import on_ranks
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from distill.corpus import (
     can_resume,
     held_out_sources,
-    normalise,
+    normal_form,
     prepare_text,
     read_chunk,
     read_listed_chunk,
@@ -26,6 +29,8 @@ from distill.corpus import (
     spool,
     text_hash,
 )
+from distill.corpus.deduplication import deduplicate
+from distill.corpus.text import stored
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import read_json
 
@@ -33,10 +38,11 @@ from distill.run.files import read_json
 def reference(texts, *, min_chars, max_chars, max_held_out):
     """(kept, held out), each a list of (raw row number, text)."""
     seen, kept, held_out = set(), [], []
-    for row, text in enumerate(map(normalise, texts)):
-        if min_chars <= len(text) <= max_chars and text not in seen:
-            seen.add(text)
-            (held_out if text_hash(text) % 2**64 % 50 == 0 else kept).append((row, text))
+    for row, text in enumerate(texts):
+        form = normal_form(text)
+        if min_chars <= len(form) <= max_chars and form not in seen:
+            seen.add(form)
+            (held_out if text_hash(text) % 2**64 % 50 == 0 else kept).append((row, stored(text)))
     held_out.sort(key=lambda pair: text_hash(pair[1]) % 2**64)
     return kept, held_out[:max_held_out]
 
@@ -86,6 +92,7 @@ def test_chunks_and_held_out_are_those_of_the_reference(tmp_path, count):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=4), min_size=1, max_size=120))
+@example(texts=["0\x00", "a"])
 def test_any_text_gives_what_the_reference_gives(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("any")
     kept, held_out = reference(texts, min_chars=1, max_chars=3, max_held_out=2)
@@ -113,7 +120,7 @@ def test_counts_and_lengths_add_up(tmp_path):
     manifest = prepare(config_of(tmp_path / "in", texts, held_out=5, max_sentences=300, **LIMITS), tmp_path / "out")
     counts = manifest["counts"]
     assert counts["read"] == len(texts) == sum(value for key, value in counts.items() if key != "read")
-    assert counts["too_short"] == 3 and counts["too_long"] == sum(len(normalise(text)) > 60 for text in texts)
+    assert counts["too_short"] == 3 and counts["too_long"] == sum(len(normal_form(text)) > 60 for text in texts)
     assert counts["kept"] == 300 == sum(chunk["rows"] for chunk in manifest["chunks"])
     assert counts["held_out"] == 5 == manifest["held_out"]["rows"] and counts["held_out_unused"] > 0
     assert [source["count"] for source in manifest["sources"]] == [len(texts)]
@@ -135,10 +142,8 @@ def test_the_manifest_describes_every_file_and_no_other_is_left(tmp_path):
     manifest = prepare(config_of(tmp_path / "in", some_texts(1000), **LIMITS), out)
     assert read_json(out / "manifest.json") == manifest
     described = [*manifest["chunks"], manifest["held_out"]]
-    assert {path.name for path in out.iterdir()} - {"held_out.sources.npy"} == {
-        "manifest.json",
-        *(f"{file['name']}.txt" for file in described),
-    }
+    written = {f"{file['name']}.{suffix}" for file in described for suffix in ("txt", "sources.npy")}
+    assert {path.name for path in out.iterdir()} == {"manifest.json", *written}
     for file in described:
         data = (out / f"{file['name']}.txt").read_bytes()
         assert (file["bytes"], file["sha256"], file["rows"]) == (len(data), hashlib.sha256(data).hexdigest(), data.count(b"\n"))
@@ -175,8 +180,25 @@ def test_a_sample_is_exact_the_same_in_any_order_and_holds_smaller_samples(tmp_p
     assert 1350 < in_the_first_half < 1650
 
 
+def test_texts_are_kept_as_they_are_and_nothing_but_empty_texts_is_dropped_unasked(tmp_path):
+    texts = [
+        "def f(x):\r\n\treturn x\n",
+        "  indented\u200b e\u0301",
+        "| a | b |\n|---|---|\n",
+        "好",
+        "x" * 90_000,
+        "",
+        " \n ",
+        "\u200b",
+    ]
+    manifest = prepare(config_of(tmp_path / "in", texts, held_out=9), tmp_path / "out")
+    held_out = read_chunk(tmp_path / "out/held_out.txt")
+    assert sorted([*held_out, *chunks_of(tmp_path / "out", manifest)[0]]) == sorted(texts[:5])
+    assert manifest["counts"]["too_short"] == 3 and manifest["counts"]["too_long"] == 0 and manifest["normal_form"] == 2
+
+
 def test_a_text_with_nothing_left_is_refused_with_its_counts_and_leaves_nothing(tmp_path):
-    config = config_of(tmp_path / "in", ["short", "", "x" * 5000])
+    config = config_of(tmp_path / "in", ["short", "", "x" * 5000], min_chars=12, max_chars=1000)
     with pytest.raises(
         ValueError, match=r"no text is left.* 3 texts read.* 2 shorter than text\.min_chars = 12, 1 longer.*raw"
     ):
@@ -223,6 +245,7 @@ PEAK_MEMORY = """
 import re, sys
 from pathlib import Path
 from distill.run.files import read_json
+from distill.corpus.text import stored
 from distill.corpus.text_config import TextConfig
 from distill.corpus import prepare_text
 folder = Path(sys.argv[1])
@@ -270,12 +293,13 @@ def test_a_killed_call_continues_from_its_journal_and_writes_the_same_chunks(tmp
     assert can_resume(tmp_path / "cut") is (cut_after >= 7)
     normalised = []
     monkeypatch.setattr(spool, "read_source", read_source)
-    monkeypatch.setattr(spool, "normalise", lambda text: normalised.append(text) or normalise(text))
+    monkeypatch.setattr(spool, "normal_form", lambda text: normalised.append(text) or normal_form(text))
     prepare(config, tmp_path / "cut", keep_row_numbers=True)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
-    of_a = set(map(normalise, texts[:2500]))  # the first of equal sentences stays
+    of_a = set(map(normal_form, texts[:2500]))  # the first of equal sentences stays
     expected = [
-        "1 raw.jsonl text" if text in of_a else "2 raw.jsonl text" for text in read_chunk(tmp_path / "cut/held_out.txt")
+        "1 raw.jsonl text" if normal_form(text) in of_a else "2 raw.jsonl text"
+        for text in read_chunk(tmp_path / "cut/held_out.txt")
     ]
     assert held_out_sources(tmp_path / "cut") == expected and len(set(expected)) == 2
     assert len(normalised) == len(texts) - cut_after // 7 * 7 * 50, "what the journal covers is read again"
@@ -389,7 +413,7 @@ def change_a_number(path):
 def test_changed_or_lost_row_numbers_are_refused_by_name(tmp_path, harm):
     manifest = prepare(config_of(tmp_path / "in", some_texts(500), **LIMITS), tmp_path / "out", keep_row_numbers=True)
     entry = manifest["chunks"][1]
-    texts, numbers = read_listed_chunk(tmp_path / "out", entry)
+    texts, numbers, _ = read_listed_chunk(tmp_path / "out", entry)
     assert len(texts) == len(numbers) == entry["rows"]
     harm(tmp_path / "out/000001.rows.npy")
     with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written .*: delete .*out to prepare"):
@@ -402,3 +426,19 @@ def test_changed_sources_of_held_out_texts_are_refused_by_name(tmp_path):
     change_a_number(tmp_path / "out/held_out.sources.npy")
     with pytest.raises(ValueError, match=r"held_out\.sources\.npy is not as it was written"):
         held_out_sources(tmp_path / "out")
+
+
+def deduplicate_with_little_space(written):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError, match="File too large") as error:
+        deduplicate(written, 100_000, 0, None)
+    return error.value.filename
+
+
+def test_space_for_the_statuses_of_all_texts_is_taken_before_they_are_mapped(tmp_path):
+    written = spool.Spool(tmp_path, 1, has_rows=False)
+    np.array([(7, 99_999)], spool.RECORD).tofile(written.buckets[0])
+    assert on_ranks(1, deduplicate_with_little_space, written) == [str(written.statuses)]
+    counts, _ = deduplicate(written, 100_000, 0, None)
+    assert counts["kept"] == 1 and written.statuses.stat().st_blocks * 512 >= 100_000

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from distill.corpus import read_rows, read_source
-from distill.corpus.sources import source_files, source_fingerprints
+from distill.corpus import read_rows, read_source, sources
+from distill.corpus.sources import pinned, source_files, source_fingerprints
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import DigestCache
 
@@ -96,6 +96,10 @@ def test_a_glob_reads_its_files_sorted_and_a_source_ends_at_its_limit(tmp_path):
 
 def test_a_file_name_with_brackets_is_that_file(tmp_path):
     assert read(write(tmp_path / "a[1].txt", b"one\n")) == ["one"]
+    (tmp_path / "set [1]").mkdir()
+    write(tmp_path / "set [1]" / "b.txt", b"two\n")
+    assert read(tmp_path / "set [1]" / "*.txt") == read(tmp_path / "set [1]" / "**/*.txt") == ["two"]
+    assert read(tmp_path / "*[[]1]" / "?.txt") == ["two"]
 
 
 def test_a_file_is_read_lazily(tmp_path):
@@ -278,7 +282,9 @@ def test_source_files_are_those_that_are_read(tmp_path, pattern):
     assert found and ".hidden.txt" not in read(tmp_path / pattern)
 
 
-def test_a_dataset_in_a_folder_is_identified_by_its_content_and_one_on_the_hub_by_its_revision(tmp_path):
+def test_a_dataset_is_identified_by_its_content_in_a_folder_and_by_its_commit_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "dataset_commit", {"owner/set": "c0ffee", "owner/gone": ""}.get)
+
     def identify(name, revision=None):
         source = {"type": "huggingface", "name": name, "field": "text", "revision": revision}
         return source_fingerprints(TextConfig(sources=[source]), DigestCache(tmp_path / "digests.json"))[name]
@@ -290,4 +296,22 @@ def test_a_dataset_in_a_folder_is_identified_by_its_content_and_one_on_the_hub_b
     assert before and before == identify(str(folder))
     write(folder / "train.jsonl", jsonl(["other"]))
     assert identify(str(folder)) != before
-    assert (identify("owner/set"), identify("owner/set", "abc")) == ("", "abc")
+    assert (identify("owner/set"), identify("owner/set", "abc"), identify("owner/gone")) == ("c0ffee", "abc", "")
+
+
+@pytest.mark.parametrize("recorded", ["", "c0ffee"])
+def test_what_was_recorded_of_a_dataset_without_a_revision_stays(tmp_path, monkeypatch, recorded):
+    monkeypatch.setattr(sources, "dataset_commit", {"owner/set": "decade"}.get)
+    source = {"type": "huggingface", "name": "owner/set", "field": "text"}
+    digests, earlier = DigestCache(tmp_path / "digests.json"), {"owner/set": recorded}
+    assert source_fingerprints(TextConfig(sources=[source]), digests, earlier) == earlier
+    named = TextConfig(sources=[source | {"revision": "v2"}])
+    assert source_fingerprints(named, digests, earlier) == {"owner/set": "v2"}
+
+
+def test_a_commit_that_was_recorded_is_the_one_that_is_read(tmp_path):
+    hub = {"type": "huggingface", "field": "text"}
+    entries = [{**hub, "name": "owner/set"}, {**hub, "name": "owner/new"}, {**hub, "name": "owner/set", "revision": "v2"}]
+    config = TextConfig(sources=[*entries, {**hub, "name": str(tmp_path)}])
+    found = pinned(config, {"owner/set": "c0ffee", str(tmp_path): "a digest"})
+    assert [source.revision for source in found.sources] == ["c0ffee", None, "v2", None]

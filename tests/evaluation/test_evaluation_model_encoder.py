@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference_times import hang_limit
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -91,6 +92,14 @@ def test_truncated_weights_are_refused(tiny, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="broken does not load"):
         encoder_of(broken, device="cpu")
+
+
+def test_a_layer_without_weights_is_refused(tiny, tmp_path):
+    lacking = shutil.copytree(tiny, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "intermediate" not in name}, lacking / "model.safetensors")
+    with pytest.raises(ValueError, match="has no weights for 2 parts of its encoder"):
+        encoder_of(lacking, device="cpu")
 
 
 @pytest.mark.slow

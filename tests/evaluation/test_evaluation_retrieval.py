@@ -1,10 +1,12 @@
+from collections.abc import Sequence
 from math import log2
 
 import numpy as np
 import pytest
 from retrieval_sets import encode, write_folder
 
-from distill.corpus.evaluation_sets import read_retrieval
+from distill.corpus.evaluation_sets import RetrievalSet, read_retrieval
+from distill.evaluation.index_types import index_types
 from distill.evaluation.retrieval import exact_search, query_scores, retrieval_scores
 
 
@@ -55,3 +57,26 @@ def test_an_interval_holds_its_mean_and_depends_on_the_queries_and_the_seed_alon
     one, other = (retrieval_scores(encode, {"a": made}, seed=seed)["retrieval_resamples"]["a ndcg@10"] for seed in (0, 1))
     assert one.sample != other.sample and one.values != other.values
     assert retrieval_scores(encode, {"a": made}, bootstrap=0)["retrieval_ci"]["a"] == {}
+
+
+def test_a_query_that_is_a_document_too_does_not_find_itself():
+    texts = {str(number): f"text {number}" for number in range(200)}
+    queries = {"7": "text 7", "9": "another text"}  # of the first, the document is the query, with a title before it
+    documents = texts | {"7": "Title text 7"}
+    given = RetrievalSet(documents, queries, {"7": {"8": 1, "100": 1}, "9": {"9": 1}})
+    assert given.among_documents == {"7"}
+    places = {text: number for number, text in enumerate(documents.values())} | {"text 7": 7, "another text": 9}
+
+    def encode_places(some: Sequence[str], side: str) -> np.ndarray:
+        angles = np.sqrt([places[text] for text in some]) / 20  # nearest to 7 are 7, 8, 6, and 100 is the 101st; to 9 it is 9
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    for types in ((), index_types(["exact"], ["float32"], None)):
+        measured = retrieval_scores(encode_places, {"set": given}, types=types)["retrieval"]["set"]
+        for found in (measured, *(measured[each.name] for each in types)):
+            assert found["mrr@10"] == 1 and found["recall@100"] == 1
+
+
+def test_only_the_text_makes_a_document_the_query_itself():
+    given = RetrievalSet({"1": "a text", "2": "b", "3": "c"}, {"1": " a text\n", "2": "", "3": "another"}, {})
+    assert given.among_documents == {"1"}

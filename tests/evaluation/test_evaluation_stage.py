@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,13 +16,15 @@ from retrieval_sets import write_folder
 
 from distill.config import load_config, stage_of
 from distill.corpus import evaluation_sets
-from distill.evaluation import measure
+from distill.evaluation import evaluate_stage, measure
 from distill.evaluation.measure import Measurement, Model
 from distill.evaluation.tasks import read_tasks
 from distill.metrics.results import read_results, write_results
 from distill.run.files import read_json, write_json
+from distill.run.precision import has_bf16
 from distill.run.session_log import device_name
 from distill.shards import ShardReader
+from distill.teacher.encoder import evaluation_dtype
 
 CPU = torch.device("cpu")
 
@@ -38,7 +43,7 @@ def measurement(monkeypatch, tmp_path, embedded_once):
     monkeypatch.setattr(measure, "throughput", lambda encoder, texts: 100.0)
     found = write_folder(tmp_path / "found", "1\t2\t2\n1\t1\t1\n2\t1\t1\n")
     sts = write_pairs(tmp_path / "sts")
-    return lambda: Measurement(read_tasks(str(sts), [str(found)]), embedded_once / "runs/tiny/shards", num_held_out=50)
+    return lambda: Measurement(read_tasks(str(sts), [str(found)]), embedded_once / "runs/tiny/shards", 50, 1000)
 
 
 def test_nested_and_pca_sizes_are_measured_on_projections_of_the_same_vectors(measurement):
@@ -216,6 +221,50 @@ def test_the_teacher_is_measured_in_its_configured_precision_and_every_row_names
     shutil.rmtree(stage.directory)
 
 
+def test_one_model_is_in_memory_at_a_time(run, monkeypatch):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    before = []
+
+    def counted(load):
+        def loaded(*arguments, **options):
+            gc.collect()
+            before.append(len(alive))
+            alive.add(model := load(*arguments, **options))
+            return model
+
+        return loaded
+
+    for name in ("encoder_of", "_load_teacher", "StudentEncoder"):
+        monkeypatch.setattr(evaluate_stage, name, counted(getattr(evaluate_stage, name)))
+    stage = stage_of(run("evaluate.baselines=true", "evaluate.num_held_out=9"), "evaluate")
+    stage.run(CPU)
+    assert before == [0] * 6  # the teacher, the untrained student, three students, and the search index's
+    shutil.rmtree(stage.directory)
+
+
+def test_out_of_memory_names_a_smaller_batch(run, monkeypatch):
+    def measure(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Measurement, "measure", measure)
+    stage = stage_of(run("evaluate.num_held_out=11"), "evaluate")
+    with pytest.raises(ValueError, match=r"^teacher: out of device memory: set evaluate\.batch_size=32$"):
+        stage.run(CPU)
+    shutil.rmtree(stage.directory)
+
+
+def test_the_teacher_is_faithful_to_the_shards_that_it_made_in_16_bits(tmp_path, tiny_encoder):
+    precision = "bf16" if has_bf16(CPU) else "fp32"
+    config = load_config(write_config(tmp_path, tiny_encoder), [f"teacher.precision={precision}"])
+    assert stage_of(config, "precompute").run(CPU)
+    load = partial(
+        evaluate_stage._load_teacher, config.teacher, CPU, evaluation_dtype(config.teacher, CPU), tmp_path / "offload"
+    )
+    found = Measurement(read_tasks(None, []), config.shards_dir, 50, 1000).measure(Model("teacher", "id", load))["teacher"]
+    assert found.fidelity.spearman > 0.999 and found.fidelity.top10 == 1
+    assert ("bfloat16" in found.dtype) == (precision == "bf16")
+
+
 def test_exported_weights_that_changed_after_the_export_stage_finished_are_not_measured(run):
     config = run("evaluate.sts=/no/such/folder")  # the check comes before the sets are read
     weights = config.run_dir / "export/ckd/model.safetensors"
@@ -240,5 +289,18 @@ def test_the_stage_writes_its_own_directory_and_what_later_readers_need(run):
         path.name for path in evaluated.iterdir()
     }
     models = ["teacher", "ckd", "finetune", "hpd", "hpd-8"]  # those of stages that run now or are finished
-    assert read_json(evaluated / "DONE.json")["results"] == {"models": models, "index": "hpd"}
+    files = ["results.json", "index.npy", "neighbours.json"]
+    assert read_json(evaluated / "DONE.json")["results"] == {"models": models, "index": "hpd", "files": files}
     assert card.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["results.json", "index.npy", "neighbours.json"])
+def test_a_damaged_file_of_the_finished_stage_is_named_and_made_again(run, name, caplog):
+    config = run("stages=[precompute, ckd, export, evaluate]")
+    path = config.run_dir / "evaluate" / name
+    before = path.read_bytes()
+    path.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+    stage = stage_of(config, "evaluate")
+    assert stage.reason_to_run() == f"{path} is missing" and f"{path} is damaged" in caplog.text
+    stage.run(CPU)
+    assert stage.reason_to_run() is None and path.read_bytes() == before

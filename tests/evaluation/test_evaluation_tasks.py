@@ -8,13 +8,13 @@ from retrieval_sets import write_folder
 
 from distill.evaluation.model_encoder import encode_over_ranks
 from distill.evaluation.tasks import read_tasks
-from distill.metrics.vectors import EncodedTexts, encode_sided
+from distill.metrics.vectors import EncodedTexts, encode_by_role
 from distill.run.collectives import rank
 
 
-def encode(texts: list[str], side: str | None = None) -> np.ndarray:
+def encode(texts: list[str], role: str | None = None) -> np.ndarray:
     """Counts of letters; a query has a prompt of two letters, a document one of three."""
-    texts = [{"query": "ab", "document": "cde"}.get(side, "") + text for text in texts]
+    texts = [{"query": "ab", "document": "cde"}.get(role, "") + text for text in texts]
     return np.array([[len(text), *(text.count(letter) for letter in "abcdefg")] for text in texts], dtype=np.float32)
 
 
@@ -36,14 +36,14 @@ def test_every_text_of_a_side_is_encoded_once_and_measured_as_if_it_were_encoded
     assert len(set(texts)) == len(texts)
     calls = {}
 
-    def counted(texts: list[str], side: str | None) -> np.ndarray:
-        assert side not in calls
-        calls[side] = len(texts)
-        return encode(texts, side)
+    def counted(texts: list[str], role: str | None) -> np.ndarray:
+        assert role not in calls
+        calls[role] = len(texts)
+        return encode(texts, role)
 
-    encoded = EncodedTexts(texts, encode_sided(counted, texts))
+    encoded = EncodedTexts(texts, encode_by_role(counted, texts))
     results = tasks.measure(encoded)
-    assert calls == {side: sum(each == side for each, _ in texts) for side in (None, "query", "document")}
+    assert calls == {role: sum(each == role for each, _ in texts) for role in (None, "query", "document")}
     assert results == tasks.measure(encode)
     assert set(results) == {
         *("sts", "sts_ci", "sts_quantised", "sts_resamples", "sts_warnings"),
@@ -56,6 +56,9 @@ def test_the_fingerprint_changes_with_the_sets_and_the_precisions(places):
     assert fingerprint == read_tasks(**places).fingerprint
     others = [places | {"transfer": []}, places | {"retrieval": []}, {"sts": places["sts"], "precisions": ["int8"]}]
     assert len({fingerprint, *(read_tasks(**other).fingerprint for other in others)}) == 4
+    tasks = read_tasks(**places)
+    next(iter(tasks.sts.values())).gold[0] += 1
+    assert tasks.fingerprint != fingerprint
 
 
 def test_two_sets_of_one_name_are_refused(places, tmp_path):
@@ -72,9 +75,9 @@ def _encoded_on_this_rank(texts: list, block: int) -> list | None:
     model_encoder.TEXTS_PER_BLOCK = block
     seen = []
 
-    def encode_and_count(some: list[str], side: str | None = None) -> np.ndarray:
-        seen.extend([side, text] for text in some)
-        return encode(some, side).reshape(-1, 8)
+    def encode_and_count(some: list[str], role: str | None = None) -> np.ndarray:
+        seen.extend([role, text] for text in some)
+        return encode(some, role).reshape(-1, 8)
 
     vectors = encode_over_ranks(encode_and_count, texts if rank() == 0 else [], torch.device("cpu"))
     return [seen, None if vectors is None else vectors.tolist()]
@@ -84,6 +87,6 @@ def _encoded_on_this_rank(texts: list, block: int) -> list | None:
 def test_ranks_share_the_texts_and_rank_0_alone_has_all_vectors_in_order(num_texts, block):
     texts = [[(None, "query", "document")[i % 3], f"{'abcdefg'[i % 7] * (i + 1)} {i}"] for i in range(num_texts)]
     answers = on_ranks(3, _encoded_on_this_rank, texts, block)
-    assert answers[0][1] == [encode([text], side)[0].tolist() for side, text in texts]
+    assert answers[0][1] == [encode([text], role)[0].tolist() for role, text in texts]
     assert answers[1][1] is None and answers[2][1] is None
     assert sorted((text for seen, _ in answers for text in seen), key=str) == sorted(texts, key=str)

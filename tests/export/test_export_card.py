@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import yaml
 from conftest import write_config
+from huggingface_hub import ModelCard
 
 from distill.config import TRAINING_STAGES, load_config, stage_of
 from distill.export.card import Provenance, model_card
 from distill.export.export_stage import ExportStage
 from distill.metrics.results import ModelResults
-from distill.report.model_cards import results_section, write_model_cards
+from distill.report.model_cards import model_index, results_section, write_model_cards
 from distill.run.files import write_json
 from distill.training.tasks import training_tasks
 
@@ -92,6 +93,13 @@ def test_the_front_matter_is_yaml_and_the_recipe_is_the_settings_of_the_stage(tm
         and made_from.recipe["global_batch"] > 0
     )
     assert training_tasks()[stage].title in card and "## Results" not in card
+
+
+def test_the_languages_of_the_config_are_in_the_card_and_no_language_is_guessed(provenance, tmp_path):
+    assert "language" not in front_of(model_card(tmp_path, provenance("ckd")))
+    assert front_of(model_card(tmp_path, provenance("ckd", "export.language=[en, de]")))["language"] == ["en", "de"]
+    with pytest.raises(ValueError, match=r"export\.language"):
+        provenance("ckd", "export.language=[English]")
 
 
 @pytest.mark.parametrize(
@@ -176,15 +184,40 @@ def test_the_teacher_and_the_nested_sizes_are_in_the_results_and_no_other_model_
     assert "| STS: STS12 | 72.37 [70.91, 73.85] | - | - |" in rows
 
 
-def test_the_report_replaces_the_card_of_each_exported_folder_that_is_there(tmp_path, tiny_encoder, folder, provenance):
+def evaluated(tmp_path, tiny_encoder, folder, provenance):
+    """The config of a run whose ckd is exported and has its card with RESULTS; hpd is not."""
     provenance("ckd")
     config = load_config(write_config(tmp_path, tiny_encoder), ["stages=[ckd, hpd]"])
     (config.run_dir / "export").mkdir()
     folder.rename(config.run_dir / "export/ckd")
     write_model_cards(config, {"ckd": RESULTS})
+    return config
+
+
+def test_the_report_replaces_the_card_of_each_exported_folder_that_is_there(tmp_path, tiny_encoder, folder, provenance):
+    config = evaluated(tmp_path, tiny_encoder, folder, provenance)
     card = (config.run_dir / "export/ckd/README.md").read_text()
     assert card.count("## Results") == 1 and card.index("## Recipe") < card.index("## Results")
     assert "onnx/model_quantized.onnx" in card and "| STS: average | 72.37 [70.90, 73.80] |" in card
     assert not (config.run_dir / "export/hpd").exists()
     write_model_cards(config, {"ckd": RESULTS})
     assert (config.run_dir / "export/ckd/README.md").read_text() == card
+
+
+def test_the_front_matter_has_the_results_in_the_hubs_own_format(tmp_path, tiny_encoder, folder, provenance):
+    config = evaluated(tmp_path, tiny_encoder, folder, provenance)
+    found = {
+        (result.task_type, result.dataset_name, result.metric_type): result.metric_value
+        for result in ModelCard.load(config.run_dir / "export/ckd/README.md").data.eval_results
+    }
+    assert found == {
+        ("semantic-similarity", "STS12", "spearman_cosine"): 0.7237,
+        ("information-retrieval", "scifact", "cosine_ndcg@10"): 0.6412,
+        ("text-classification", "sst2", "accuracy"): 0.87,
+    }
+    assert model_index("tiny/ckd", None) == model_index("tiny/ckd", PLAIN) == []
+
+
+def test_the_samples_of_every_stage_of_the_chain_are_told(tmp_path, provenance):
+    made_from = replace(provenance("ckd"), earlier={"ckd": {}}, stage="hpd", samples={"ckd": 102_400, "hpd": 512})
+    assert "Stages: `ckd` (102,400 samples), then `hpd` (512 samples);" in model_card(tmp_path / "none", made_from)

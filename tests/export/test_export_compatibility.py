@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,14 +66,18 @@ def test_the_tokenizer_of_every_version_is_tokenizer_json_as_it_is(pooler):
     assert list(AutoTokenizer.from_pretrained(pooler)(TEXTS[:2])) == config["model_input_names"]
 
 
-def test_a_tokenizer_that_truncates_on_the_left_exports_as_the_student_truncates(tiny_encoder, tmp_path):
-    student = make_student(tmp_path / "student", tiny_encoder)
-    path = tmp_path / "student/tokenizer_config.json"
+def test_a_tokenizer_that_truncates_on_the_left_keeps_the_end_in_training_and_in_the_export(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "left")
+    path = tmp_path / "left/tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left", "padding_side": "left"}))
+    student = make_student(tmp_path / "student", tmp_path / "left")
+    long, end = TEXTS[-1], " ".join(TEXTS[-1].split()[-8:])
+    assert student.token_ids([long])[0][-9:] == student.token_ids([end])[0][-9:]
     export(tmp_path / "student", tmp_path / "export")
-    assert np.allclose(
-        SentenceTransformer(str(tmp_path / "export"), device="cpu").encode(TEXTS), student.encode(TEXTS), atol=1e-5
-    )
+    loaded = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    assert np.allclose(loaded.encode(TEXTS), student.encode(TEXTS), atol=1e-5)
+    assert loaded.tokenizer.truncation_side == "left"
+    assert loaded.tokenizer.padding_side == "right"  # with absolute positions, a vector would depend on the texts beside it
 
 
 @pytest.mark.parametrize("family", ROTARY)

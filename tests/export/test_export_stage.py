@@ -56,6 +56,8 @@ def test_other_formats_run_the_stage_again_and_change_what_it_made(run):
     export(config)
     assert stage_fingerprint(config.run_dir / "export") != before and stage_of(config, "export").reason_to_run() is None
     assert (config.run_dir / "export/ckd/onnx/model_quantized.onnx").is_file()
+    export(run())
+    assert (config.run_dir / "export/ckd/onnx/model_quantized.onnx").is_file() and not stage_of(run(), "export").reason_to_run()
 
 
 def test_what_cannot_be_exported_is_refused_before_the_stage_begins(run, tiny_encoder, monkeypatch):

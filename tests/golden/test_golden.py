@@ -43,6 +43,6 @@ def is_close(name, found, stored):
 
 
 if __name__ == "__main__":
-    values = json.loads(Path(sys.argv[1]).read_text())
+    values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     kept = {name: value for name, value in values.items() if KEPT.search(name)}
     STORED.write_text(json.dumps(kept, indent=0, sort_keys=True) + "\n")

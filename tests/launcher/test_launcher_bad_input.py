@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +83,7 @@ def test_a_run_directory_of_another_config(embedded_copy):
     refused(
         call("precompute.py", "--config", embedded_copy[0], "text.min_chars=20"),
         "begun with another",
-        "text.min_chars: 12 -> 20",
+        "text.min_chars: 1 -> 20",
     )
 
 
@@ -117,6 +120,45 @@ def test_a_read_only_run_directory(tmp_path, tiny_encoder):
         refused(call("pipeline.py", "--config", config, f"runs_dir={place}"), "Read-only", "runs_dir=")
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+LONG = ["ckd.max_steps=400", "ckd.epochs=100", "ckd.dev_every=400", "ckd.save_every=400"]
+
+
+def little_space(limit: int) -> None:
+    """The system refuses files above `limit` bytes, as a full disk does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize(
+    "script, arguments, limit, name",
+    [
+        ("train.py", ["stage=ckd"], 60_000, "ckd/student.part"),
+        ("train.py", ["stage=ckd", *LONG], 400_000, "tensorboard/ckd"),
+        ("train.py", ["stage=finetune", "finetune.num_mined=2000"], 20_000, "finetune/triplets.npy"),
+        ("train.py", ["stage=hpd", "hpd.freeze_encoder=true"], 20_000, "hpd/cache"),
+        ("export.py", [], 60_000, "export/ckd.part"),
+        ("evaluate.py", [], 20_000, "evaluate/index.npy"),
+    ],
+    ids=["student", "curves", "triplets", "cache", "export", "index"],
+)
+def test_a_full_disk_is_one_line_with_the_file(finished, tmp_path, script, arguments, limit, name):
+    config, run, _ = finished
+    shutil.copytree(run, tmp_path / "tiny")
+    stage = name.split("/")[1 if name.startswith("tensorboard") else 0]
+    shutil.rmtree(tmp_path / "tiny" / stage)
+    before = partial(little_space, limit)
+    done = call(script, "--config", config, f"runs_dir={tmp_path}", *arguments, before=before)
+    refused(done, name, "File too large")
+    assert done.returncode == 2
+
+
+def test_a_full_disk_while_text_is_prepared_is_one_line_with_the_file(tmp_path, tiny_encoder):
+    config = write_config(tmp_path, tiny_encoder)
+    done = call("precompute.py", "--config", config, "--text-only", before=partial(little_space, 5_000))
+    refused(done, "precompute/", "texts", "File too large")
+    assert done.returncode == 2
 
 
 def test_disk_full_while_writing_a_shard(tmp_path, tiny_encoder):

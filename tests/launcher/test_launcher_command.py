@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
-from commands import call
+from commands import ROOT, call
 from conftest import write_config
 
 from distill.run.temporary import TemporaryError, hub_error
@@ -66,3 +69,10 @@ def test_a_stage_that_another_process_runs_is_refused_in_one_line(tmp_path, tiny
         done = call("export.py", "--config", config)
     assert done.returncode == 1 and f"{lock}: another process runs this stage" in done.stdout, done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_a_console_without_a_character_shows_an_escape_instead():
+    code = "from launcher import command; command.start(lambda: print('sum ∑') or 0)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "sum \\u2211\n")

@@ -177,7 +177,7 @@ def test_no_worker_outlives_a_killed_reader(tmp_path):
 
 def _is_running(pid):
     status = Path("/proc", pid, "stat")
-    return status.exists() and status.read_text().rsplit(")")[-1].split()[0] != "Z"
+    return status.exists() and status.read_text(encoding="utf-8").rsplit(")")[-1].split()[0] != "Z"
 
 
 def test_docstrings_of_modules_classes_and_functions_are_found(tmp_path):

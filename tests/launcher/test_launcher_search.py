@@ -11,8 +11,10 @@ from sentence_transformers import SentenceTransformer
 
 from distill.evaluation.model_encoder import encoder_of
 from distill.evaluation.passage_index import PassageIndex, build_index
+from distill.export.folder import exports_digests
 from distill.run.files import write_json
 from distill.shards import ShardReader
+from distill.student.fingerprint import files_fingerprint
 from launcher.search import search
 
 
@@ -38,6 +40,7 @@ def test_a_question_is_encoded_as_a_query_and_found_among_documents(embedded_cop
     (run / "evaluate").mkdir()
     build_index(ShardReader(run / "shards"), encoder_of(model, device="cpu"), run / "evaluate", max_texts=100)
     write_json(run / "evaluate/DONE.json", {"results": {"index": "ckd"}})
+    write_json(run / "export/DONE.json", {"fingerprint": files_fingerprint(exports_digests(run / "export"))})
     searched = []
     find = PassageIndex.search
     monkeypatch.setattr(PassageIndex, "search", lambda self, query, count: searched.append(query) or find(self, query, count))
@@ -51,6 +54,23 @@ def test_a_question_is_encoded_as_a_query_and_found_among_documents(embedded_cop
     printed = capsys.readouterr().out
     assert f"  {score:.2f} " in printed or f"= {score:.2f} " in printed
     assert "student, 32 dimensions, 0.0M parameters, float32" in printed and len(by_teacher) == 32
+    weights = run / "export/ckd/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=f"{run}/export: its files are not those that the stage export recorded"):
+        search(arguments(run))
+
+
+def test_a_damaged_index_is_refused_by_name(tmp_path, embedded_copy, tiny_encoder):
+    _, run = embedded_copy
+    model = save_sentence_transformer(tiny_encoder, run / "export/ckd")
+    (run / "evaluate").mkdir()
+    build_index(ShardReader(run / "shards"), encoder_of(model, device="cpu"), run / "evaluate", max_texts=100)
+    write_json(run / "evaluate/DONE.json", {"results": {"index": "ckd"}})
+    path = run / "evaluate/index.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=f"no {path}; run the pipeline to its evaluate stage"):
+        search(arguments(run))
+    assert path.with_name("index.npy.damaged").exists()
 
 
 def test_no_run_and_no_answers_are_refused(tmp_path):

@@ -13,8 +13,12 @@ MARK = "\0"
 def strings_of(path: Path) -> list[str]:
     """The strings of a Python file, with MARK for each {expression}; the lines of any other file."""
     if path.suffix != ".py":
-        return path.read_text().splitlines()
-    return [_text(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr | ast.Constant)]
+        return path.read_text(encoding="utf-8").splitlines()
+    return [
+        _text(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
 
 
 def _text(node: ast.expr) -> str:

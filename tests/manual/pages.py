@@ -54,7 +54,7 @@ def page_id(page: Path) -> str:
 
 def prose_of(page: Path) -> str:
     """The text without fenced blocks."""
-    return BLOCK.sub("", page.read_text())
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
 def commands_of(page: Path) -> Iterator[Command]:

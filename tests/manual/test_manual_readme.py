@@ -75,7 +75,7 @@ def test_readme_is_short_and_leads_to_every_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_a_page_has_no_comments_and_its_links_and_paths_exist(page: Path):
-    assert "<!--" not in page.read_text()
+    assert "<!--" not in page.read_text(encoding="utf-8")
     for target, anchor in links_of(page):
         assert target.exists(), target
         assert not anchor or anchor in anchors_of(target), (target, anchor)

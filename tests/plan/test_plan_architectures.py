@@ -46,6 +46,18 @@ def test_vectors_of_a_plain_cached_encoder_have_its_hidden_size(snapshot):
     assert architecture_of(NAME).dim == 32
 
 
+def test_texts_are_truncated_where_the_model_says_and_its_positions_allow(snapshot):
+    lengths = []
+    for stated in (16, 1 << 30, None):
+        (snapshot / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": stated}))
+        lengths.append(architecture_of(NAME).max_length)
+    (snapshot / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1e30}))
+    lengths.append(architecture_of(NAME).max_length)
+    (snapshot / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 48}))
+    assert [*lengths, architecture_of(NAME).max_length] == [16, 64, 64, 64, 48]
+    assert architecture_of("sentence-transformers/sentence-t5-xxl").max_length == 256
+
+
 def test_the_hub_is_not_contacted(snapshot, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))

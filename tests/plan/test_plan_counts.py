@@ -24,6 +24,7 @@ from distill.plan.step_cost import bytes_received, collectives_per_step, rank_me
 from distill.plan.text_estimate import TextEstimate, estimate_text
 from distill.plan.zero_partition import ZeroSettings
 from distill.run.precision import autocast_dtype
+from distill.teacher.identity import named_settings
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "queue", "keys", "activations", "reduce_bucket")
 ALL_VARIANTS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -96,15 +97,10 @@ def quickstart(tmp_path_factory, minilm) -> RunConfig:
 
 
 def with_shards(config: RunConfig, texts: list[str], dim: int) -> RunConfig:
-    """Writes shards under another teacher's name, which the stage does not check here."""
+    """Writes shards of random vectors as the teacher's."""
     config.shards_dir.mkdir(parents=True)
-    write_set(config.shards_dir, texts, dim)
+    write_set(config.shards_dir, texts, dim, named_settings(config.teacher))
     return config
-
-
-@pytest.fixture(autouse=True)
-def any_teacher(monkeypatch):
-    monkeypatch.setattr("distill.training.training_stage.check_teacher", lambda *_: None)
 
 
 def tokens_in(chunks: Chunks) -> float:

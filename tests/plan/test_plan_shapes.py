@@ -98,6 +98,14 @@ def test_finetune_has_a_projection_only_if_the_student_that_it_starts_from_has(t
     assert wide.num_trained - same.num_trained == is_there * (32 * 48 + 48)
 
 
+@pytest.mark.parametrize("size", [40, 4000])
+def test_a_smaller_vocabulary_has_a_smaller_table(size, tiny_encoder, tmp_path):
+    _, whole = shape_of(tiny_encoder, tmp_path, "ckd")
+    _, part = shape_of(tiny_encoder, tmp_path, "ckd", f"student.vocabulary={{from: text, size: {size}}}")
+    tokens = architecture_of(str(tiny_encoder)).config.vocab_size
+    assert whole.num_parameters - part.num_parameters == 32 * max(0, tokens - size)
+
+
 def test_texts_of_the_teacher_term_are_encoded_but_not_contrasted_with_others(tiny_encoder, tmp_path):
     _, replays = shape_of(tiny_encoder, tmp_path, "finetune")
     _, plain = shape_of(tiny_encoder, tmp_path, "finetune", "finetune.teacher_weight=0")

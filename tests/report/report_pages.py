@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import RunConfig, load_config
-from distill.run.files import read_json
+from distill.run.files import append_line, read_json, read_lines
 
 HOSTILE = (
     "</q></script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'\"&<svg onload=alert(3)>\u202e"
@@ -29,15 +29,16 @@ def spoil(run: Path) -> None:
     change(run / "evaluate/results.json", lambda found: found.update({HOSTILE: found["hpd"], f"{HOSTILE}-8": found["hpd-8"]}))
     change(run / "evaluate/results.json", lambda found: found["ckd"]["sts"].update({HOSTILE: 1.0}))
     for path in run.rglob("sessions.jsonl"):
-        line = json.loads(path.read_text().splitlines()[0])
-        path.write_text(json.dumps({**line, "device": HOSTILE, "versions": {HOSTILE: HOSTILE}}) + "\n")
+        line = read_lines(path)[0]
+        path.unlink()
+        append_line(path, {**line, "device": HOSTILE, "versions": {HOSTILE: HOSTILE}})
 
 
 def change(path: Path, into: Callable[[dict[str, Any]], Any]) -> None:
     content = read_json(path)
     assert content is not None
     into(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _spoil(example: dict[str, Any]) -> None:

@@ -102,4 +102,5 @@ def test_hostile_text_is_inert(look, finished, tmp_path):
 def test_it_prints_on_a_few_light_pages(chromium, run, tmp_path):
     chromium("--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}", f"file://{write_report(run)}")
     pdf = (tmp_path / "page.pdf").read_bytes()
+    assert "orphans: 3; widows: 3" in write_report(run).read_text()
     assert pdf.startswith(b"%PDF") and 5 <= len(re.findall(rb"/Type /Page\b(?!s)", pdf)) <= 20

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import RunConfig, check_task_names, load_config, load_run
+from distill.config import RunConfig, check_task_names, load_config, load_run, open_run
 from distill.run.config import ConfigError, Section, dump_config, effects_of, result
+from distill.run.stage import write_run_config
 
 MINIMAL = "name: x\ntext: {sources: [text.txt]}\nteacher: {model: some/teacher}\n"
 
@@ -39,7 +40,7 @@ def path(tmp_path):
         (["student.layers=[1, 1]"], "distinct"),
         (["student.layers=0"], "1 or more"),
         (["student.layers=[]"], "at least one"),
-        (["text.min_chars=2000"], "no text can pass"),
+        (["text.min_chars=2000", "text.max_chars=1000"], "no text can pass"),
         (["text.sources=[{type: python-docs}]"], "run `python launcher/quickstart_text.py` and name the file"),
         (["text.sources=[{type: file}]"], "needs `path`"),
         (["nonsense"], "is not key=value"),
@@ -83,7 +84,7 @@ def test_a_dumped_config_loads_to_the_same(path):
     assert config.ckd.lr == 1e-4 and config.ckd.weights == {"cosine": 2.0}
 
 
-@pytest.mark.parametrize("name", ["2024", "on", "1e-4", "a run"])
+@pytest.mark.parametrize("name", ["2024", "on", "1e-4", "a run", "a #run"])
 def test_a_run_has_the_place_and_name_of_its_directory(tmp_path, monkeypatch, name):
     run = tmp_path / "moved" / name
     (run / "ckd").mkdir(parents=True)
@@ -96,6 +97,19 @@ def test_a_run_has_the_place_and_name_of_its_directory(tmp_path, monkeypatch, na
     assert load_run(Path()).run_dir == run
     with pytest.raises(ConfigError, match=f"no run at {tmp_path}: it has no config.yaml"):
         load_run(tmp_path)
+
+
+def test_a_config_that_changed_after_the_run_wrote_it_is_refused(tmp_path, path):
+    config = load_config(path, [f"runs_dir={tmp_path}", "name=a", "seed=3"])
+    open_run(config)
+    written = config.run_dir / "config.yaml"
+    write_run_config(config.run_dir, config)
+    assert load_run(written.parent) == config
+    written.write_text(written.read_text().replace("seed: 3", "seed: 7"))
+    with pytest.raises(ConfigError, match=f"{written} was changed after the run wrote it: start the run's command again"):
+        load_run(written.parent)
+    write_run_config(config.run_dir, config)
+    assert load_run(written.parent) == config
 
 
 def test_base_gives_defaults_and_overrides_win(path):

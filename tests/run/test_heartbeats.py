@@ -102,6 +102,15 @@ def test_of_thousands_of_ranks_one_that_was_killed_is_named_by_those_of_its_mach
     assert len(reads) == 33
 
 
+def test_thousands_of_ranks_beat_less_often_and_are_lost_later(tmp_path):
+    few, many = RankHeartbeats(tmp_path / "few", 0, 8), RankHeartbeats(tmp_path / "many", 0, 4096)
+    assert (
+        (few.interval, few.silence) == (1.0, SILENCE) and 4096 / many.interval <= 500 and many.silence > 6 * many.interval - 1
+    )
+    for each in (few, many):
+        each.close()
+
+
 def test_of_thousands_of_ranks_rank_0_looks_at_all(tmp_path, reads, monkeypatch):
     monkeypatch.setattr(heartbeats, "SILENCE", 0.0)
     beats = RankHeartbeats(tmp_path, 0, 1000)

@@ -7,15 +7,19 @@ import io
 
 import pytest
 import torch
-from conftest import make_encoder, sentences
+from conftest import make_encoder, sentences, write_config
+from encoders import encoder_and_tokenizer
 from foreign_code import PLACES, add_foreign_code, foreign_folder
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig
 
+from distill.config import load_config
+from distill.doctor.preflight import problems
 from distill.evaluation.model_encoder import encoder_of
 from distill.export.folder import export_student
+from distill.plan import text_estimate
+from distill.plan.architectures import architecture_of
 from distill.student import Student
-from distill.student.encoder import build_encoder
 from distill.student.student_config import StudentConfig
 from distill.teacher.encoder import Teacher
 from distill.teacher.teacher_config import TeacherConfig
@@ -48,7 +52,7 @@ def test_of_a_teacher(tiny_encoder, tmp_path, yes, where, pooling):
 def test_of_an_initial_student(tiny_encoder, tmp_path, yes, where, from_scratch):
     folder = foreign_folder(tiny_encoder, tmp_path / "model", where, tmp_path / "ran")
     with refused:
-        build_encoder(StudentConfig(init=str(folder), from_scratch=from_scratch), None, 0)
+        encoder_and_tokenizer(StudentConfig(init=str(folder), from_scratch=from_scratch), None, 0)
     assert not (tmp_path / "ran").exists()
 
 
@@ -58,9 +62,21 @@ def test_of_an_evaluated_model(tiny_encoder, tmp_path, yes, where):
     assert not (tmp_path / "ran").exists()
 
 
+def test_of_what_is_checked_or_planned(tiny_encoder, tmp_path, yes, where):
+    folder = foreign_folder(tiny_encoder, tmp_path / "model", where, tmp_path / "ran")
+    for overrides in ([], ["teacher.pooling=null"]):
+        with refused:
+            problems(load_config(write_config(tmp_path, folder), overrides))
+    with refused:
+        architecture_of(str(folder))
+    with refused:
+        text_estimate._load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_of_an_exported_student(tmp_path, yes, where):
     config = StudentConfig(init=str(make_encoder(tmp_path / "encoder")))
-    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32).eval()
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling="mean", max_length=32).eval()
     student.save(tmp_path / "student", student.state_dict())
     add_foreign_code(tmp_path / "student", where, tmp_path / "ran")
     with refused:

@@ -52,6 +52,16 @@ def test_the_first_of_a_permutation_are_found_without_sorting_all(monkeypatch, c
     assert first_of_permutation(1000, count, 3, 0).tolist() == permutation(1000, 3, 0)[:count].tolist()
 
 
+def test_the_first_of_a_permutation_need_no_memory_for_all(monkeypatch):
+    monkeypatch.setattr(sampling, "SAMPLE_ROWS", 1 << 16)
+    tracemalloc.start()
+    try:
+        assert len(first_of_permutation(1 << 22, 2048, 3, 0)) == 2048
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20  # a number for each would be 32 MiB
+    finally:
+        tracemalloc.stop()
+
+
 def test_seeds_never_change():
     """A change of this list changes every run's dropout masks and shuffles, and breaks resuming: do not."""
     assert [seed_of(0), seed_of(1, 2, 3), seed_of(3, 2, 1)] == [6017775124710473527, 4457002114988122575, 5007933970546577474]

@@ -48,6 +48,21 @@ def test_an_incomplete_line_is_skipped(tmp_path):
     assert [found["work"] for found in read_sessions(tmp_path)] == ["train"]
 
 
+def test_a_line_with_a_flipped_bit_is_left_out_and_named(tmp_path, caplog):
+    for work in ("text", "train"):
+        with session(tmp_path, work, CPU):
+            pass
+    path = tmp_path / "sessions.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"ranks":1', b'"ranks":3', 1))
+    assert [found["work"] for found in read_sessions(tmp_path)] == ["train"]
+    assert f"{path}, line 1, is damaged and left out" in caplog.text
+
+
+def test_lines_of_an_earlier_version_are_read(tmp_path):
+    (tmp_path / "sessions.jsonl").write_text('{"work": "train"}\n')
+    assert read_sessions(tmp_path) == [{"work": "train"}]
+
+
 def _rank(folder):
     with pytest.raises(Stopped), session(folder, "stopped", CPU):
         raise Stopped

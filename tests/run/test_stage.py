@@ -50,6 +50,17 @@ class Example(Stage):
         return True
 
 
+def test_what_was_damaged_and_what_is_kept_by_content_outlive_another_begin(tmp_path, monkeypatch):
+    ours = stage(tmp_path)
+    ours.begin()
+    monkeypatch.setattr(Example, "kept_by_content", ("cache",))
+    for name in ("cache", "triplets.npy"):
+        (ours.directory / name).touch()
+    (ours.directory / "BEGUN.json").write_text("{}")
+    ours.begin()
+    assert sorted(path.name for path in ours.directory.iterdir()) == ["BEGUN.json", "BEGUN.json.damaged", "cache"]
+
+
 def stage(tmp_path, *, shards="abc", used=1, unused=1, seed=0, **config):
     sections = {"example": ExampleConfig(**config), "other": OtherConfig(used=used, unused=unused)}
     context = RunContext("name", tmp_path / "run", tmp_path / "run/shards", seed, (), sections)
@@ -279,6 +290,9 @@ def test_a_folder_without_begun_json_is_never_continued(tmp_path, left):
         ({"a": {"b": 1}}, {"a": {"b": 2}}, ["a.b: 1 -> 2"]),
         ({"a": {"b": 1}}, {"a": {}}, ["a.b: 1 -> null"]),
         ({"a": [1, 2]}, {"a": [1]}, ["a: [1, 2] -> [1]"]),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1, "c": None}]}, []),
+        ({"a": [{"b": 1}, {}]}, {"a": [{"b": 1}, {"b": 2}]}, ["a[1].b: null -> 2"]),
+        ({"a": [{"b": 1}]}, {"a": []}, ['a: [{"b": 1}] -> []']),
     ],
 )
 def test_differences_name_the_path(old, new, found):
@@ -306,10 +320,35 @@ def changes(tmp_path, tiny_encoder, stage_name, *overrides):
         "ckd.tile=17",
         "ckd.dev_every=1",
         "evaluate.dev_sentences=5",
+        "evaluate.num_held_out=7",
+        "evaluate.sts=hub",
+        "evaluate.retrieval=[hub:mteb/scifact]",
     ],
 )
 def test_a_change_that_changes_no_result_changes_no_stage(tmp_path, tiny_encoder, override):
     assert changes(tmp_path, tiny_encoder, "ckd", override) == []
+
+
+@pytest.mark.parametrize("override", ["teacher.tokens_per_batch=17", "teacher.tasks=2", "teacher.placement=auto"])
+def test_how_the_teacher_is_run_changes_no_shards(tmp_path, tiny_encoder, override):
+    assert changes(tmp_path, tiny_encoder, "precompute", override) == []
+
+
+@pytest.mark.parametrize("name", ["simcse", "finetune"])
+def test_the_micro_batch_is_a_result_where_dropout_masks_depend_on_it(tmp_path, tiny_encoder, name):
+    assert changes(tmp_path, tiny_encoder, name, f"{name}.micro_batch=2") != []
+
+
+def test_a_stage_folder_that_is_a_link_is_begun_again_and_what_it_names_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/example").symlink_to(tmp_path / "disk")
+    for lr in (0.1, 0.2, 0.3):
+        ours = stage(tmp_path, lr=lr)
+        ours.begin()
+        ours.finish({}, "made")
+    assert read_json(ours.directory / "DONE.json")["settings"]["example"] == {"lr": 0.3}
+    assert read_json(tmp_path / "disk/DONE.json")["settings"]["example"] == {"lr": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -366,7 +405,7 @@ def test_runs_that_share_their_shards_embed_them_once_whatever_their_seed(tmp_pa
     assert stage_of(first, "precompute").run(CPU)
     assert stage_of(second, "precompute").reason_to_run() is None
     assert stage_of(first, "ckd").inputs()["shards"] == stage_of(second, "ckd").inputs()["shards"] != ""
-    assert (first.runs_dir / "base/shards/manifest.json").is_file() and not first.run_dir.exists()
+    assert (first.runs_dir / "base/shards/manifest.json").is_file() and not (first.run_dir / "shards").exists()
 
 
 def test_a_changed_triplets_file_makes_finetuning_run(tmp_path, tiny_encoder):

@@ -14,7 +14,7 @@ ROWS, BLOCK_ROWS, DIM = 50, 16, 24
 
 def make_texts(num: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
-    return [f"Satz {i}: {'ä∑ word ' * int(rng.integers(0, 9))}" for i in range(num)]
+    return [f"Satz {i}: " + "ä∑\n\tword " * int(rng.integers(0, 9)) for i in range(num)]
 
 
 def unit_vectors(num: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from cluster import ROOT
 from commands import launch
 from conftest import write_config
-from jobs import LONG, Job, make_folder
+from jobs import LONG, Job, changed_code, make_folder
 from reference_times import starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
@@ -54,18 +52,6 @@ def test_a_cancelled_job_is_not_requeued(cluster, embedded_copy):
     job.until_printed(f"job {job.number}: cancelled; not requeued")
     ended = cluster.wait(job.number)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), ended
-
-
-def changed_code(folder: Path, more: dict[str, str]) -> dict[str, str]:
-    """The environment in which `distill` is a copy of ours, with more at the end of some of its files."""
-    shutil.copytree(ROOT / "distill", folder / "changed/distill", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "configs", folder / "changed/configs")
-    for name, text in more.items():
-        with (folder / "changed/distill" / name).open("a") as file:
-            file.write(text)
-    # before a launcher puts its own clone first in sys.path
-    (folder / "changed/sitecustomize.py").write_text("import distill\n")
-    return {"PYTHONPATH": str(folder / "changed")}
 
 
 def test_starts_that_outlast_their_time_limit_end_the_job_and_preemptions_do_not_count(cluster, tmp_path, tiny_encoder):

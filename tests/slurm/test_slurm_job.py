@@ -9,15 +9,28 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cluster import wait_for
 from conftest import write_config
-from jobs import LONG, STEPS, TIMEOUT, Job, assert_same_losses, digests, losses, make_folder, newest
+from jobs import LONG, STEPS, TIMEOUT, Job, assert_same_losses, changed_code, digests, losses, make_folder, newest
 from reference_times import hang_limit, starts
 
 from distill.run.heartbeats import SILENCE
+from distill.shards import ShardReader
+from distill.shards.verify import verify_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
+ASLEEP_AFTER_A_SHARD = """
+import os, time
+_rows_present_now, _asked = _rows_present, []
+def _rows_present(shards):  # asked in the main thread before a chunk is encoded, for both sets
+    _asked.append(shards)
+    if len(_asked) > 2 and "SLURM_RESTART_COUNT" not in os.environ:
+        open(os.path.join(os.environ["ASLEEP"], os.environ["SLURM_ARRAY_TASK_ID"]), "w").close()
+        time.sleep(600)
+    return _rows_present_now(shards)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +118,32 @@ def last_lines(run: Path) -> list[str]:
     return [log.read_text().splitlines()[-1] for log in logs]
 
 
-def test_an_array_of_tasks_of_which_a_third_is_killed_embeds_all_the_text(cluster, tmp_path, embedded_once, tiny_encoder):
-    config, run = write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
-    number = cluster.submit("--array=0-7", f"--output={tmp_path}/%a.log", "slurm/precompute.sh", config)
-    wait_for(lambda: any(run.glob("shards/**/.*.claim")) or any(run.glob("shards/**/*.tar")), hang_limit())
-    for task in random.Random(3).sample(range(8), 3):
-        cluster("scancel", "--signal=KILL", "--full", f"{number}_{task}", check=False)
+def test_each_task_of_an_array_comes_back_by_itself_and_killed_ones_are_made_up_for(
+    cluster, tmp_path, embedded_once, tiny_encoder
+):
+    """In its first start, a task falls asleep over its second shard. Six are warned of their time limit, two are killed."""
+    config, run, asleep = write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny", make_folder(tmp_path / "asleep")
+    killed = random.Random(3).sample(range(8), 2)
+    options = ("--array=0-7", f"--output={tmp_path}/%a.log")
+    code = changed_code(tmp_path, {"teacher/encode_missing.py": ASLEEP_AFTER_A_SHARD}) | {"ASLEEP": str(asleep)}
+    number = cluster.submit(*options, "slurm/precompute.sh", config, "shards.rows=25", **code)
+    ended: set[str] = set()
+    while len(ended) < 8:
+        for task in wait_for(lambda: {path.name for path in asleep.iterdir()} - ended, hang_limit(), lambda: str(ended)):
+            signal = ("--full", "--signal=KILL") if int(task) in killed else ("--batch", "--signal=USR1")
+            cluster("scancel", *signal, f"{number}_{task}")
+            ended.add(task)
     wait_for(lambda: not cluster("squeue", "--noheader", "--array", f"--jobs={number}", check=False).strip(), hang_limit())
-    assert digests(run / "shards", "**/*.tar") == digests(embedded_once / "runs/tiny/shards", "**/*.tar")
-    assert (run / "precompute/DONE.json").exists()
+    for task in range(8):
+        printed, state = (tmp_path / f"{task}.log").read_text(), cluster.job(f"{number}_{task}")
+        assert state["Restarts"] == ("0" if task in killed else "1"), f"{state}\n{printed}"
+        assert printed.count(f"job {number}_{task}: requeued") == (0 if task in killed else 1), printed
+        assert "without progress" not in printed
+    assert (run / "precompute/DONE.json").exists() and verify_all(run / "shards") == []
+    made, expected = (ShardReader(folder / "shards") for folder in (run, embedded_once / "runs/tiny"))
+    rows = np.arange(len(expected))
+    assert made.texts(rows) == expected.texts(rows)
+    np.testing.assert_allclose(made.vectors(rows), expected.vectors(rows), atol=2e-3)  # in other batches, of smaller chunks
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.soak), "srun"])

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from conftest import sentences
-from encoders import FAMILIES, POSITIONS, ROTARY, make_family, save_family
+from encoders import FAMILIES, POSITIONS, ROTARY, encoder_and_tokenizer, make_family, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from distill.student import Student
-from distill.student.encoder import build_encoder, keep_layers, load_encoder, set_dropout
+from distill.student.encoder import keep_layers, load_encoder, set_dropout
 from distill.student.student_config import StudentConfig
 
 STACK = {"bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer", "distilbert": "transformer.layer",
@@ -45,10 +45,10 @@ def test_chosen_layers_keep_their_weights_and_their_order(family, depth):
 def test_keeping_all_layers_changes_no_vector_and_the_folder_says_how_many_there_are(family, tiny_encoder, tmp_path):
     folder = save_family(family, tiny_encoder, tmp_path / "whole", layers=4)
     tokens = {"input_ids": torch.randint(5, 100, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
-    everything, _ = build_encoder(StudentConfig(init=str(folder), layers=[0, 1, 2, 3]), None, 0)
+    everything, _ = encoder_and_tokenizer(StudentConfig(init=str(folder), layers=[0, 1, 2, 3]), None, 0)
     expected = load_encoder(str(folder)).eval()(**tokens).last_hidden_state
     assert torch.equal(everything.eval()(**tokens).last_hidden_state, expected)
-    some, tokenizer = build_encoder(StudentConfig(init=str(folder), layers=[3, 1]), None, 0)
+    some, tokenizer = encoder_and_tokenizer(StudentConfig(init=str(folder), layers=[3, 1]), None, 0)
     some.eval().save_pretrained(tmp_path / "some")
     tokenizer.save_pretrained(tmp_path / "some")
     again = load_encoder(str(tmp_path / "some")).eval()
@@ -79,7 +79,7 @@ def test_a_student_of_some_layers_of_a_decoder_encodes_and_gives_the_same_vector
     family, layers, tiny_encoder, tmp_path
 ):
     config = StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / "whole", layers=4)), layers=layers)
-    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32).eval()
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling="mean", max_length=32).eval()
     vectors = student.encode(sentences(5))  # with a cache of keys and values, the second of two layers is the third's
     loaded = saved_and_loaded(student, tmp_path / "student")
     assert torch.equal(torch.from_numpy(loaded.encode(sentences(5))), torch.from_numpy(vectors))
@@ -119,7 +119,7 @@ def copied(tiny_encoder, folder, **tokenizer_config):
 
 def test_a_tokenizer_without_a_padding_token_pads_with_another_special_token(tiny_encoder, tmp_path):
     config = copied(tiny_encoder, tmp_path / "model", pad_token=None)
-    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32).eval()
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling="mean", max_length=32).eval()
     assert student.tokenizer.pad_token == "[UNK]"
     vectors = student.encode(sentences(5))
     assert torch.equal(
@@ -129,7 +129,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_another_special_token(tin
     with pytest.raises(
         ValueError, match=r"the tokenizer of \S+/none has none of pad_token, eos_token and unk_token; set pad_token"
     ):
-        build_encoder(config, None, 0)
+        encoder_and_tokenizer(config, None, 0)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_has_embeddings_is_refused(tiny_encoder, tmp_path):
@@ -138,7 +138,7 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_has_embeddings_is_refused
     tokenizer.add_tokens(["onemore"])
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"/model has a token 104, but its encoder has embeddings for 104; name a model"):
-        build_encoder(config, None, 0)
+        encoder_and_tokenizer(config, None, 0)
 
 
 def write_modules(folder, kind, path):
@@ -149,7 +149,7 @@ def write_modules(folder, kind, path):
 
 def test_the_transformer_of_a_sentence_transformers_folder_is_the_student(tiny_encoder, tmp_path):
     shutil.copytree(tiny_encoder, tmp_path / "model/0_Transformer")
-    encoder, _ = build_encoder(write_modules(tmp_path / "model", "Transformer", "0_Transformer"), None, 0)
+    encoder, _ = encoder_and_tokenizer(write_modules(tmp_path / "model", "Transformer", "0_Transformer"), None, 0)
     expected = load_encoder(str(tiny_encoder)).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
 
@@ -158,7 +158,7 @@ def test_static_embeddings_are_refused_as_a_student(tmp_path):
     config = write_modules(tmp_path / "static", "StaticEmbedding", "")
     (tmp_path / "static/model.safetensors").touch()
     with pytest.raises(ValueError, match=r"^student\.init: \S+/static is no transformer"):
-        build_encoder(config, None, 0)
+        encoder_and_tokenizer(config, None, 0)
 
 
 def test_a_layer_that_is_not_there_is_named():
@@ -183,7 +183,7 @@ def test_new_weights_depend_on_the_seed_alone(family, tiny_encoder, tmp_path):
     for noise, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(noise)
         draws = torch.random.get_rng_state()
-        states.append(build_encoder(config, None, seed)[0].state_dict())
+        states.append(encoder_and_tokenizer(config, None, seed)[0].state_dict())
         assert torch.equal(torch.random.get_rng_state(), draws)
     old = load_encoder(config.init).state_dict()
     name = next(name for name, value in old.items() if value.ndim == 2 and "embed" not in name and "relative" not in name)
@@ -192,11 +192,11 @@ def test_new_weights_depend_on_the_seed_alone(family, tiny_encoder, tmp_path):
 
 
 def test_a_student_starts_from_teacher_model_by_default_and_without_one_is_an_error(tiny_encoder):
-    ours, _ = build_encoder(StudentConfig(), str(tiny_encoder), 0)
+    ours, _ = encoder_and_tokenizer(StudentConfig(), str(tiny_encoder), 0)
     theirs = AutoModel.from_pretrained(tiny_encoder)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"no teacher\.model"):
-        build_encoder(StudentConfig(), None, 0)
+        encoder_and_tokenizer(StudentConfig(), None, 0)
 
 
 def without(tiny_encoder, folder, prefix):
@@ -209,14 +209,14 @@ def without(tiny_encoder, folder, prefix):
 def test_missing_weights_are_never_initialised_at_random(tiny_encoder, tmp_path):
     config = without(tiny_encoder, tmp_path / "broken", "encoder.layer.1.")
     with pytest.raises(ValueError, match=r"no weights for 16 parts of its encoder, the first is encoder\.layer\.1\."):
-        build_encoder(config, None, 0)
+        encoder_and_tokenizer(config, None, 0)
 
 
 def test_missing_pooler_weights_are_an_error_only_with_pooler_pooling(tiny_encoder, tmp_path):
     config = without(tiny_encoder, tmp_path / "headless", "pooler.")
-    build_encoder(config, None, 0)
+    encoder_and_tokenizer(config, None, 0)
     with pytest.raises(ValueError, match=r"no weights for 2 parts of its encoder, the first is pooler\."):
-        build_encoder(config.model_copy(update={"pooling": "pooler"}), None, 0)
+        encoder_and_tokenizer(config.model_copy(update={"pooling": "pooler"}), None, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -233,7 +233,9 @@ def test_dropout_0_makes_training_mode_deterministic(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vectors_from_input_embeddings_equal_those_from_token_ids(family, tiny_encoder, tmp_path):
     """A student looks up the tokens of all chunks at once; positions and masks must come out as usual."""
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(
+        StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0
+    )
     student = Student(encoder, tokenizer, pooling="mean", max_length=32).eval()
     tokens = student.tokenize(sentences(8))
     states = student.encoder(**tokens).last_hidden_state
@@ -243,7 +245,9 @@ def test_vectors_from_input_embeddings_equal_those_from_token_ids(family, tiny_e
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_longest_sentence_fits_the_encoders_positions(family, tiny_encoder, tmp_path):
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(
+        StudentConfig(init=str(save_family(family, tiny_encoder, tmp_path / family))), None, 0
+    )
     student = Student(encoder, tokenizer, pooling="mean", max_length=512).eval()
     assert student.max_length == (512 if family == "t5" else POSITIONS)
     tokens = student.tokenize(["a " * 1000])

@@ -11,8 +11,7 @@ import torch
 from conftest import sentences
 from encoders import FAMILIES, save_family
 
-from distill.student import Student
-from distill.student.encoder import build_encoder
+from distill.student.initial import build_student
 from distill.student.pooling import pool
 from distill.student.student_config import Pooling, StudentConfig
 
@@ -28,6 +27,12 @@ def reference(pooling, hidden, pooled, mask):
             rows.append(last[-1][0])
         elif pooling == "pooler":
             rows.append(pooled[row].double().numpy())
+        elif pooling == "lasttoken":
+            rows.append(last[-1][length - 1])
+        elif pooling == "weightedmean":
+            rows.append(np.average(last[-1][:length], axis=0, weights=np.arange(1, length + 1)))
+        elif pooling == "mean_sqrt_len_tokens":
+            rows.append(last[-1][:length].sum(axis=0) / length**0.5)
         else:
             layers = {
                 "mean": last[-1:],
@@ -61,9 +66,9 @@ def test_every_pooling_is_its_definition(pooling, layers, dtype):
     assert np.allclose(found.numpy(), reference(pooling, hidden, pooled, mask), atol=1e-6)
 
 
-def build(pooling, encoder, **options):
+def build(pooling, encoder):
     config = StudentConfig(init=str(encoder), pooling=pooling, max_length=32)
-    return Student(*build_encoder(config, None, 0), pooling=pooling, max_length=32, **options).eval()
+    return build_student(config, None, 0).eval()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_encoder, sentences
-from encoders import FAMILIES, save_family
+from encoders import FAMILIES, encoder_and_tokenizer, save_family
 from transformers import AutoTokenizer
 
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
+from distill.student.encoder import set_dropout
 from distill.student.student import PooledVectors, load_extra
 from distill.student.student_config import StudentConfig
 
 
 def build(encoder, *, pooling="mean", max_length=32, layers=None):
     config = StudentConfig(init=str(encoder), pooling=pooling, layers=layers)
-    return Student(*build_encoder(config, None, 0), pooling=pooling, max_length=max_length).eval()
+    return Student(*encoder_and_tokenizer(config, None, 0), pooling=pooling, max_length=max_length).eval()
 
 
 def whole_state(student):
@@ -101,7 +101,7 @@ def test_padding_never_reaches_beyond_the_encoders_positions(tmp_path):
     description = json.loads((encoder / "config.json").read_text())
     (encoder / "config.json").write_text(json.dumps(description | {"max_position_embeddings": 61}))
     config = StudentConfig(init=str(encoder), from_scratch=True)
-    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=64).eval()
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling="mean", max_length=64).eval()
     assert student.tokenize(["the model " * 100])["input_ids"].shape == (1, 61)
     assert np.isfinite(student.encode(["the model " * 100, "a query"])).all()
 

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
+from distill.corpus import TextChunk
 from distill.plan.architectures import architecture_of
 from distill.teacher.encoder import Teacher, evaluation_dtype
 from distill.teacher.teacher_config import TeacherConfig
@@ -130,7 +131,7 @@ def test_the_same_texts_give_the_same_bytes(tmp_path):
     encoder = make_encoder(tmp_path / "e", seed=5)
     config = TeacherConfig(model=str(encoder), pooling="pooler", tokens_per_batch=100)
     teachers = Teacher(config, CPU, None), Teacher(config, CPU, None)
-    first, second = (teacher.encode(teacher.read(sentences(30))) for teacher in teachers)
+    first, second = (teacher.encode(teacher.read(TextChunk(sentences(30), None, None))) for teacher in teachers)
     assert first.dtype == np.float16 and first.tobytes() == second.tobytes()
 
 

@@ -30,8 +30,8 @@ def former(tmp_path):
 def config_of(tmp_path, *overrides, name="new", shards_from="former_run"):
     path = tmp_path / "run.yaml"
     path.write_text(
-        f"name: {name}\nruns_dir: {tmp_path}/runs\ntext: {{sources: [text.txt]}}\nteacher: {{vectors: vectors.npy}}\n"
-        "shards: {rows: 20, block_rows: 8}\nstudent: {init: owner/encoder}\n"
+        f"name: {name}\nruns_dir: {tmp_path}/runs\ntext: {{sources: [text.txt], min_chars: 12, max_chars: 1000}}\n"
+        "teacher: {vectors: vectors.npy}\nshards: {rows: 20, block_rows: 8}\nstudent: {init: owner/encoder}\n"
     )
     return load_config(path, [*([f"shards_from={shards_from}"] if shards_from else []), *overrides])
 

@@ -13,7 +13,8 @@ from conftest import make_encoder, write_config
 
 from distill.config import load_config
 from distill.run.files import DigestCache
-from distill.teacher.identity import check_teacher, teacher_identity
+from distill.student.student_config import StudentConfig
+from distill.teacher.identity import check_teacher, initial_student, pinned, teacher_identity
 from distill.teacher.teacher_config import TeacherConfig
 
 
@@ -61,3 +62,18 @@ def test_shards_of_another_teacher_are_refused_with_every_difference_named(tmp_p
     other = SimpleNamespace(teacher=made_by | {"prompt": "query: ", "max_length": 64})
     with pytest.raises(ValueError, match=r"max_length: 64 in the shards, 32 in the config; teacher\.prompt: 'query: ' in the"):
         check_teacher(config.teacher, config.shards_dir, other)
+
+
+def test_hub_models_are_loaded_at_the_commits_that_the_shards_record(tiny_encoder):
+    config = TeacherConfig(model="owner/name", revision="main", concat=[{"model": str(tiny_encoder), "pooling": "mean"}])
+    recorded = {"files": {"commit": "c0ffee"}, "concat": [{"files": {"model.safetensors": "1"}}]}
+    found = pinned(config, SimpleNamespace(teacher=recorded))
+    assert [model.revision for model in found.models] == ["c0ffee", None]
+    assert pinned(TeacherConfig(vectors="v.npy"), SimpleNamespace(teacher={})).models[0].revision is None
+
+
+def test_a_student_that_begins_as_the_teacher_has_its_revision():
+    teacher = TeacherConfig(model="owner/name", revision="c0ffee")
+    assert initial_student(StudentConfig(), teacher).revision == "c0ffee"
+    assert initial_student(StudentConfig(revision="1"), teacher).revision == "1"
+    assert initial_student(StudentConfig(init="owner/other"), teacher).revision is None

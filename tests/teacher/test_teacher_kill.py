@@ -39,7 +39,7 @@ def begin(path, count):
     ]
 
 
-@pytest.mark.parametrize("wanted", [5, pytest.param(30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("wanted", [pytest.param(5, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.soak)])
 def test_tasks_killed_at_random_moments_leave_the_same_set(tmp_path, wanted):
     encoder = make_encoder(tmp_path / "encoder", layers=6, width=64)
     draw = random.Random(7)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import sentences
 from encoders import POSITIONS, save_family
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer
-from transformers import BertTokenizerFast, DebertaV2Config, DebertaV2Model
+from transformers import BertTokenizerFast, DebertaV2Config, DebertaV2Model, MT5Config, MT5EncoderModel
 
 from distill.teacher.encoder import Teacher
 from distill.teacher.teacher_config import TeacherConfig
@@ -53,10 +54,33 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_embeds_is_refused(tiny_en
         vectors_of(["a"], model=str(folder), pooling="mean")
 
 
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_a_layer_without_weights_is_refused_and_never_initialised_at_random(tiny_encoder, tmp_path, has_modules):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    if has_modules:
+        encoder = Transformer(str(tiny_encoder))
+        SentenceTransformer(modules=[encoder, Pooling(32, "mean")], device="cpu").save_pretrained(str(folder))
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if ".layer.1." not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for 16 parts of its encoder, the first is encoder\.layer\.1\."):
+        vectors_of(["a"], model=str(folder), pooling=None if has_modules else "mean")
+
+
 def test_git_lfs_pointers_instead_of_weights_are_named(tiny_encoder, tmp_path):
     folder = shutil.copytree(tiny_encoder, tmp_path / "model")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(ValueError, match=rf"{folder}/model.safetensors is a git-lfs pointer.*git lfs pull"):
+        vectors_of(["a"], model=str(folder), pooling="mean")
+
+
+def test_an_encoder_whose_decoder_has_no_weights_encodes(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "mt5")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 120, "pad_token_id": 0}
+    MT5EncoderModel(MT5Config(**sizes)).save_pretrained(folder)
+    assert vectors_of(sentences(3), model=str(folder), pooling="mean").shape == (3, 16)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if ".block.1." not in name}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no weights for \d+ parts of its encoder, the first is encoder\.block\.1\."):
         vectors_of(["a"], model=str(folder), pooling="mean")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from commands import launch
+from commands import call
 from conftest import make_encoder, sentences, write_config, write_pairs
 from reference_times import hang_limit
 
@@ -131,7 +132,8 @@ def test_precomputed_vectors_stay_with_their_texts_although_rows_were_dropped(tm
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "text.txt").write_text("\n".join(raw) + "\n")
     teacher = f"teacher={{vectors: {tmp_path / 'v.npy'}}}"
-    config = config_of(tmp_path, tiny_encoder, teacher, f"student.init={tiny_encoder}", "shards.rows=100")
+    limits = ("text.min_chars=12", "text.max_chars=1000")
+    config = config_of(tmp_path, tiny_encoder, teacher, f"student.init={tiny_encoder}", "shards.rows=100", *limits)
     assert precompute(config)
     row_of = {text: row for row, text in reversed(list(enumerate(raw)))}
     found = 0
@@ -168,6 +170,27 @@ def test_shards_of_two_teachers_are_never_mixed(tmp_path):
     with pytest.raises(ValueError, match=r"0000\d\d\.tar: foreign, made by teacher"):
         precompute(config)
     assert not (config.run_dir / "shards/manifest.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\x00\xff", None])
+def test_a_damaged_record_of_the_begun_stage_costs_neither_text_nor_shards(tmp_path, tiny_encoder, whole, monkeypatch, content):
+    config = config_of(tmp_path, tiny_encoder)
+    stage_of(config, "precompute").prepare()
+    begun = config.run_dir / "precompute/BEGUN.json"
+    begun.write_bytes(begun.read_bytes()[:-3] + b"x}\n" if content is None else content)
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "prepare_text", None)
+        assert stage_of(config, "precompute").prepare()["fingerprint"]
+    assert begun.with_name("BEGUN.json.damaged").exists() and precompute(config)
+    tars = [(folder.run_dir / "shards/000001.tar").read_bytes() for folder in (config, whole)]
+    assert tars[0] == tars[1]
+
+
+def test_text_of_other_settings_is_not_kept_without_a_record(tmp_path, tiny_encoder):
+    config = config_of(tmp_path, tiny_encoder)
+    before = stage_of(config, "precompute").prepare()
+    (config.run_dir / "precompute/BEGUN.json").unlink()
+    assert stage_of(config_of(tmp_path, tiny_encoder, "text.min_chars=30"), "precompute").prepare() != before
 
 
 def test_the_same_run_again_embeds_nothing(whole, tmp_path, tiny_encoder):
@@ -213,10 +236,10 @@ def test_a_dev_score_that_is_asked_for_later_is_added_to_a_finished_precompute(w
     path.write_text(path.read_text().replace(str(tmp_path / "text.txt"), str(whole.run_dir.parents[1] / "text.txt")))
     config = load_config(path, [f"evaluate.sts={sts}"])
     done = (config.run_dir / "precompute/DONE.json").read_bytes()
-    assert launch("precompute.py", "--config", path, f"evaluate.sts={sts}").returncode == 0
+    assert call("precompute.py", "--config", path, f"evaluate.sts={sts}").returncode == 0
     assert dev_score(config)["sts"] == str(sts)
     assert (config.run_dir / "precompute/DONE.json").read_bytes() == done and digests(config) == digests(whole)
-    again = launch("precompute.py", "--config", path, f"evaluate.sts={sts}")
+    again = call("precompute.py", "--config", path, f"evaluate.sts={sts}")
     assert again.returncode == 0 and "done already" in again.stdout
 
 
@@ -325,3 +348,13 @@ def test_tasks_that_finish_together_do_so_one_after_the_other(tmp_path, tiny_enc
     with ThreadPoolExecutor(2) as tasks:
         assert list(tasks.map(lambda stage: stage._finish(text, identity, Timing()), stages)) == [True, True]
     assert overlaps == [0] and not (config.run_dir / ".precompute.previous").exists()
+
+
+def test_texts_that_reach_the_longest_input_are_counted_in_the_log(tmp_path, tiny_encoder, caplog):
+    caplog.set_level(logging.INFO, "distill")
+    config = config_of(tmp_path, tiny_encoder, "teacher.max_length=8")
+    precompute(config)
+    reader, held_out = ShardReader(config.run_dir / "shards"), ShardReader(config.run_dir / "shards/held_out")
+    texts = [*reader.texts(range(len(reader))), *held_out.texts(range(len(held_out)))]
+    at_limit = sum(len(text.split()) + 3 >= 8 for text in texts)  # [CLS], ., [SEP]
+    assert f"precompute: {at_limit} of {len(texts)} texts reach the longest input; longer ones are truncated" in caplog.text

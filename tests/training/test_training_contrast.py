@@ -17,6 +17,7 @@ import pytest
 import torch
 from cells import errors_within_rounding, every_pair, results_of, write_set
 from conftest import make_encoder, sentences
+from encoders import encoder_and_tokenizer
 from engines import SHIPPED, start_deepspeed
 from live_bytes import LiveBytes
 from torch.nn.functional import cross_entropy, normalize
@@ -25,7 +26,7 @@ from distill.run.collectives import reduce_sums, world_size
 from distill.run.sampling import GlobalOrder, length_order
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
+from distill.student.encoder import set_dropout
 from distill.student.student_config import StudentConfig
 from distill.training.contrast import ContrastModule, ContrastTask, TeacherMap
 from distill.training.tasks.finetune import FinetuneConfig, Triplets
@@ -66,14 +67,14 @@ def shards(tmp_path_factory) -> Path:
 def triplets(count: int = 120) -> Triplets:
     """Of 40 sentences, so that a sentence is the anchor, the positive and the negative of several rows."""
     texts, draw = sentences(40, seed=1), np.random.default_rng(0)
-    return Triplets([tuple(texts[row] for row in draw.choice(40, size=3, replace=False)) for _ in range(count)])
+    return Triplets([tuple(texts[row] for row in draw.choice(40, size=3, replace=False)) for _ in range(count)], [(None,) * 3])
 
 
 def new_task(
     shards: Path, encoder_folder: Path, kind: str, replay: bool, *, micro_batch: int, dropout: float = 0.0, **changes: Any
 ) -> ContrastTask:
     reader = ShardReader(shards)
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, dropout)
     section = FinetuneConfig if kind == "triplets" else SimcseConfig

@@ -11,6 +11,7 @@ import torch
 from cells import write_set
 from conftest import sentences
 from distributed_ranks import on_ranks
+from encoders import encoder_and_tokenizer
 from engines import train_stage
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from distill.run.session_log import read_sessions
 from distill.run.stopping import Stopped
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
+from distill.student.encoder import set_dropout
 from distill.student.student_config import StudentConfig
 from distill.training import encoded_cache
 from distill.training.batches import ShardBatches
@@ -36,7 +37,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def new_student(encoder_folder: Path) -> Student:
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, 0.0)
     return student
@@ -122,7 +123,9 @@ def test_a_few_blocks_are_open_at_a_time_whatever_the_number_of_rows(tmp_path, m
     encoded = Encoded(lambda number: np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
     found = np.stack(encoded.read(np.arange(24)[::-1]))
     assert found[:, 0].tolist() == [row // 2 for row in range(24)][::-1]
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    mapped = {
+        line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if str(tmp_path) in line
+    }
     assert len(mapped) == 3
 
 

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 from conftest import write_config
-from engines import embed_text
+from engines import CPU, embed_text
 
 from distill.config import load_config, stage_of
+from distill.run.files import read_json
 from distill.shards import ShardReader
 from distill.training.tasks.finetune import load_triplets
 
@@ -86,13 +87,45 @@ def test_triplets_that_cannot_be_read_are_refused_before_anything_expensive(conf
         stage_of(load_config(config_path, given), "finetune").check_inputs()
 
 
-def test_a_dataset_is_an_input_by_its_name_subset_and_split_and_the_content_of_its_folder(config_path):
+def test_a_dataset_is_an_input_by_its_name_subset_and_split_and_its_commit_or_content(config_path, monkeypatch):
     def dataset(*overrides):
         return stage_of(load_config(config_path, [*overrides]), "finetune").inputs()["dataset"]
 
-    assert dataset("finetune.dataset=owner/pairs") == "owner/pairs@default/train"
-    assert dataset("finetune.dataset=owner/pairs", "finetune.subset=en", "finetune.split=dev") == "owner/pairs@en/dev"
+    monkeypatch.setattr("distill.corpus.sources.dataset_commit", {"owner/pairs": "c0ffee"}.get)
+    assert dataset("finetune.dataset=owner/pairs") == "owner/pairs@default/train c0ffee"
+    other = ("finetune.subset=en", "finetune.split=dev", "finetune.revision=v2")
+    assert dataset("finetune.dataset=owner/pairs", *other) == "owner/pairs@en/dev v2"
     folder = config_path.parent / "data"
     before = dataset(f"finetune.dataset={folder}")
     (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text() + "\n")
     assert dataset(f"finetune.dataset={folder}") != before
+
+
+def test_a_dataset_that_was_read_without_the_hub_is_the_same_input_once_it_is_reached(config_path, monkeypatch):
+    overrides = ["name=offline", "shards_from=tiny", "finetune.init=student", "finetune.dataset=owner/pairs"]
+    stage, commits = stage_of(load_config(config_path, overrides), "finetune"), {"owner/pairs": ""}
+    monkeypatch.setattr("distill.corpus.sources.dataset_commit", commits.get)
+    stage.begin()
+    commits["owner/pairs"] = "c0ffee"
+    assert stage.changes_since(read_json(stage.directory / "BEGUN.json")) == []
+
+
+def test_a_dataset_that_moves_on_is_read_at_the_commit_at_which_the_stage_began(config_path, monkeypatch):
+    config = load_config(
+        config_path, ["name=moving", "shards_from=tiny", "finetune.init=student", "finetune.dataset=owner/pairs"]
+    )
+    stage = stage_of(config, "finetune")
+    commits = {"owner/pairs": "c0ffee"}
+    monkeypatch.setattr("distill.corpus.sources.dataset_commit", commits.get)
+    stage.begin()
+    commits["owner/pairs"] = "decade"
+    assert stage.changes_since(read_json(stage.directory / "BEGUN.json")) == []
+    asked = []
+
+    def read_dataset(name, fields, split, subset, revision):
+        asked.append(revision)
+        return iter([("a", "b", "c")] * 40)
+
+    monkeypatch.setattr("distill.training.tasks.finetune.read_dataset", read_dataset)
+    stage.build(stage.setup(CPU, None))
+    assert asked == ["c0ffee"]

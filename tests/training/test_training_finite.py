@@ -13,8 +13,8 @@ from distributed_ranks import on_ranks
 from engines import CELLS, embed_text, full_state, new_engine, train_stage, train_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.run.collectives import rank
-from distill.training.engine import gradient_norm
+from distill.run.collectives import rank, world_size
+from distill.training.engine import gradient_norm, has_finite_weights
 from distill.training.loop import Trainer
 from distill.training.teacher_keys import TeacherKeysModule
 
@@ -128,6 +128,39 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_on_all_ranks_with_a_fix(emb
     assert first == second
     assert first.startswith("ckd: the gradient is not finite in 3 steps in a row, the last is 8 (loss nan): use another")
     assert not (run / "ckd/DONE.json").exists()
+
+
+def test_a_run_without_a_held_out_set_of_which_every_step_is_skipped_is_not_done(tmp_path, tiny_encoder):
+    path = write_config(tmp_path, tiny_encoder)
+    path.write_text(path.read_text().replace("text: {", "text: {held_out: 0, "))
+    embed_text(path)
+    overrides = ["ckd.max_steps=3"]  # fewer than engine.max_skipped
+    first, second = on_ranks(2, spoil_and_train, path, overrides, range(3))
+    assert first == second and first.startswith("ckd: the gradient is not finite in 3 steps in a row, the last is 3")
+    assert not list((tmp_path / "runs/tiny/ckd").glob("DONE.json"))
+
+
+def finite_with_nan_in(folder, where):
+    """Whether the weights are finite after NaN was written into the padding of ZeRO 3's parts, or into a last own value."""
+    engine, last = new_engine("zero3", folder), world_size() - 1
+    written = 0
+    for parameter in engine.module.parameters():
+        part = parameter.ds_tensor
+        end = min(part.numel(), parameter.ds_numel - rank() * part.numel())
+        spoiled = part[max(0, end) :] if where == "padding" else part[max(0, end - 1) : max(0, end)]
+        if rank() == last:
+            spoiled.fill_(torch.nan)
+            written += spoiled.numel()
+    found = has_finite_weights(engine), written
+    engine.destroy()
+    return found
+
+
+def test_the_padding_of_a_part_that_deepspeed_leaves_uninitialised_is_no_weight(tmp_path):
+    (first, _), (last, written) = on_ranks(2, finite_with_nan_in, tmp_path, "padding")
+    assert written and first and last
+    (first, _), (last, written) = on_ranks(2, finite_with_nan_in, tmp_path, "values")
+    assert written and first and not last
 
 
 def spoil_the_weights_after_a_step(config, at):

@@ -11,6 +11,7 @@ import torch
 from cells import write_set
 from conftest import sentences
 from distributed_ranks import on_ranks
+from encoders import encoder_and_tokenizer
 from engines import train_stage
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
@@ -20,9 +21,10 @@ from distill.run.files import read_json
 from distill.run.sampling import GlobalOrder
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
+from distill.student.encoder import set_dropout
 from distill.student.student_config import StudentConfig
 from distill.training.batches import ShardBatches
+from distill.training.projection import Sample
 from distill.training.tasks.hpd import HpdConfig, HpdModule, fit_head, fit_whitening
 from distill.training.teacher_keys import TeacherKeysTask
 
@@ -39,7 +41,7 @@ def new_task(
     shards: Path, encoder_folder: Path, weights: dict[str, float], *, head: str = "linear", micro_batch: int = 8
 ) -> TeacherKeysTask:
     reader = ShardReader(shards)
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, 0.0)
     student.add_head(COMPACT, head, seed=0)
@@ -153,7 +155,7 @@ def test_the_head_begins_where_it_is_better_than_chance(shards, tiny_encoder, he
     texts = reader.texts(range(len(reader)))
     targets = reader.vectors(range(len(reader))).astype(np.float64) @ module.components.numpy().T
     before = np.square(student.encode(texts, normalize=False) - targets).mean()
-    fit_head(student, texts, targets)
+    fit_head(student, Sample(texts, [None] * len(texts), targets), targets)
     after = np.square(student.encode(texts, normalize=False) - targets).mean()
     assert after < np.square(targets - targets.mean(axis=0)).mean() < before
 
@@ -164,7 +166,7 @@ def test_a_known_map_is_kept_up_to_a_factor(shards, tiny_encoder):
     texts = reader.texts(range(len(reader)))
     weight, bias = np.random.default_rng(0).normal(size=(COMPACT, student.width)), np.ones(COMPACT)
     targets = reader.vectors(range(len(reader))).astype(np.float64) @ module.components.numpy().T
-    fit_head(student, texts, targets, known=(weight, bias))
+    fit_head(student, Sample(texts, [None] * len(texts), targets), targets, known=(weight, bias))
     linear = student.head[0]
     factor = linear.bias[0].item()
     assert np.allclose(linear.weight.detach().numpy(), factor * weight, rtol=1e-5)

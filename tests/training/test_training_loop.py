@@ -137,10 +137,11 @@ def test_how_often_the_student_is_evaluated_may_change_while_the_stage_is_unfini
     assert results["steps"] == 12 and done["selection"]["ckd"]["dev_every"] == 3
 
 
-def test_a_stage_returns_no_student_worse_than_it_began_with(embedded):
+def test_a_stage_returns_no_student_worse_than_it_began_with(embedded, capfd):
     run = ["name=worse", "shards_from=tiny", "ckd.lr=1.0", "ckd.dev_every=4", "ckd.warmup=0"]
     (results,) = on_ranks(1, train, embedded, run)
     assert results["best_step"] == 0 and results["best_score"] == results["initial_score"]
+    assert "+0.0000" in capfd.readouterr().err
 
 
 def kill_after(config, overrides, num_steps):

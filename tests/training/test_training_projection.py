@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import make_encoder, sentences, write_config
 from distributed_ranks import on_ranks
+from encoders import encoder_and_tokenizer
 from engines import CPU, embed_text, train_stage
 
 from distill.config import load_config, stage_of
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder
 from distill.student.student import TeacherSpace, load_extra
 from distill.student.student_config import StudentConfig
-from distill.training.projection import build_projection, encode_sample, fit_projection, ridge_regression
+from distill.training.projection import Sample, build_projection, encode_sample, fit_projection, ridge_regression
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(tmp_path_factory, tiny_encoder):
 
 def fitted(config, how: str):
     reader = ShardReader(config.run_dir / "shards")
-    student = Student(*build_encoder(config.student, None, 0), pooling="mean", max_length=32)
+    student = Student(*encoder_and_tokenizer(config.student, None, 0), pooling="mean", max_length=32)
     projection = build_projection(student.width, reader.dim, how)
     fit_projection(projection, student, reader, how, seed=0)
     rows = np.arange(300)
@@ -122,7 +122,7 @@ def test_a_compact_head_begins_with_the_map_that_ckd_learned(run, tiny_encoder):
 def test_the_vectors_of_a_sample_are_those_of_one_call_and_a_stop_is_checked_in_between(tiny_encoder, monkeypatch):
     monkeypatch.setattr("distill.training.projection.TEXTS_PER_CHECK", 64)
     config = StudentConfig(init=str(tiny_encoder), layers=[0, 2])
-    student = Student(*build_encoder(config, None, 0), pooling="mean", max_length=32)
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling="mean", max_length=32)
     texts, checks = sentences(200), []
-    found = encode_sample(student, texts, lambda: checks.append(1), normalize=True)
+    found = encode_sample(student, Sample(texts, [None] * len(texts), np.empty(0)), lambda: checks.append(1), normalize=True)
     assert np.array_equal(found, student.encode(texts).astype(np.float64)) and len(checks) == 4

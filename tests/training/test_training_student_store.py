@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from distributed_ranks import on_ranks
@@ -12,6 +16,7 @@ from distill.config import load_config, stage_of
 from distill.student import Student
 from distill.training.checkpoint import Checkpoints
 from distill.training.loop import Trainer
+from distill.training.student_store import restore_folder
 
 STEPS = ("ckd.global_batch=16", "ckd.micro_batch=8", "ckd.queue=32", "ckd.max_steps=4", "ckd.lr=1e-2", "ckd.dev_every=4",
          "ckd.projection=linear", "engine.precision=fp32")  # fmt: skip
@@ -88,3 +93,21 @@ def test_a_student_of_an_evaluation_that_a_kill_undid_is_not_kept(embedded_copy)
     (results,) = on_ranks(1, train_with_scores, config, overrides, {4: 0.4, 6: 0.3})
     kept = weights(run / "ckd/student")
     assert results["best_step"] == 2 and all(kept[name].equal(value) for name, value in of_step_2.items())
+
+
+def test_every_file_of_the_best_student_and_its_folders_are_flushed_before_the_former_one_is_deleted(tmp_path, monkeypatch):
+    (tmp_path / "kept/tokenizer").mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer/vocab.txt"):
+        (tmp_path / "kept" / name).write_text("new")
+    shutil.copytree(tmp_path / "kept", tmp_path / "stage/student")
+    flushed, fsync = [], os.fsync
+
+    def record(file: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{file}").readlink())
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", record)
+    restore_folder(tmp_path / "stage/student", tmp_path / "kept")
+    part = tmp_path / "stage/student.part"
+    assert {part / "model.safetensors", part / "tokenizer/vocab.txt", part / "tokenizer", part} <= set(flushed[:-1])
+    assert flushed[-1] == tmp_path / "stage"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cells import errors_within_rounding, every_pair, results_of, write_set
 from conftest import sentences
+from encoders import encoder_and_tokenizer
 from torch.nn.functional import cross_entropy, normalize
 
 from distill.objectives.queue import KeyQueue
@@ -25,7 +26,7 @@ from distill.run.precision import autocast_dtype
 from distill.run.sampling import GlobalOrder
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import build_encoder, set_dropout
+from distill.student.encoder import set_dropout
 from distill.student.student_config import StudentConfig
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.keys import Keys
@@ -80,7 +81,7 @@ def new_module(
     folder: Path, encoder_folder: Path, objective: str, amp: torch.dtype | None = None, **changes: Any
 ) -> tuple[TeacherKeysModule, ShardReader, GlobalOrder]:
     reader = ShardReader(folder)
-    encoder, tokenizer = build_encoder(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
+    encoder, tokenizer = encoder_and_tokenizer(StudentConfig(init=str(encoder_folder), layers=[0, 2]), None, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
     set_dropout(student.encoder, 0.0)
     config = CkdConfig(

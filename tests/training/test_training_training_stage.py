@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import write_config
+from conftest import make_encoder, write_config
 from distributed_ranks import on_ranks
 from engines import embed_text, train_stage
+from safetensors.torch import load_file
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from distill.config import load_config, stage_of
+from distill.doctor.preflight import problems
 from distill.run.files import write_json
+from distill.run.hub import model_commit
+from distill.run.stopping import Stopped
 from distill.student.fingerprint import student_fingerprint
 from distill.training.dashboard import describe_run
 from distill.training.loop import Trainer
+from distill.training.tasks.ckd import CkdStage
 
 SIMCSE = ("simcse.global_batch=16", "simcse.micro_batch=16", "simcse.max_steps=4", "simcse.dropout=0.3",
           "simcse.lr=1e-3", "simcse.dev_every=100", "engine.precision=fp32")  # fmt: skip
@@ -31,20 +38,20 @@ def test_every_module_is_in_training_mode_from_the_first_step(embedded_copy, nam
     assert all(module.training for module in task.module.modules())
 
 
-def train_without_memory(config, *overrides) -> str:
-    def run(self):
+def train_without_memory(config, owner, method, *overrides) -> str:
+    def run(self, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    Trainer.run = run
+    setattr(owner, method, run)
     with pytest.raises(ValueError) as error:
         train_stage(config, "ckd", overrides)
     return str(error.value)
 
 
 def test_out_of_memory_names_a_smaller_micro_batch(embedded_copy):
-    (message,) = on_ranks(1, train_without_memory, embedded_copy[0])
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], Trainer, "run")
     assert message.startswith("ckd: out of device memory with ckd.micro_batch 8: set ckd.micro_batch=4, engine.")
-    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], "ckd.micro_batch=1")
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], CkdStage, "build", "ckd.micro_batch=1")
     assert message.startswith("ckd: out of device memory with ckd.micro_batch 1: engine.activation_checkpointing=true")
 
 
@@ -56,6 +63,25 @@ def test_texts_that_fill_no_global_batch_are_counted_in_the_log(embedded_copy, c
     stage.build(setup)
     texts = len(setup.reader)
     assert f"{texts % 100} of {texts} texts are left out of each epoch: they do not fill a global batch of 100" in caplog.text
+
+
+def test_texts_that_are_truncated_are_counted_in_the_log(embedded_copy, caplog):
+    caplog.set_level(logging.INFO, "distill")
+    stage = stage_of(load_config(embedded_copy[0], ["student.max_length=8"]), "ckd")
+    reader = stage.setup(torch.device("cpu"), None).reader
+    drawn = reader.texts(np.random.default_rng(stage.context.seed).integers(len(reader), size=len(reader)))
+    cut = sum(len(text.split()) + 3 > 8 for text in drawn)  # [CLS], ., [SEP]
+    assert f"ckd: {100 * cut / len(drawn):.1f}% of {len(drawn)} texts drawn at random are longer than 8 tokens" in caplog.text
+    caplog.clear()
+    stage_of(load_config(embedded_copy[0]), "ckd").setup(torch.device("cpu"), None)
+    assert "longer than" not in caplog.text
+
+
+def test_held_out_shards_that_are_gone_are_missed_by_name(embedded_copy):
+    config, run = embedded_copy
+    (run / "shards/held_out/manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"{run}/shards/held_out/manifest.json is missing: run the precompute stage again"):
+        stage_of(load_config(config), "ckd").check_inputs()
 
 
 @pytest.mark.slow
@@ -145,6 +171,50 @@ def test_the_content_of_a_local_encoder_is_an_input_of_the_stage_that_begins_wit
         assert not stage_of(load_config(config, [covered]), "ckd").inputs().get("student.init")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Adds a commit of a model, a copy of a folder, to a hub cache, and lets its main branch be that."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def add(name: str, folder: Path) -> str:
+        model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        commit = hashlib.sha1(f"{folder}".encode()).hexdigest()
+        shutil.copytree(folder, model / "snapshots" / commit)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs/main").write_text(commit)
+        model_commit.cache_clear()
+        return commit
+
+    return add
+
+
+def test_the_commit_of_a_hub_encoder_is_an_input_of_the_stage_that_begins_with_it(tmp_path, tiny_encoder, hub):
+    config = load_config(embed_text(write_config(tmp_path, tiny_encoder)), ["student.init=owner/tiny"])
+    stage = stage_of(config, "ckd")
+    first = hub("owner/tiny", tiny_encoder)
+    assert stage.inputs()["student.init"] == first
+    stage.begin()
+    second = hub("owner/tiny", make_encoder(tmp_path / "other", seed=1))
+    assert stage.inputs()["student.init"] == first != second  # a branch that moves is no other input of a begun stage
+    expected = load_file(tiny_encoder / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert torch.equal(stage.setup(torch.device("cpu"), None).student.encoder.get_input_embeddings().weight, expected)
+    other = stage_of(load_config(config.run_dir.parent.parent / "run.yaml", ["student.init=owner/other"]), "ckd")
+    third = hub("owner/other", tiny_encoder)
+    assert other.inputs()["student.init"] == third
+
+
+def test_a_student_begins_with_the_teacher_that_made_the_shards_also_if_its_branch_has_moved(tmp_path, tiny_encoder, hub):
+    hub("owner/moving", tiny_encoder)
+    config = load_config(embed_text(write_config(tmp_path, Path("owner/moving"))))
+    later = hub("owner/moving", make_encoder(tmp_path / "other", seed=1))
+    (tmp_path / f"hub/models--owner--moving/snapshots/{later}/model.safetensors").unlink()
+    assert list(map(str, problems(config.model_copy(update={"stages": ["ckd", "export"]})))) == []
+    student = stage_of(config, "ckd").setup(torch.device("cpu"), None).student
+    expected = load_file(tiny_encoder / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert torch.equal(student.encoder.get_input_embeddings().weight, expected)
+
+
 def test_the_cache_stays_until_nothing_else_is_left_to_do(tmp_path, tiny_encoder):
     stage = stage_of(load_config(write_config(tmp_path, tiny_encoder)), "hpd")
     held_out = stage.context.shards_dir / "held_out"
@@ -178,3 +248,25 @@ def test_terms_of_the_loss_have_charts_of_their_own_and_sts_only_where_it_is_eva
     assert "contrast and its reference" in shown("finetune") and "pca and its reference" in shown("hpd")
     sts = "STS-B dev, student and teacher"
     assert sts not in charts and sts in shown("ckd", f"evaluate.sts={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("ckd", ["ckd.projection=linear"]),
+        ("hpd", ["hpd.init=student"]),
+        ("hpd", ["hpd.init=student", "hpd.freeze_encoder=true"]),
+        ("finetune", ["finetune.init=student"]),
+    ],
+)
+def test_a_stop_is_looked_for_while_a_stage_is_built(embedded_copy, name, overrides):
+    stage, is_building = stage_of(load_config(embedded_copy[0], overrides), name), False
+
+    def check_stop() -> None:
+        if is_building:
+            raise Stopped("asked to")
+
+    setup = stage.setup(torch.device("cpu"), None, check_stop)
+    is_building = True
+    with pytest.raises(Stopped, match="asked to"):
+        stage.build(setup)

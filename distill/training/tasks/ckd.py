@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PretrainedConfig
+
 from distill.run.config import result
 from distill.shards import ShardReader
 from distill.training.projection import Kind, build_projection, fit_projection
@@ -38,7 +40,7 @@ class CkdStage(TrainingStage):
     def check(self, reader: ShardReader) -> None:
         self.check_early(None, reader.dim)
 
-    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+    def check_early(self, width: int | None, teacher_dim: int | None, encoder_config: PretrainedConfig | None = None) -> None:
         config = self.section(CkdConfig)
         if teacher_dim is not None and config.projection_width not in (None, teacher_dim):
             expected = config.projection_width

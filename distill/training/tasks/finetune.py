@@ -13,17 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import model_validator
+from transformers import PretrainedConfig
 
 from distill.corpus import read_dataset
 from distill.corpus.rows import read_numbered_rows
+from distill.corpus.sources import dataset_fingerprint
 from distill.run.collectives import any_rank, rank
 from distill.run.config import FileName, result
-from distill.run.files import fingerprint
+from distill.run.prompts import Role
+from distill.run.recorded_array import is_saved, save_array
 from distill.run.sampling import first_of_permutation
 from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
-from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
-from distill.training.recorded_array import is_saved, save_array
+from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task, check_contrast
 from distill.training.training_stage import Setup, TrainingStage
 
 ANCHORS_PER_BLOCK = 1024
@@ -41,11 +43,17 @@ class FinetuneConfig(ContrastConfig):
         None, description="a .tsv, .csv, .jsonl or .parquet file; null mines them from the shards"
     )
     fields: tuple[str, str, str] = result(("anchor", "positive", "hard_negative"), description="their columns in it")
+    roles: tuple[Role | None, Role | None, Role | None] = result(
+        (None, None, None),
+        description="what the texts of those columns are, for the student's prompts, e.g. [query, document, document]; mined"
+        " ones have the roles of their sources",
+    )
     dataset: FileName | None = result(
         None, description="instead of a file: the name of a Hugging Face dataset with these columns"
     )
     subset: str | None = result(None, description="dataset: its configuration")
     split: str = result("train", description="dataset: its split")
+    revision: str | None = result(None, description="dataset: its commit; null: that of its main branch when the stage begins")
     limit: int | None = result(None, gt=0, description="read at most this number of triplets")
     num_mined: int = result(20_000, gt=0, description="triplets to mine where there is no file")
     mining_pool: int = result(50_000, gt=0, description="texts among which neighbours are mined")
@@ -63,12 +71,13 @@ class FinetuneConfig(ContrastConfig):
 
 
 class Triplets:
-    """(anchor, positive, hard negative) in memory."""
+    """(anchor, positive, hard negative) in memory. roles: of the three texts, a list for each triplet, or one for all."""
 
     num_views = 3
 
-    def __init__(self, triplets: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, triplets: Sequence[tuple[str, ...]], roles: Sequence[Sequence[Role | None]]) -> None:
         self.triplets = triplets
+        self._roles = roles
         self.shard_rows = np.array([len(triplets)])
         self._lengths = np.array([sum(len(text) for text in triplet) for triplet in triplets])
 
@@ -77,6 +86,9 @@ class Triplets:
 
     def views(self, rows: np.ndarray) -> list[list[str]]:
         return [[self.triplets[row][view] for row in rows] for view in range(self.num_views)]
+
+    def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
+        return [[self._roles[row % len(self._roles)][view] for row in rows] for view in range(self.num_views)]
 
 
 class FinetuneStage(TrainingStage):
@@ -90,16 +102,32 @@ class FinetuneStage(TrainingStage):
         if config.triplets:
             found[config.triplets] = self.digest(Path(config.triplets))
         elif config.dataset:
-            files = sorted(path for path in Path(config.dataset).rglob("*") if path.is_file())  # none, of a dataset on the hub
-            content = fingerprint({str(path): self.digest(path) for path in files}) if files else ""
-            found["dataset"] = f"{config.dataset}@{config.subset or 'default'}/{config.split} {content}".strip()
+            found["dataset"] = self._recorded(config)
+            if not found["dataset"]:
+                content = dataset_fingerprint(config.dataset, config.revision, self.digests)
+                found["dataset"] = f"{_dataset_name(config)} {content}".strip()
         return found
+
+    def _recorded(self, config: FinetuneConfig) -> str:
+        """The input of a dataset on the hub without a revision as the stage recorded it when it began; '' if it has not."""
+        recorded = self.recorded_inputs().get("dataset", "")
+        is_unpinned = not config.revision and not Path(str(config.dataset)).is_dir()
+        return recorded if is_unpinned and recorded.partition(" ")[0] == _dataset_name(config) else ""
+
+    def _revision(self, config: FinetuneConfig) -> str | None:
+        """The revision of the dataset to read: the config's, or the commit that the stage has recorded when it began."""
+        return config.revision or self._recorded(config).partition(" ")[2] or None
+
+    @property
+    def reads_all_shards(self) -> bool:
+        return bool(self.section(FinetuneConfig).teacher_weight)
 
     def check(self, reader: ShardReader) -> None:
         self.check_early(None, None)
 
-    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+    def check_early(self, width: int | None, teacher_dim: int | None, encoder_config: PretrainedConfig | None = None) -> None:
         config = self.section(FinetuneConfig)
+        check_contrast(self, config, width, teacher_dim)
         if config.triplets:
             if not Path(config.triplets).is_file():
                 raise ValueError(f"finetune.triplets: no file at {config.triplets}")
@@ -109,11 +137,19 @@ class FinetuneStage(TrainingStage):
                     f"finetune.triplets: {config.triplets} has {num_rows} rows, less than one global batch of"
                     f" {config.global_batch}: lower finetune.global_batch"
                 )
+        elif config.dataset and Path(config.dataset).is_dir():  # one on the hub takes long to open
+            with torch.device("cpu"):  # `datasets` keeps a tensor of its own
+                next(read_triplets(config), None)
 
     def build(self, setup: Setup) -> ContrastTask:
         config = self.section(FinetuneConfig)
-        rows = load_triplets(config, setup.reader, self.directory, setup.seed, setup.check_stop)
+        pinned = config.model_copy(update={"revision": self._revision(config)})  # every rank reads the same rows
+        rows = load_triplets(pinned, setup.reader, self.directory, setup.seed, setup.check_stop)
         return build_contrast_task(self, config, rows, setup)
+
+
+def _dataset_name(config: FinetuneConfig) -> str:
+    return f"{config.dataset}@{config.subset or 'default'}/{config.split}"
 
 
 def load_triplets(
@@ -121,14 +157,15 @@ def load_triplets(
 ) -> Triplets:
     """Triplets from the file or dataset that the config names, else mined from the shards (once, by rank 0)."""
     if config.triplets or config.dataset:
-        return Triplets(list(read_triplets(config)))
+        return Triplets(list(read_triplets(config)), [config.roles])
     path = directory / "triplets.npy"
     mining = mine_triplets(reader, config, seed, path) if rank() == 0 and not is_saved(path) else iter(())
     while any_rank(next(mining, None) is not None):  # so that no rank waits longer than for a block
         check_stop()
     rows = np.load(path, allow_pickle=False)
     columns = [reader.texts(rows[:, column]) for column in range(Triplets.num_views)]
-    return Triplets(list(zip(*columns, strict=True)))
+    roles = [reader.roles(rows[:, column]) for column in range(Triplets.num_views)]
+    return Triplets(list(zip(*columns, strict=True)), list(zip(*roles, strict=True)))
 
 
 def read_triplets(config: FinetuneConfig) -> Iterator[tuple[str, ...]]:
@@ -141,7 +178,9 @@ def read_triplets(config: FinetuneConfig) -> Iterator[tuple[str, ...]]:
         where, rows = f"finetune.triplets: {config.triplets}", read_numbered_rows(config.triplets, config.fields)
     else:
         where = f"finetune.dataset: {config.dataset}"
-        rows = ((0, row) for row in read_dataset(str(config.dataset), config.fields, config.split, config.subset))
+        rows = (
+            (0, row) for row in read_dataset(str(config.dataset), config.fields, config.split, config.subset, config.revision)
+        )
     for count, (line, row) in enumerate(islice(rows, config.limit), start=1):
         if not all(map(str.strip, row)):
             empty = next(field for field, text in zip(config.fields, row, strict=True) if not text.strip())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from distill.objectives.loss_terms.relational import Relational, whitening_map
 from distill.run.config import result
@@ -22,7 +23,7 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.student import load_projection
 from distill.training.encoded_cache import encode_all
-from distill.training.projection import LinearMap, encode_sample, fit_sample, ridge_regression, set_linear
+from distill.training.projection import LinearMap, Sample, encode_sample, fit_sample, ridge_regression, set_linear
 from distill.training.teacher_keys import KeysConfig, TeacherKeysModule, TeacherKeysTask
 from distill.training.training_stage import Setup, TrainingStage
 
@@ -99,6 +100,7 @@ class HpdModule(TeacherKeysModule):
             relational.whitening = whitening
         if config.freeze_encoder:
             student.encoder.requires_grad_(False)
+            student.dense.requires_grad_(False)
 
     def targets(self, teacher: Tensor) -> Tensor:
         return teacher.float() @ self.components.T.to(teacher.device)
@@ -112,7 +114,7 @@ class HpdStage(TrainingStage):
     config_class = HpdConfig
     title = "homomorphic projective distillation"
 
-    def check_early(self, width: int | None, teacher_dim: int | None) -> None:
+    def check_early(self, width: int | None, teacher_dim: int | None, encoder_config: PretrainedConfig | None = None) -> None:
         dim = self.section(HpdConfig).dim
         if teacher_dim is not None and dim > teacher_dim:
             raise ValueError(f"hpd.dim {dim} is above the width of the teacher's vectors, {teacher_dim}; lower it")
@@ -127,9 +129,9 @@ class HpdStage(TrainingStage):
                 encoded = encode_all(student, reader, self.cache_dir, setup.amp, setup.check_stop)
         student.add_head(config.dim, config.head, setup.seed)
         components = torch.from_numpy(reader.moments.pca(config.dim)[0]).float()
-        texts, vectors = fit_sample(reader, setup.seed)
+        sample = fit_sample(reader, setup.seed)
         known = self._learned_map(student, components.double().numpy())
-        fit_head(student, texts, vectors @ components.numpy().T, known=known, check_stop=setup.check_stop)
+        fit_head(student, sample, sample.vectors @ components.numpy().T, known=known, check_stop=setup.check_stop)
         whitening = fit_whitening(config, reader)
         module = HpdModule(student, components, config, setup.amp, whitening=whitening, seed=setup.seed)
         return TeacherKeysTask(module, setup.shard_batches(config, encoded), setup.device)
@@ -149,13 +151,13 @@ class HpdStage(TrainingStage):
 
 def fit_head(
     student: Student,
-    sentences: list[str],
+    sample: Sample,
     targets: np.ndarray,
     *,
     known: LinearMap | None = None,
     check_stop: CheckStop = never,
 ) -> None:
-    """Sets the head near `targets` [n, dim], which training then refines.
+    """Sets the head near `targets` [n, dim] of the sample's texts, which training then refines.
 
     known: (weight [dim, d_s], bias [dim]), a map from the student's vectors to the directions of the targets that an earlier
     stage learned; it is scaled to fit best. None: the ridge regression on the student's vectors.
@@ -163,7 +165,7 @@ def fit_head(
     head = student.head
     assert head is not None
     student.head = None
-    vectors = encode_sample(student, sentences, check_stop, normalize=False)
+    vectors = encode_sample(student, sample, check_stop, normalize=False)
     student.head = head
     wanted = np.arctanh(targets.clip(-0.999, 0.999)) if len(head) > 1 else targets
     if known is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 from pydantic import model_validator
+from transformers import PretrainedConfig
 
 from distill.run.config import result
+from distill.run.prompts import Role
 from distill.shards import ShardReader
-from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task
+from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task, check_contrast, own_dropout
 from distill.training.training_stage import Setup, TrainingStage
 
 
@@ -46,6 +48,9 @@ class TextPairs:
     def views(self, rows: np.ndarray) -> list[list[str]]:
         return [self.reader.texts(rows)] * self.num_views
 
+    def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
+        return [self.reader.roles(rows)] * self.num_views
+
 
 class SimcseStage(TrainingStage):
     name = "simcse"
@@ -53,11 +58,15 @@ class SimcseStage(TrainingStage):
     title = "unsupervised contrastive learning"
     selects_by_sts = True
 
-    def build(self, setup: Setup) -> ContrastTask:
-        task = build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)
-        if not task.dropout:
+    def check_early(self, width: int | None, teacher_dim: int | None, encoder_config: PretrainedConfig | None = None) -> None:
+        config = self.section(SimcseConfig)
+        check_contrast(self, config, width, teacher_dim)
+        if config.dropout is None and encoder_config is not None and not own_dropout(encoder_config):
             raise ValueError(
                 "simcse.dropout: the encoder's own dropout is 0, so that the two views of a text would be the same: set"
                 " simcse.dropout=0.1"
             )
-        return task
+
+    def build(self, setup: Setup) -> ContrastTask:
+        self.check_early(None, None, setup.student.encoder.config)
+        return build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from conftest import sentences
+from encoders import encoder_and_tokenizer
 
 from distill.export.folder import export_student
 from distill.student import Student
-from distill.student.encoder import build_encoder
 from distill.student.student_config import StudentConfig
 
 MAX_LENGTH = 30
@@ -17,7 +17,7 @@ TEXTS = [*sentences(20), "key.", "the model reads a tensor from a queue of keys 
 
 def make_student(folder, encoder, *, pooling="mean", head=None, max_length=MAX_LENGTH, layers=None, dim=8):
     config = StudentConfig(init=str(encoder), pooling=pooling, layers=layers)
-    student = Student(*build_encoder(config, None, 0), pooling=pooling, max_length=max_length).eval()
+    student = Student(*encoder_and_tokenizer(config, None, 0), pooling=pooling, max_length=max_length).eval()
     if head:
         student.add_head(dim, head, seed=0)
     student.save(folder, dict(student.named_parameters()) | dict(student.named_buffers()))

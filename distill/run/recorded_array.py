@@ -6,6 +6,7 @@ triplets.npy is an array; triplets.json is written after it. An array without a 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,9 +15,21 @@ from distill.run.files import publish, read_json, set_aside, sha256_of, write_js
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Publishes an .npy file and its record."""
-    with publish(path) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
+    publish_array(path, array)
     write_json(path.with_suffix(".json"), _record(path))
+
+
+def publish_array(path: Path, array: np.ndarray) -> None:
+    """Publishes an .npy file."""
+    with publish(path) as file:
+        np.lib.format.write_array(_OnlyWritten(file), array, allow_pickle=False)
+
+
+class _OnlyWritten:
+    """A file that numpy writes to as to any other object: what it does with a real one raises errors without their number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
 
 
 def is_saved(path: Path) -> bool:
