@@ -49,7 +49,9 @@ class TextConfig(Section):
     """The texts that the teacher embeds: deduplicated, filtered by length; those with text hash mod 50 = 0 are held out."""
 
     sources: list[SourceConfig] = result(
-        min_length=1, description="read one after the other; a plain path or glob stands for {type: file, path: ...}"
+        min_length=1,
+        max_length=65_535,
+        description="read one after the other; a plain path or glob stands for {type: file, path: ...}",
     )
     min_chars: int = result(
         1, ge=1, description="texts of fewer visible characters are dropped, and counted; a run of whitespace counts as one"

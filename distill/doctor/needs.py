@@ -90,17 +90,23 @@ def student_width(config: RunConfig) -> int | None:
 def num_parameters(config: RunConfig) -> int | None:
     """Of the student's encoder, read off the headers of its safetensors files; None if it is not a folder here."""
     try:
-        folder = Path(resolve_model((config.teacher.model if config.student.init == "teacher" else config.student.init) or ""))
+        name = (config.teacher.model if config.student.init == "teacher" else config.student.init) or ""
+        folder = Path(resolve_model(name))
+        if not folder.is_dir():
+            return None
+        num_tokens = getattr(architecture_of(name, config.student.revision).config, "vocab_size", 0)
     except ValueError:  # `inputs` names what is missing
         return None
-    if not folder.is_dir():
-        return None
+    # a student of `tokens`, or of all tokens that occur, is counted with the whole table
+    num_kept = min(num_tokens, (config.student.vocabulary and config.student.vocabulary.size) or num_tokens)
     sizes: Counter[int | None] = Counter()  # by layer
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:  # safetensors' own reader would hold the GIL while a file system blocks it
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name in header.keys() - {"__metadata__"}:
-            found = LAYER.search(f".{name}")
-            sizes[int(found[1]) if found else None] += math.prod(header[name]["shape"])
+            found, shape = LAYER.search(f".{name}"), header[name]["shape"]
+            if found is None and len(shape) == 2 and shape[0] == num_tokens:
+                shape = [num_kept, shape[1]]
+            sizes[int(found[1]) if found else None] += math.prod(shape)
     depth = len(sizes.keys() - {None})
     return sum(sizes[layer] for layer in [None, *(config.student.kept(depth) if depth else [])])

@@ -17,6 +17,7 @@ from distill.run.collectives import gather_rows, rank, world_size
 from distill.run.prompts import Role
 from distill.shards import ShardReader
 from distill.student import Student
+from distill.training.batches import PLACEHOLDER
 
 
 class DevEvaluation:
@@ -53,12 +54,12 @@ class DevEvaluation:
         for role, rows in rows_by_role(self.roles).items():
             metrics |= {f"fidelity_{role}/{k}": v for k, v in fidelity(vectors[rows], self.teacher[rows]).items()}
         if self.sts is not None:
-            metrics["sts/STSB-dev"] = dev_score(lambda texts: self._encode(student, texts), self.sts)
+            metrics["sts/STSB-dev"] = dev_score(lambda texts: self._encode(student, texts, [None] * len(texts)), self.sts)
         student.train(was_training)
         return metrics
 
     @torch.no_grad()
-    def _encode(self, student: Student, texts: Sequence[str], roles: Sequence[Role | None] | None = None) -> np.ndarray:
+    def _encode(self, student: Student, texts: Sequence[str], roles: Sequence[Role | None]) -> np.ndarray:
         order = np.array(sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i)))
         device = next(student.parameters()).device
         mine = order[rank() :: world_size()]
@@ -66,14 +67,12 @@ class DevEvaluation:
         parts = []
         for start in range(0, largest, self.batch_size):
             rows = mine[start : start + self.batch_size].tolist()
-            batch = [texts[row] for row in rows]
-            read = (
-                student.tokenize(batch, [roles[row] for row in rows] if roles else None) if batch else student.tokenize(["."])
-            )
+            # a rank without a row left still joins the forward pass
+            read = student.tokenize([texts[row] for row in rows] or [PLACEHOLDER], [roles[row] for row in rows] or None)
             tokens = {name: value.to(device) for name, value in read.items()}
             with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
                 vectors = nn.functional.normalize(student(tokens).float(), dim=-1)
-            parts.append(vectors[: len(batch)])
+            parts.append(vectors[: len(rows)])
         gathered = gather_rows(torch.cat(parts), len(order)).cpu().numpy()
         restored = np.empty_like(gathered)
         restored[order] = gathered

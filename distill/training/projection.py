@@ -79,8 +79,7 @@ def encode_sample(student: Student, sample: Sample, check_stop: CheckStop, *, no
     vectors = np.empty((len(texts), student.dim))
     for start in range(0, len(order), TEXTS_PER_CHECK):
         rows = order[start : start + TEXTS_PER_CHECK]
-        part = [texts[i] for i in rows], [roles[i] for i in rows]
-        vectors[rows] = student.encode(part[0], normalize=normalize, roles=part[1])
+        vectors[rows] = student.encode([texts[i] for i in rows], normalize=normalize, roles=[roles[i] for i in rows])
         check_stop()
     return vectors
 

@@ -85,10 +85,13 @@ def test_mount_points_are_whole_folders():
 
 def test_needs_are_those_of_the_models_and_the_text(config, tiny_encoder):
     run = load_config(config)
-    whole = sum(parameter.numel() for parameter in AutoModel.from_pretrained(tiny_encoder).parameters())
-    layer = sum(p.numel() for p in AutoModel.from_pretrained(tiny_encoder).encoder.layer[0].parameters())
+    encoder = AutoModel.from_pretrained(tiny_encoder)
+    whole = sum(parameter.numel() for parameter in encoder.parameters())
+    layer = sum(parameter.numel() for parameter in encoder.encoder.layer[0].parameters())
     assert num_parameters(load_config(config, ["student.layers=null"])) == whole
     assert num_parameters(run) == whole - layer  # layers 0 and 2 of three
+    trimmed = load_config(config, ["student.layers=null", "student.vocabulary={from: text, size: 40}"])
+    assert num_parameters(trimmed) == whole - (encoder.config.vocab_size - 40) * encoder.config.hidden_size
     in_file = sum(len(line) + 1 for line in sentences(600)) / (110 + 1)  # with line breaks
     assert num_sentences(run) == pytest.approx(in_file + run.text.held_out, abs=2)
     assert num_sentences(load_config(config, ["text.max_sentences=5"])) == 5 + run.text.held_out
