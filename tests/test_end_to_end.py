@@ -71,7 +71,7 @@ def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finis
     with tensorboard(run.parent) as address, browser() as page:
         page.goto(f"{address}/#custom_scalars")
         settings = load_config(run / "config.yaml").model_dump()
-        stages = [charts_of(settings[stage], has_sts=True) for stage in ("ckd", "finetune", "hpd")]
+        stages = [charts_of(settings[stage], has_sts=True, has_sources=True) for stage in ("ckd", "finetune", "hpd")]
         shown = {chart for groups in stages for title, charts in groups.items() if title not in CLOSED for chart in charts}
         titles = CHARTS.keys() | shown
 

@@ -88,8 +88,7 @@ def prepare_text(
         "counts": dict(counts),
         "lengths": _describe_lengths(lengths),
         "sources": [
-            {**source.model_dump(mode="json"), "count": count}
-            for source, count in zip(config.sources, progress.read_of, strict=True)
+            {**source, "count": count} for source, count in zip(config.identity()["sources"], progress.read_of, strict=True)
         ],
         "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*chunks, held_out]).encode()).hexdigest(),
     }
@@ -102,7 +101,7 @@ def prepare_text(
 def text_identity(config: TextConfig, rows_per_chunk: int, keep_row_numbers: bool, digests: DigestCache) -> str:
     """A fingerprint of all that decides what `prepare_text` writes; its manifest has it as "made_from"."""
     settings = {"rows_per_chunk": rows_per_chunk, "keep_row_numbers": keep_row_numbers, "normal_form": NORMAL_FORM}
-    return fingerprint(settings | {"text": config.model_dump(mode="json"), "sources": source_fingerprints(config, digests)})
+    return fingerprint(settings | {"text": config.identity(), "sources": source_fingerprints(config, digests)})
 
 
 def held_out_sources(folder: Path) -> list[str] | None:

@@ -105,7 +105,7 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
         "normal_form": NORMAL_FORM,
         "num_buckets": spool.num_buckets,
         "has_rows": spool.has_rows,
-        "text": config.model_dump(mode="json"),
+        "text": config.identity(),
         "sources": source_fingerprints(config, digests),
     }
     progress = _resume(spool, made_from, len(config.sources))

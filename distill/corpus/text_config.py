@@ -25,6 +25,12 @@ class SourceConfig(Section):
         None, description="what the texts are in retrieval: teacher and student put their own prompt for it before them"
     )
     prompt: str | None = result(None, description="what the teacher reads before each text, instead of its own prompt")
+    weight: float | None = result(
+        None,
+        gt=0,
+        description="the source's share of the training samples, relative to the other sources' weights: its texts are repeated"
+        " or thinned out; all sources have a weight, or none; null: each text once an epoch",
+    )
 
     @field_validator("type", mode="before")
     @classmethod
@@ -69,6 +75,23 @@ class TextConfig(Section):
         if not isinstance(given, list):
             return given
         return [{"type": "file", "path": source} if isinstance(source, str) else source for source in given]
+
+    @model_validator(mode="after")
+    def _weights_are_complete(self) -> TextConfig:
+        missing = [number for number, source in enumerate(self.sources) if source.weight is None]
+        if missing and len(missing) < len(self.sources):
+            raise ValueError(f"sources[{missing[0]}] has no weight, and others have: give every source a weight, or none")
+        return self
+
+    @property
+    def weights(self) -> list[float]:
+        """The sources' shares of the training samples, relative to each other; [] where each text is seen once an epoch."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return weights if len(weights) > 1 else []
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides which texts are prepared, as JSON: not the weights, by which they are sampled in training."""
+        return self.model_dump(mode="json", exclude={"sources": {"__all__": {"weight"}}})
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:

@@ -95,10 +95,15 @@ def settings(
     dumped = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value, path = getattr(section, name), prefix + name
+        has_effect = (overrides or {}).get(path, effect_of(field)) == effect
         if isinstance(value, Section):
             if inner := settings(value, effect, f"{path}.", overrides):
                 tree[name] = inner
-        elif (overrides or {}).get(path, effect_of(field)) == effect:
+        elif isinstance(value, list) and all(isinstance(each, Section) for each in value):
+            items = [settings(each, effect, f"{path}.", overrides) for each in value]
+            if has_effect or any(items):
+                tree[name] = items
+        elif has_effect:
             tree[name] = dumped[name]
     return tree
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property, partial
@@ -148,6 +149,26 @@ class ShardReader:
             for positions, shard, blocks, rows in self._locate(indices):
                 sources_n[positions] = shard.sources(blocks, rows)
         return sources_n
+
+    @property
+    def source_names(self) -> list[str]:
+        """The names of the texts' sources, by their numbers; [] where there are not several, or they are not recorded."""
+        names = [source.name for source in self.manifest.sources]
+        return names if len(names) > 1 else []
+
+    @cached_property
+    def source_starts(self) -> Int64:
+        """The first row of each source, and the end of the last, int64 [num_sources + 1]: a set has one source after the other.
+
+        Found by bisection, which opens a few shards for each source. Raises ShardError for a number that is no source's.
+        """
+        rows, names = range(len(self)), [source.name for source in self.manifest.sources]
+        starts = [bisect_left(rows, number, key=lambda row: int(self.sources([row])[0])) for number in range(len(names) + 1)]
+        if names and starts[-1] < len(self):
+            row, last = starts[-1], len(names) - 1
+            what = f"text {row} is of source {self.sources([row])[0]}, and the manifest has sources 0 to {last}"
+            raise ShardError(f"{self.directory}: {what}; {repair_hint(self.directory)}")
+        return np.array(starts, dtype=np.int64)
 
     def roles(self, indices: Int64 | list[int]) -> list[Role | None]:
         """What each text is in retrieval, [n]."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from distill.corpus.prepare import source_names, text_identity
 from distill.corpus.sources import pinned, source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import from_rank_0, rank
+from distill.run.config import Effect
 from distill.run.files import append_line, fingerprint, read_json, set_aside, sha256_of, write_json
 from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
@@ -53,6 +54,7 @@ class PrecomputeStage(Stage):
     name = "precompute"
     reads = ("text", "teacher", "shards")
     covered_by_inputs = ("evaluate.sts",)
+    effects: ClassVar[dict[str, Effect]] = {"text.sources.weight": "speed"}  # of training alone
 
     @property
     def directory(self) -> Path:

@@ -33,7 +33,8 @@ class MicroBatch:
     tokens: chunks of rows of similar length, input_ids and attention_mask [b_c, L_c] each, b rows in all, or the vectors that a
     frozen encoder made of them; positions [b] int64: the rows' places in the length-sorted global batch; teacher [b, d_t] fp16;
     hashes [b] int64. An empty micro-batch has b = 0 but one row of tokens. most_rows: the largest b of any rank, which is b or
-    b + 1. index: which of the step's micro-batches it is.
+    b + 1. index: which of the step's micro-batches it is. sources [b] int64: the number of each row's source, None where there
+    is one.
     """
 
     tokens: Sequence[Chunk]
@@ -42,9 +43,10 @@ class MicroBatch:
     hashes: Tensor
     most_rows: int
     index: int = 0
+    sources: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        names = ("positions", "teacher", "hashes")
+        names = ("positions", "teacher", "hashes", *(() if self.sources is None else ("sources",)))
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, tokens=[_to(chunk, device) for chunk in self.tokens], **moved)
 
@@ -136,6 +138,7 @@ class ShardBatches:
             torch.from_numpy(self.reader.hashes(rows)),
             self._most_rows[index],
             index,
+            source_numbers(self.reader, rows),
         )
 
     def keys(self, first_step: int, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -147,9 +150,21 @@ class ShardBatches:
         return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
 
 
-def report_dropped(order: GlobalOrder) -> None:
-    """Logs on rank 0 how many texts of each epoch are left over, since they do not fill a global batch."""
-    if order.dropped_rows and rank() == 0:
+def source_numbers(reader: ShardReader, rows: np.ndarray) -> Tensor | None:
+    """The number of each row's source, [n] int64; None where the set has one source."""
+    return torch.from_numpy(reader.sources(rows).astype(np.int64)) if reader.source_names else None
+
+
+def report_order(order: GlobalOrder) -> None:
+    """Logs on rank 0 how often the texts of each source of a mixture are seen, and how many texts of each epoch are left over,
+    since they do not fill a global batch."""
+    if rank() != 0:
+        return
+    for source, quota in zip(order.sources, order.quotas, strict=True):
+        count, times = source.num_rows, quota / source.num_rows
+        words = "source %s: %s texts, weight %g: each is seen %.2f times an epoch"
+        logger.info(words, source.name, f"{count:,}", source.weight, times)
+    if order.dropped_rows:
         shown = f"{order.dropped_rows:,} of {order.num_rows:,}"
         logger.info("%s texts are left out of each epoch: they do not fill a global batch of %d", shown, order.global_batch)
 

@@ -15,6 +15,7 @@ not forget what no label covers:  L = contrast + w mean_i (1 - P(s_i).t_i)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -30,12 +31,12 @@ from distill.objectives.loss_terms.cosine import cosine_losses
 from distill.run.collectives import add_over_ranks, gather_rows, gather_with_gradient, rank, world_size
 from distill.run.config import result
 from distill.run.prompts import Role
-from distill.run.sampling import CHUNK_ROWS_ON_GPU, GlobalOrder, length_order, seed_of
+from distill.run.sampling import CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource, length_order, seed_of
 from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.student.student import Tokens, load_projection
-from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order, report_dropped
+from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order, report_order
 from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 from distill.training.training_stage import Setup, TrainingStage
@@ -44,9 +45,12 @@ VIEW_ROWS = 32  # of a chunk, in one forward pass: views are of similar length o
 
 
 class Rows(Protocol):
-    """Numbered rows of V views each. shard_rows: how many lie together on disk."""
+    """Numbered rows of V views each. shard_rows: how many lie together on disk; mixture: their sources, where those have
+    weights; source_names: of all sources, where there are several."""
 
     num_views: int
+    mixture: Sequence[SampleSource]
+    source_names: Sequence[str]
 
     @property
     def shard_rows(self) -> np.ndarray: ...
@@ -61,6 +65,10 @@ class Rows(Protocol):
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
         """The roles of these texts, each None where they have none."""
+        ...
+
+    def sources(self, rows: np.ndarray) -> Tensor | None:
+        """The number of each row's source, [n] int64; None where there are not several."""
         ...
 
 
@@ -159,9 +167,11 @@ class ContrastModule(TrainingModule):
     ) -> Tensor:
         """The summed loss of a micro-batch's anchors [b, d] against candidates [(V-1) G, d]."""
         mask = same_text(micro.hashes, hashes_gv, micro.positions)
+        losses_b = contrast_losses(anchors, candidates, micro.positions, scale=scale, mask=mask)
         if context.is_logged:
             self._observe(anchors.detach(), candidates.detach(), micro.positions, mask, context)
-        return contrast_losses(anchors, candidates, micro.positions, scale=scale, mask=mask).sum()
+            context.observe_sources(micro.sources, losses_b)
+        return losses_b.sum()
 
     @torch.no_grad()
     def _observe(self, anchors: Tensor, candidates: Tensor, positions: Tensor, mask: Tensor, context: StepContext) -> None:
@@ -217,7 +227,8 @@ class ContrastModule(TrainingModule):
 
 
 class ContrastTask(Task):
-    """Rows of a step in length-sorted order, longest first; rank r takes every W-th. replay: shards, with `teacher_weight`."""
+    """Rows of a step in length-sorted order, longest first; rank r takes every W-th. replay: shards, with `teacher_weight`;
+    replay_mixture: their sources, where those have weights."""
 
     def __init__(
         self,
@@ -228,6 +239,7 @@ class ContrastTask(Task):
         seed: int,
         dropout: float = 0.0,
         view_rows: int = VIEW_ROWS,
+        replay_mixture: Sequence[SampleSource] = (),
     ) -> None:
         self.module: ContrastModule = module
         self.dropout = dropout
@@ -237,9 +249,11 @@ class ContrastTask(Task):
         self.replay = replay
         self.seed = seed
         total = module.config.global_batch
-        self.order = GlobalOrder(rows.shard_rows, global_batch=total, seed=seed)
-        report_dropped(self.order)
-        self.replay_order = GlobalOrder(replay.shard_rows, global_batch=total, seed=seed) if replay else None
+        self.order = GlobalOrder(rows.shard_rows, global_batch=total, seed=seed, sources=rows.mixture)
+        report_order(self.order)
+        self.replay_order = None
+        if replay is not None:
+            self.replay_order = GlobalOrder(replay.shard_rows, global_batch=total, seed=seed, sources=replay_mixture)
         self.steps_per_epoch = self.order.steps_per_epoch
         most_rows = -(-total // world_size())
         self.num_micro = -(-most_rows // module.config.micro_batch)
@@ -271,7 +285,7 @@ class ContrastTask(Task):
             teacher = self.replay.vectors(replayed)
         hashes = np.array([[text_hash(text) for text in view] for view in views], dtype=np.int64).T
         rows_of = torch.from_numpy(positions), torch.from_numpy(teacher), torch.from_numpy(hashes.copy())
-        return MicroBatch(tokens, *rows_of, most, index)
+        return MicroBatch(tokens, *rows_of, most, index, self.rows.sources(rows))
 
     def _chunks(self, texts: list[str], roles: list[Role | None], most: int) -> list[Tokens]:
         """Neighbours are of similar length. Every rank makes as many chunks, none of them empty."""
@@ -283,7 +297,7 @@ class ContrastTask(Task):
     def prepare_step(self, step: int, micro: list[MicroBatch], *, is_logged: bool) -> StepContext:
         """Dropout depends on (seed, step, rank, micro-batch) alone: a resumed run has the masks that it would have had, and the
         second pass of cached gradients those of the first."""
-        context = StepContext(step, is_logged)
+        context = StepContext(step, is_logged, source_names=self.rows.source_names)
         seeds = [seed_of(self.seed, step, rank(), part.index) for part in micro]
         if len(micro) == 1:
             torch.manual_seed(seeds[0])
@@ -305,7 +319,15 @@ def build_contrast_task(stage: TrainingStage, config: ContrastConfig, rows: Rows
     module = ContrastModule(student, config, setup.amp, num_views=rows.num_views, to_teacher=to_teacher)
     replay = setup.reader if config.teacher_weight else None
     view_rows = VIEW_ROWS if setup.device.type == "cpu" else CHUNK_ROWS_ON_GPU
-    return ContrastTask(module, rows, replay, seed=setup.seed, dropout=dropout, view_rows=view_rows)
+    return ContrastTask(
+        module,
+        rows,
+        replay,
+        seed=setup.seed,
+        dropout=dropout,
+        view_rows=view_rows,
+        replay_mixture=setup.mixture,
+    )
 
 
 def own_dropout(config: PretrainedConfig) -> float:

@@ -27,6 +27,7 @@ from distill.run.stage import RunContext
 
 LOSSES, DEV = "Loss and reference loss", "Dev evaluation, with the teacher's scores"
 STS = {"STS-B dev, student and teacher": ["dev/sts/.*", "teacher/sts/.*"]}
+SOURCES = {"mean loss of each source's texts": ["source_loss/.*"], "texts of each source in a step": ["source_texts/.*"]}
 CHARTS: dict[str, dict[str, list[str]]] = {
     LOSSES: {"weighted sum, of all stages on one axis": ["loss", "reference_loss"]},
     DEV: {
@@ -63,17 +64,19 @@ def describe_run(
     """Markdown by name, and summaries. Of a sweep, the hparams columns that differ are the fields that were swept."""
     teacher = context.value("teacher.model")
     row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
-    charts = charts_of(settings.get(stage, {}), has_sts=context.value("evaluate.sts") is not None)
+    has_sources = len(context.value("text.sources")) > 1
+    charts = charts_of(settings.get(stage, {}), has_sts=context.value("evaluate.sts") is not None, has_sources=has_sources)
     return description(context.run_dir, device), [layout(charts), settings_row(row, f"{context.name}/{stage}")]
 
 
-def charts_of(section: dict[str, Any], *, has_sts: bool) -> dict[str, dict[str, list[str]]]:
-    """The charts of a stage, by their group: CHARTS, one for each term of the loss, as terms differ in size, and STS."""
+def charts_of(section: dict[str, Any], *, has_sts: bool, has_sources: bool) -> dict[str, dict[str, list[str]]]:
+    """The charts of a stage, by their group: CHARTS, one for each term of the loss, as they differ in size, STS and sources."""
     terms = [name for name, weight in section.get("weights", {}).items() if weight]
     if "teacher_weight" in section:
         terms = ["contrast", *(["teacher"] if section["teacher_weight"] else [])]
     of_terms = {f"{term} and its reference": [f"loss/{term}", f"reference_loss/{term}"] for term in terms or [".*"]}
-    return CHARTS | {LOSSES: of_terms | CHARTS[LOSSES], DEV: CHARTS[DEV] | (STS if has_sts else {})}
+    losses = of_terms | CHARTS[LOSSES] | (SOURCES if has_sources else {})
+    return CHARTS | {LOSSES: losses, DEV: CHARTS[DEV] | (STS if has_sts else {})}
 
 
 def inherited_settings(context: RunContext, settings: dict[str, Any]) -> dict[str, Any]:

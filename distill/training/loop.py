@@ -27,7 +27,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import session_end
 from distill.training.dev_evaluation import DevEvaluation
 from distill.training.engine import gradient_norm, has_finite_weights, learning_rate, set_learning_rate
-from distill.training.step_metrics import KEYS, WHOLE_STEP, StepMetrics
+from distill.training.step_metrics import KEYS, WHOLE_STEP, StepMetrics, source_metrics
 from distill.training.student_store import StudentStore
 from distill.training.task import StepContext, Task
 from distill.training.tensorboard import TensorBoard
@@ -193,6 +193,7 @@ class Trainer:
         """Writes the metrics of the step that was just taken, a logged one. All ranks call it; rank 0 writes."""
         total, step = self.train.global_batch, self.progress.step
         speed = self.metrics.since_last_call(means.pop("tokens") * total, means.pop("squares") * total, total)
+        means |= source_metrics(means, total)
         values = means | self.task.reference_losses(means) | self.task.step_metrics(step - 1) | speed
         if rank() == 0:
             self.tensorboard.log(step, {name: value for name, value in values.items() if math.isfinite(value)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -125,6 +126,18 @@ class StepMetrics:
         metrics |= self._received
         self._steps = self._tokens = self._squares = 0
         return metrics
+
+
+def source_metrics(means: dict[str, float], global_batch: int) -> dict[str, float]:
+    """The number of texts of each source in a step, and the mean of their losses, nan where there is none.
+
+    means: over the global batch, of what `StepContext.observe_sources` keeps.
+    """
+    metrics: dict[str, float] = {}
+    for name in [tag.partition("/")[2] for tag in means if tag.startswith("source_texts/")]:
+        share, loss = means[f"source_texts/{name}"], means[f"source_loss/{name}"]
+        metrics |= {f"source_texts/{name}": share * global_batch, f"source_loss/{name}": loss / share if share else math.nan}
+    return metrics
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class StepContext:
 
     is_logged: whether the step is logged; what is expensive to measure is measured then, and lies in `observed`, a value a row.
     keys: teacher keys, where the loss needs any. first_pass: what a first forward pass left for each micro-batch, by its index.
+    source_names: of the sources of the rows, where there are several.
     """
 
     step: int
@@ -33,11 +34,25 @@ class StepContext:
     keys: Keys | None = None
     first_pass: Sequence[Any] = ()
     observed: dict[str, list[Tensor]] = field(default_factory=dict)
+    source_names: Sequence[str] = ()
 
     def observe(self, rows: dict[str, Tensor]) -> None:
         """Keeps values of this rank's rows, [b] each by name; ranks observe the same names."""
         for name, values_b in rows.items():
             self.observed.setdefault(name, []).append(values_b.detach().flatten())
+
+    def observe_sources(self, sources_b: Tensor | None, losses_b: Tensor) -> None:
+        """Keeps the number and the summed loss of this rank's rows of each source, where there are several.
+
+        sources_b: the number of each row's source, on all ranks or on none.
+        """
+        if sources_b is None:
+            return
+        size = len(self.source_names)
+        counts = torch.bincount(sources_b, minlength=size)
+        sums = losses_b.new_zeros(size, dtype=torch.double).index_add_(0, sources_b, losses_b.detach().double())
+        for name, count, loss in zip(self.source_names, counts, sums, strict=True):
+            self.observe({f"source_texts/{name}": count, f"source_loss/{name}": loss})
 
     def observations(self) -> dict[str, Tensor]:
         """All observed rows of this rank, by name."""

@@ -153,6 +153,8 @@ class TeacherKeysModule(TrainingModule):
         logged |= {"similarity/positive": positive, "temperature": scale.detach().sum() * len(projected_bd)}
         if context.is_logged:
             self._observe(inputs, as_keys, context)
+            weighted = torch.stack([self.weights[name] * loss_b.detach() for name, loss_b in losses.items()])
+            context.observe_sources(micro.sources, weighted.sum(dim=0))
         return total, logged
 
     def _term_inputs(self, projected_bd: Tensor, micro: MicroBatch, scale: Tensor, context: StepContext) -> TermInputs:
@@ -302,7 +304,7 @@ class TeacherKeysTask(Task):
 
     def prepare_step(self, step: int, micro: list[MicroBatch], *, is_logged: bool) -> StepContext:
         """Two collectives for the keys, where any term needs them, and those of the first pass."""
-        context = StepContext(step, is_logged)
+        context = StepContext(step, is_logged, source_names=self.batches.reader.source_names)
         if self.module.batch_terms and len(micro) > 1:
             context.first_pass = self.module.first_pass(micro)
         if self.module.config.needs_keys:

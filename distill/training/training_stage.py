@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig
 
 from distill.corpus import held_out_sources
 from distill.corpus.evaluation_sets import read_sts_dev
+from distill.corpus.text_config import TextConfig
 from distill.metrics.held_out import dev_rows
 from distill.run.collectives import any_rank, barrier, rank, world_size
 from distill.run.config import Effect, Section
@@ -23,7 +25,7 @@ from distill.run.files import read_json, sha256_of
 from distill.run.hub import model_commit
 from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
-from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fingerprint
 from distill.run.stopping import CheckStop, Stopped, never
@@ -37,13 +39,14 @@ from distill.student.vocabulary import read_kept, trim, trim_and_describe, write
 from distill.teacher.dev_score import read_dev_score
 from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
 from distill.teacher.teacher_config import TeacherConfig
-from distill.training.batches import ShardBatches, report_dropped
+from distill.training.batches import ShardBatches, report_order
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import describe_run
 from distill.training.dev_evaluation import DevEvaluation
 from distill.training.encoded_cache import Encoded
 from distill.training.engine import build_engine
 from distill.training.loop import Trainer
+from distill.training.mixture import check_mixture, mixture_of
 from distill.training.projector import write_projector
 from distill.training.shard_verification import open_verified
 from distill.training.step_metrics import StepMetrics
@@ -58,7 +61,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a task is built from, on this rank."""
+    """What a task is built from, on this rank. mixture: the sources of the shards' texts, where they have weights."""
 
     reader: ShardReader
     student: Student
@@ -66,6 +69,7 @@ class Setup:
     amp: torch.dtype | None
     seed: int
     check_stop: CheckStop = never
+    mixture: Sequence[SampleSource] = ()
 
     @property
     def chunk_rows(self) -> int:
@@ -73,8 +77,8 @@ class Setup:
 
     def shard_batches(self, train: TrainConfig, encoded: Encoded | None = None) -> ShardBatches:
         """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens."""
-        order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed)
-        report_dropped(order)
+        order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed, sources=self.mixture)
+        report_order(order)
         part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
         return ShardBatches(self.reader, order, self.student, **part, chunk_rows=self.chunk_rows, encoded=encoded)
 
@@ -101,7 +105,7 @@ class TrainingStage(Stage):
         "evaluate.dev_sentences": "selection",
         "evaluate.sts": "selection",
     }
-    covered_by_inputs = ("teacher", "engine", "evaluate.batch_size")  # the shards are the teacher's
+    covered_by_inputs = ("text", "teacher", "engine", "evaluate.batch_size")  # the shards are the text's and the teacher's
 
     @property
     def train(self) -> TrainConfig:
@@ -119,6 +123,12 @@ class TrainingStage(Stage):
     @property
     def outside(self) -> tuple[Path, ...]:
         return (self.tensorboard_dir,)
+
+    def settings(self, effect: Effect) -> dict[str, Any]:
+        """With the weights of the text's sources, where they have any: of the text, only these are not in the shards."""
+        weights = self.section(TextConfig).weights if effect == "result" else []
+        mixture = {"text": {"sources": [{"weight": weight} for weight in weights]}} if weights else {}
+        return super().settings(effect) | mixture
 
     def progress(self) -> list[Path]:
         return [self.directory / "checkpoints"] if checkpoint_steps(self.directory) else []
@@ -258,6 +268,7 @@ class TrainingStage(Stage):
         """Checks, before anything expensive, that the inputs are there and fit. Raises ValueError naming what to run first."""
         reader = ShardReader(self.context.shards_dir, verify=False)
         check_teacher(self.section(TeacherConfig), self.context.shards_dir, reader.manifest)
+        check_mixture(self.section(TextConfig), reader.manifest)
         results = (read_json(self.context.precompute_dir / "DONE.json") or {}).get("results", {})
         held_out = self.context.shards_dir / "held_out" / "manifest.json"
         if results.get("held_out") and not held_out.exists():
@@ -289,7 +300,8 @@ class TrainingStage(Stage):
             student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
         if rank() == 0:
             self._report_truncated(student, reader)
-        return Setup(reader, student, device, amp, self.context.seed, check_stop)
+        mixture = mixture_of(reader, self.section(TextConfig))
+        return Setup(reader, student, device, amp, self.context.seed, check_stop, mixture)
 
     def _report_truncated(self, student: Student, reader: ShardReader) -> None:
         """Logs how many of the texts, by a sample, are longer than the student's longest input."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from pydantic.fields import FieldInfo
@@ -63,12 +63,19 @@ def test_a_stage_names_only_fields_that_there_are(config, name):
     assert not set(stage.reads) & set(stage.covered_by_inputs)
 
 
+def has_field(tree: Any, path: str) -> bool:
+    """Whether a JSON tree has a dotted path, in any item of a list."""
+    if isinstance(tree, list):
+        return any(has_field(each, path) for each in tree)
+    name, _, rest = path.partition(".")
+    return isinstance(tree, dict) and name in tree and (not rest or has_field(tree[name], rest))
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stages_own_effects_replace_those_of_the_fields(config, name):
     stage = stage_of(config, name)
     for path, effect in type(stage).effects.items():
-        section, _, field = path.partition(".")
-        assert [each for each in get_args(Effect) if field in stage.settings(each).get(section, {})] == [effect], path
+        assert [each for each in get_args(Effect) if has_field(stage.settings(each), path)] == [effect], path
 
 
 def test_every_section_belongs_to_a_stage_or_is_read_by_one(config):

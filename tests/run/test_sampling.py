@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from distill.run import sampling
-from distill.run.sampling import GlobalOrder, assign_rows, first_of_permutation, length_order, permutation, seed_of
+from distill.run.sampling import (
+    GlobalOrder,
+    SampleSource,
+    apportion,
+    assign_rows,
+    first_of_permutation,
+    length_order,
+    permutation,
+    seed_of,
+)
 
 
 def epoch_rows(order: GlobalOrder, epoch: int) -> np.ndarray:
@@ -102,6 +113,106 @@ def test_memory_grows_with_the_number_of_shards_and_not_of_rows():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 * 2**20  # of two billion rows; a window is one shard here
+
+
+def test_the_order_of_an_unweighted_set_never_changes():
+    order = GlobalOrder(np.array([500] * 9 + [123]), global_batch=32, seed=1, window_rows=1000)
+    rows = np.concatenate([order.batch(step) for step in range(-200, 300)])
+    digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+    assert digest == "348065c214d8aeaa74c21b63bc5e0fffcfa3e84bdfae46757b2e42c9cd02b9a5"
+
+
+def mixed_order(shard_rows, sizes, weights, read: Counter | None = None, **options) -> GlobalOrder:
+    """An order over a set that has one source of `sizes` rows after the other. read: counts the shards that are read."""
+    read = Counter() if read is None else read
+    starts, ends = np.concatenate([[0], np.cumsum(shard_rows)]), np.cumsum(sizes)
+    sources = []
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        inside = np.clip(starts, ends[number] - size, ends[number])
+
+        def rows_of(shard: int, inside: np.ndarray = inside) -> np.ndarray:
+            read[shard] += 1
+            return np.arange(inside[shard], inside[shard + 1])
+
+        sources.append(SampleSource(f"source {number}", weight, np.diff(inside), rows_of))
+    return GlobalOrder(shard_rows, sources=sources, **{"seed": 3, "global_batch": 64} | options)
+
+
+SHARDS = np.array([250] * 7 + [13])
+MIXTURES = [([1000, 763], [1.0, 1.0]), ([1700, 60, 3], [0.2, 0.5, 0.3]), ([1, 1761, 1], [0.5, 0.4, 0.001])]
+
+
+@pytest.mark.parametrize("window_rows", [50, 600, 1 << 20])
+@pytest.mark.parametrize("sizes, weights", MIXTURES)
+def test_each_epoch_has_exactly_the_quota_of_each_source(sizes, weights, window_rows):
+    order = mixed_order(SHARDS, sizes, weights, window_rows=window_rows)
+    assert sum(order.quotas) == order.steps_per_epoch * 64 == sum(SHARDS) // 64 * 64 and order.dropped_rows == 0
+    assert np.abs(np.array(order.quotas) - np.array(weights) / sum(weights) * sum(order.quotas)).max() < 1
+    for epoch in (-3, -1, 0, 1, 5):
+        sources = np.searchsorted(np.cumsum(sizes), epoch_rows(order, epoch), side="right")
+        assert np.bincount(sources, minlength=len(sizes)).tolist() == order.quotas
+
+
+@pytest.mark.parametrize("first", [-4, 0, 3])
+@pytest.mark.parametrize("sizes, weights", MIXTURES)
+def test_the_rows_of_a_source_are_seen_equally_often_to_within_one_after_any_number_of_epochs(sizes, weights, first):
+    """Counted from epoch 0; between two other epochs, from one cut pass to another, to within two."""
+    order = mixed_order(SHARDS, sizes, weights, window_rows=600)
+    seen, ends = np.zeros(sum(sizes), np.int64), np.cumsum(sizes)
+    for epochs in range(1, 6):
+        np.add.at(seen, epoch_rows(order, first + epochs - 1), 1)
+        for size, end, quota in zip(sizes, ends, order.quotas, strict=True):
+            counts = seen[end - size : end]
+            assert counts.sum() == epochs * quota
+            assert np.abs(counts - epochs * quota / size).max() < (1 if first == 0 else 2)
+
+
+def test_every_window_of_a_mixture_has_all_sources_in_proportion():
+    """A source that lies in one shard of a large set is not read at once."""
+    order = mixed_order(np.array([1000] * 100), [99_000, 1000], [0.8, 0.2], global_batch=1000, window_rows=5000)
+    windows = epoch_rows(order, 0).reshape(-1, 5000)
+    assert [int((window >= 99_000).sum()) for window in windows] == [1000] * 20
+
+
+def test_a_batch_of_a_mixture_does_not_depend_on_earlier_calls():
+    def start():
+        return mixed_order(SHARDS, [1700, 60, 3], [0.2, 0.5, 0.3], window_rows=300)
+
+    straight = start()
+    expected = {step: straight.batch(step).tolist() for step in range(-60, 90)}
+    for step in (89, -60, 3, 41, 40, 0, -1):
+        assert start().batch(step).tolist() == expected[step]
+    assert len({tuple(rows) for rows in expected.values()}) == len(expected)
+    assert mixed_order(SHARDS, [1700, 60, 3], [0.2, 0.5, 0.3], seed=4).batch(0).tolist() != expected[0]
+
+
+def test_the_order_of_a_mixture_never_changes():
+    """A change of this list changes the batches of every run with weights and breaks resuming: do not."""
+    order = mixed_order(SHARDS, [1700, 63], [1.0, 1.0], global_batch=8, window_rows=300)
+    assert order.batch(0).tolist() == [1747, 553, 725, 1714, 1714, 695, 633, 510]
+    assert order.batch(-1).tolist() == [1747, 1746, 1753, 915, 1702, 963, 962, 1725]
+
+
+def test_a_mixture_of_a_billion_rows_takes_little_memory_and_reads_few_shards():
+    read, sizes, weights = Counter(), [900_000_000, 90_000_000, 10_005_000], [0.3, 0.2, 0.5]
+    order = mixed_order(np.full(15_000, 66_667), sizes, weights, read, global_batch=4096)
+    tracemalloc.start()
+    try:
+        for step in (0, 123_456, -7):
+            order.batch(step)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert 3 * 16 <= sum(read.values()) < 3 * 30  # a window has 16 shards' rows, and of each source a cut shard on both sides
+    assert sum(source.shard_rows.nbytes for source in order.sources) == 3 * 15_000 * 8
+
+
+@pytest.mark.parametrize("total, weights, expected", [
+    (10, [1, 1, 1], [4, 3, 3]), (0, [0.5], [0]), (7, [1e-9, 1], [0, 7]), (1000, [0.1, 0.2, 0.7], [100, 200, 700]),
+    (10**12 + 1, [1.0, 3.0], [250_000_000_000, 750_000_000_001]),
+])  # fmt: skip
+def test_a_total_is_apportioned_by_largest_remainders(total, weights, expected):
+    assert apportion(total, weights) == expected
 
 
 def test_too_little_text_for_a_batch_is_an_error():

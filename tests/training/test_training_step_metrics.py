@@ -24,7 +24,7 @@ from distill.student import Student
 from distill.student.encoder import load_encoder
 from distill.training.batches import MicroBatch, ShardBatches
 from distill.training.keys import Keys
-from distill.training.step_metrics import APART, StepClock, StepMetrics, forward_flops, num_passes
+from distill.training.step_metrics import APART, StepClock, StepMetrics, forward_flops, num_passes, source_metrics
 from distill.training.task import StepContext
 from distill.training.tasks.ckd import CkdConfig
 from distill.training.teacher_keys import TeacherKeysModule, TeacherKeysTask
@@ -162,6 +162,22 @@ def test_fractions_of_the_time_add_up_and_throughput_is_without_evaluations(stud
     assert 0 < values["mfu"] < 1
     assert metrics.since_last_call(0, 0, 2)["texts_per_second"] == 0, "counts begin again"
     assert set(APART) == {"evaluation", "checkpoint"}
+
+
+def test_a_source_without_a_text_in_a_step_has_no_loss():
+    context = StepContext(0, is_logged=True, source_names=["wiki", "news/2024", "mail"])
+    context.observe_sources(torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 4.0]))
+    context.observe_sources(torch.tensor([], dtype=torch.int64), torch.tensor([]))  # of an empty micro-batch
+    means = {name: float(rows.double().sum()) / 4 for name, rows in context.observations().items()}  # of a global batch of 4
+    metrics = source_metrics({"loss": 1.0} | means, 4)
+    assert {name: metrics[f"source_texts/{name}"] for name in context.source_names} == {"wiki": 1, "news/2024": 0, "mail": 2}
+    assert (
+        metrics["source_loss/wiki"] == 1.0
+        and metrics["source_loss/mail"] == 3.0
+        and math.isnan(metrics["source_loss/news/2024"])
+    )
+    context.observe_sources(None, torch.ones(3))
+    assert source_metrics({"loss": 1.0}, 4) == {}
 
 
 def test_a_clock_gives_each_part_once():

@@ -22,7 +22,7 @@ from distill.run.collectives import any_rank, rank
 from distill.run.config import FileName, result
 from distill.run.prompts import Role
 from distill.run.recorded_array import is_saved, save_array
-from distill.run.sampling import first_of_permutation
+from distill.run.sampling import SampleSource, first_of_permutation
 from distill.run.stopping import CheckStop, never
 from distill.shards import ShardReader
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task, check_contrast
@@ -74,6 +74,8 @@ class Triplets:
     """(anchor, positive, hard negative) in memory. roles: of the three texts, a list for each triplet, or one for all."""
 
     num_views = 3
+    mixture: Sequence[SampleSource] = ()
+    source_names: Sequence[str] = ()
 
     def __init__(self, triplets: Sequence[tuple[str, ...]], roles: Sequence[Sequence[Role | None]]) -> None:
         self.triplets = triplets
@@ -89,6 +91,9 @@ class Triplets:
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
         return [[self._roles[row % len(self._roles)][view] for row in rows] for view in range(self.num_views)]
+
+    def sources(self, rows: np.ndarray) -> None:
+        return None
 
 
 class FinetuneStage(TrainingStage):

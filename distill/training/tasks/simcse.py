@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import model_validator
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from distill.run.config import result
 from distill.run.prompts import Role
+from distill.run.sampling import SampleSource
 from distill.shards import ShardReader
+from distill.training.batches import source_numbers
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task, check_contrast, own_dropout
 from distill.training.training_stage import Setup, TrainingStage
 
@@ -35,8 +40,10 @@ class TextPairs:
 
     num_views = 2
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: ShardReader, mixture: Sequence[SampleSource] = ()) -> None:
         self.reader = reader
+        self.mixture = mixture
+        self.source_names: Sequence[str] = reader.source_names
 
     @property
     def shard_rows(self) -> np.ndarray:
@@ -50,6 +57,9 @@ class TextPairs:
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
         return [self.reader.roles(rows)] * self.num_views
+
+    def sources(self, rows: np.ndarray) -> Tensor | None:
+        return source_numbers(self.reader, rows)
 
 
 class SimcseStage(TrainingStage):
@@ -69,4 +79,4 @@ class SimcseStage(TrainingStage):
 
     def build(self, setup: Setup) -> ContrastTask:
         self.check_early(None, None, setup.student.encoder.config)
-        return build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader), setup)
+        return build_contrast_task(self, self.section(SimcseConfig), TextPairs(setup.reader, setup.mixture), setup)
