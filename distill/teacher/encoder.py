@@ -45,10 +45,11 @@ class Read(NamedTuple):
 
 @dataclass
 class Work:
-    """Work done: texts of the longest input, tokens without and with padding, FLOPs
+    """Work done: texts of the longest input, texts that no encoder had to read, tokens without and with padding, FLOPs
     (2 x multiply-adds), shapes of batches."""
 
     at_limit: int = 0
+    reused: int = 0
     tokens: int = 0
     padded: int = 0
     flops: int = 0

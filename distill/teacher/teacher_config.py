@@ -108,7 +108,12 @@ class TeacherConfig(ModelConfig):
 
 
 class ShardsConfig(Section):
-    """The sizes of the WebDataset shards."""
+    """The sizes of the WebDataset shards, and the runs whose vectors are used again."""
 
     rows: int = result(65_536, gt=0, description="texts per shard")
     block_rows: int = result(1024, gt=0, description="texts per WebDataset sample")
+    reuse: list[FileName] = speed(
+        [],
+        description="finished runs of this teacher, or of one of its encoders, whose vectors are taken for the texts that they"
+        " have: names under runs_dir, or directories; the others are embedded",
+    )
