@@ -327,8 +327,8 @@ def test_runs_that_have_no_vectors_to_reuse_are_refused(folder, both):
     [
         ({"old": "a"}, "ab", {"a": 100, "b": 500}),
         pytest.param({"one": "b"}, "ab", {"a": 500, "b": 100}, marks=pytest.mark.slow),
-        pytest.param({"one": "b", "two": "a"}, "ab", {"a": 100, "b": 100}, marks=pytest.mark.slow),
-        pytest.param({"one": "ab"}, "abc", {"a": 100, "b": 100, "c": 500}, marks=pytest.mark.slow),
+        pytest.param({"one": "b", "two": "a"}, "ab", {"a": 100, "b": 100}, marks=pytest.mark.soak),
+        pytest.param({"one": "ab"}, "abc", {"a": 100, "b": 100, "c": 500}, marks=pytest.mark.soak),
         pytest.param({"one": "b", "two": "ab", "three": "bc"}, "abc", {"a": 100, "b": 100, "c": 500}, marks=pytest.mark.slow),
     ],
     ids=["a in ab", "b in ab", "b and a in ab", "ab in abc", "b, ab and bc in abc"],

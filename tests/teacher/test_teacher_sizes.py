@@ -274,6 +274,31 @@ def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_
         assert task["texts"] == 600 and (run / "logs").is_dir()
 
 
+@pytest.mark.soak
+def test_the_ranks_of_a_zero3_teacher_embed_what_no_reused_run_has(tmp_path, sentence_t5):
+    teacher = f"{{model: {sentence_t5}, precision: fp32}}"
+    configs = {}
+    for name, texts in (("old", sentences(600)), ("whole", sentences(700)), ("new", sentences(700))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("\n".join(texts) + "\n")
+        configs[name] = write_config(tmp_path / name, sentence_t5, teacher=teacher)
+    for name in ("old", "whole"):
+        assert launch("precompute.py", "--config", configs[name]).returncode == 0
+    reuse = f"shards.reuse=[{tmp_path / 'old/runs/tiny'}]"
+    split = ["teacher.placement=zero3", "stages=[precompute]", "engine.num_ranks=2"]
+    done = launch("pipeline.py", "--config", configs["new"], *split, reuse)
+    assert done.returncode == 0, done.stdout
+    assert "600 vectors are reused, 100 texts are to be embedded" in done.stdout
+    new, whole = (load_config(configs[name]).run_dir for name in ("new", "whole"))
+    task = json.loads((new / "precompute/tasks.jsonl").read_text())
+    assert (task["texts"], task["reused"]) == (100, 600)
+    for folder in ("shards", "shards/held_out"):
+        one, two = ShardReader(whole / folder), ShardReader(new / folder)
+        rows = np.arange(len(one))
+        assert two.texts(rows) == one.texts(rows)
+        assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
+
+
 def _weights_held(model, texts):
     """On each rank: bytes of weights held at rest, the most held at any moment of a forward pass, and of all weights."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
