@@ -16,7 +16,7 @@ from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.export.export_config import ExportConfig
 from distill.run.config import ConfigError, FileName, FilePath, Section, load_tree, result, speed, validate
 from distill.run.files import sweep
-from distill.run.stage import RunContext, Stage, is_config_as_written, write_run_config
+from distill.run.stage import RunContext, Stage, is_config_as_written, run_directory, write_run_config
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 from distill.training.tasks import training_tasks
@@ -82,6 +82,8 @@ class BaseRunConfig(Section):
                 raise ValueError(f"stages {self.stages}: {stage} needs {later[0]}, which is listed after it; put it before")
         if self.teacher.model is None and self.student.init == "teacher":
             raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
+        if self.teacher.vectors is not None and self.shards.reuse:
+            raise ValueError("shards.reuse saves an encoder's work, and teacher.vectors has all vectors already; leave it out")
         ranks = self.engine.num_ranks or 1
         for stage in TRAINING_STAGES:
             global_batch = self.train(stage).global_batch
@@ -123,8 +125,7 @@ class BaseRunConfig(Section):
     @property
     def precompute_dir(self) -> Path:
         other = self.shards_from
-        run_dir = self.run_dir if other is None else Path(other) if "/" in other else self.runs_dir / other
-        return run_dir / "precompute"
+        return (self.run_dir if other is None else run_directory(self.runs_dir, other)) / "precompute"
 
     @property
     def shards_dir(self) -> Path:

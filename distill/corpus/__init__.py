@@ -13,7 +13,7 @@ from distill.corpus.chunks import TextChunk, read_chunk, read_listed_chunk
 from distill.corpus.prepare import can_resume, held_out_sources, prepare_text
 from distill.corpus.rows import read_rows
 from distill.corpus.sources import read_dataset, read_source
-from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normal_form, text_hash
+from distill.corpus.text import HELD_OUT_MODULUS, is_held_out, normal_form, text_hash, text_hashes
 
 __all__ = [
     "HELD_OUT_MODULUS",
@@ -29,4 +29,5 @@ __all__ = [
     "read_rows",
     "read_source",
     "text_hash",
+    "text_hashes",
 ]

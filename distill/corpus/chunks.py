@@ -35,11 +35,12 @@ def read_chunk(path: Path) -> list[str]:
 
 class TextChunk(NamedTuple):
     """texts [n]; rows: their raw row numbers, int64 [n], if they are recorded; sources: the numbers of their sources, uint16
-    [n], unless an earlier version wrote the chunk."""
+    [n], unless an earlier version wrote the chunk. name: that of its files, '' for texts that are in none."""
 
     texts: list[str]
     rows: np.ndarray | None
     sources: np.ndarray | None
+    name: str = ""
 
 
 def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> TextChunk:
@@ -47,7 +48,7 @@ def read_listed_chunk(folder: Path, entry: dict[str, Any]) -> TextChunk:
     path = folder / f"{entry['name']}.txt"
     verify(path, entry["sha256"])
     arrays = {kind: _read_array(folder / f"{entry['name']}.{kind}.npy", entry.get(f"{kind}_sha256")) for kind in ARRAYS}
-    return TextChunk(read_chunk(path), **arrays)
+    return TextChunk(read_chunk(path), **arrays, name=entry["name"])
 
 
 def _read_array(path: Path, sha256: str | None) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -58,6 +59,11 @@ def normal_form(text: str) -> str:
 def text_hash(text: str) -> int:
     """The hash that identifies a text: blake2b of the UTF-8 of its normal form, 8 bytes, little endian, as a signed int64."""
     return hash_of_form(normal_form(text))
+
+
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """The `text_hash` of each text, int64 [n]."""
+    return np.fromiter(map(text_hash, texts), np.int64, len(texts))
 
 
 def hash_of_form(text: str) -> int:

@@ -38,6 +38,7 @@ from distill.student.initial import check_truncation, initial_settings, pooling_
 from distill.student.vocabulary import TokenTable
 from distill.teacher.identity import initial_student, pinned
 from distill.teacher.imported import ImportedVectors
+from distill.teacher.precompute import PrecomputeStage
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 from distill.training.deepspeed_config import read_deepspeed_config
 from distill.training.training_stage import TrainingStage
@@ -198,6 +199,10 @@ class _Preflight:
                     self.found += _teacher_problems(key, model, folder, full_width(folder.path, hidden_size))
                     if width := vector_width(folder.path, hidden_size, model.dimensions):
                         widths.append(width)
+        with self._problem_of("shards.reuse"):
+            stage = self.config.stage_of("precompute")
+            assert isinstance(stage, PrecomputeStage)
+            stage.reused_runs(section.precision)
         return sum(widths) if len(widths) == len(section.models) else None
 
     def _shards_teacher(self) -> TeacherConfig:

@@ -23,6 +23,7 @@ from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, len
 from distill.student.initial import pooling_and_length
 from distill.student.student import PAD_TO
 from distill.teacher.imported import ImportedVectors
+from distill.teacher.precompute import PrecomputeStage
 from distill.training.tasks.finetune import FinetuneConfig
 from distill.training.train_config import TrainConfig
 
@@ -104,7 +105,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """The precompute stage: FLOPs and seconds of embedding all texts."""
+    """The precompute stage: FLOPs and seconds of embedding all texts but those of shards.reuse."""
 
     parameters: int
     weight_bytes: float
@@ -167,10 +168,15 @@ def _shards(inputs: Inputs) -> dict[str, float]:
 def _teacher(inputs: Inputs) -> TeacherPlan:
     cluster, text, flops = inputs.cluster, inputs.text, 0.0
     shapes = [teacher_shape(each, is_bf16=cluster.is_bf16) for each in inputs.teachers]
-    for section, model, shape in zip(inputs.config.teacher.models, inputs.teachers, shapes, strict=True):
+    stage = inputs.config.stage_of("precompute")
+    assert isinstance(stage, PrecomputeStage)
+    reused = stage.reused_runs(inputs.config.teacher.precision)
+    models = zip(inputs.config.teacher.models, inputs.teachers, shapes, strict=True)
+    for number, (section, model, shape) in enumerate(models):
         lengths = text.truncated(section.max_length or model.max_length).lengths.tolist()
         flops_per_text = shape.forward_flops([(1, length) for length in lengths]) / len(lengths)
-        flops += flops_per_text * (text.num_texts + text.num_held_out)
+        num_reused = sum(len(run) for run in reused if number in run.encoders)  # all of them are assumed to be in the text
+        flops += flops_per_text * max(0, text.num_texts + text.num_held_out - num_reused)
     seconds = flops / (cluster.peak_flops * cluster.device.teacher * cluster.ranks * cluster.assumed.padding)
     return TeacherPlan(sum(s.num_parameters for s in shapes), sum(s.weight_bytes for s in shapes), flops, seconds)
 

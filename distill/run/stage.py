@@ -36,6 +36,11 @@ CONFIG_DIGEST = "# the sha256 of the lines below, as the run wrote them: "
 OUTSIDE = "outside.{}"  # in a stage's `previous`: a folder of its `outside`
 
 
+def run_directory(runs_dir: Path, name: str) -> Path:
+    """The directory of another run, given by its name under runs_dir or, with a slash, as a directory."""
+    return Path(name) if "/" in name else runs_dir / name
+
+
 @dataclass(frozen=True)
 class RunContext:
     """The part of a run that a stage sees: directories, the seed, and the config sections that it declares in `reads`.

@@ -16,12 +16,14 @@ import torch
 class Timing:
     """Seconds by activity: read, tokenize and write overlap with encode; `wait` is the encoder waiting for them.
 
-    peak: FLOP/s of a large matrix product on this device, or None if it was not measured. at_limit: texts of the longest input
-    that the encoder reads, most of which were longer.
+    peak: FLOP/s of a large matrix product on this device, or None if it was not measured. texts: those that were embedded,
+    reused: those whose vectors are another run's. at_limit: texts of the longest input that the encoder reads, most of which
+    were longer.
     """
 
     peak: float | None = None
     texts: int = 0
+    reused: int = 0
     at_limit: int = 0
     tokens: int = 0
     padded: int = 0
@@ -44,6 +46,7 @@ class Timing:
         rate = self.flops * (padding or 0) / encode if encode else 0.0
         return {
             "texts": self.texts,
+            "reused": self.reused,
             "at_limit": self.at_limit,
             "texts_per_second": round(self.texts / (encode + self.seconds["wait"]), 1) if encode else None,
             "seconds": {name: round(value, 2) for name, value in sorted(self.seconds.items())},
@@ -57,6 +60,8 @@ class Timing:
     def __str__(self) -> str:
         metrics = self.metrics()
         parts = [f"{self.texts:,} texts", f"{metrics['texts_per_second'] or 0:,.0f} per second"]
+        if self.reused:
+            parts[:1] = [f"{self.reused:,} texts reused", f"{self.texts:,} embedded"]
         parts.append(
             ", ".join(f"{name} {self.seconds[name]:.1f} s" for name in ("read", "tokenize", "encode", "write", "wait"))
         )

@@ -6,6 +6,9 @@ load.py            any encoder as a SentenceTransformer, on one device or spread
 batching.py        texts -> token ids -> batches with few distinct shapes
 encoder.py         texts -> vectors, by one encoder or several side by side
 imported.py        precomputed vectors, with the same interface
+reused_run.py      a finished run whose vectors are used again
+reused_rows.py     where the texts are in such runs: a lookup on disk
+reuse.py           a teacher that embeds only the texts that no such run has
 claims.py          which task makes which shard
 encode_missing.py  text chunks -> the shards that are missing
 precompute.py      the stage: prepares the text, encodes what is missing, finishes the shard set

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distill.corpus import TextChunk, read_listed_chunk, text_hash
+from distill.corpus import TextChunk, read_listed_chunk, text_hashes
 from distill.run.collectives import from_rank_0, is_distributed, rank
 from distill.run.throughput import Timing
 from distill.shards import missing, write_shard
@@ -78,7 +78,7 @@ def encode_missing(
                 chunk.folder,
                 chunk.number,
                 chunk.texts,
-                np.array([text_hash(text) for text in chunk.texts], dtype=np.int64),
+                text_hashes(chunk.texts),
                 vectors,
                 chunk.sources,
                 block_rows=block_rows,
@@ -119,6 +119,7 @@ def encode_missing(
             claims.stop()
     work = getattr(source, "work", None)
     if work is not None:
+        timing.texts, timing.reused = timing.texts - work.reused, work.reused
         timing.at_limit, timing.shapes = work.at_limit, len(work.shapes)
         timing.tokens, timing.padded, timing.flops = work.tokens, work.padded, work.flops
     return timing

@@ -45,9 +45,11 @@ class Read(NamedTuple):
 
 @dataclass
 class Work:
-    """Work done: texts of the longest input, tokens without and with padding, FLOPs (2 x multiply-adds), shapes of batches."""
+    """Work done: texts of the longest input, texts that no encoder had to read, tokens without and with padding, FLOPs
+    (2 x multiply-adds), shapes of batches."""
 
     at_limit: int = 0
+    reused: int = 0
     tokens: int = 0
     padded: int = 0
     flops: int = 0
@@ -58,8 +60,8 @@ class Teacher:
     """One or several frozen encoders: texts to L2-normalised float16 vectors [n, dim], in the texts' order.
 
     `read` tokenizes a text chunk and `encode` runs the encoders, so that each can have its own thread. amp: bfloat16 or None.
-    The vectors of several encoders are concatenated and divided by the square root of their number: a cosine is the mean of
-    theirs.
+    The vectors of several encoders are concatenated, each times sqrt(its weight / the sum of weights): a cosine is the weighted
+    mean of theirs.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Teacher:
         *,
         sources: Sequence[SourceConfig] = (),
         offload: Path | None = None,
+        only: int | None = None,
     ) -> None:
-        """sources: those of the texts that `read` is given, which decide their prompts; none if they have no role."""
+        """sources: those of the texts that `read` is given, which decide their prompts; none if they have no role. only: the
+        number of the one encoder to load, whose part of the concatenated vectors `encode` then returns."""
         self._sources = sources
         place: dict[str, Any] = {}
         if config.placement == "auto":
@@ -79,7 +83,10 @@ class Teacher:
             place = {"device_map": "auto", "max_memory": limits or None, "offload_folder": str(offload)}
         elif config.placement == "zero3":
             place = {"zero3": True}
-        self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in config.models]
+        self._numbers = range(len(config.models)) if only is None else [only]
+        self._divisors = [(sum(config.weights) / config.weights[number]) ** 0.5 for number in self._numbers]
+        models = [config.models[number] for number in self._numbers]
+        self.encoders = [_Encoder(model, device, amp, config.tokens_per_batch, place) for model in models]
         self.work = Work()
 
     def __call__(self, texts: Sequence[str], role: Role | None = None) -> np.ndarray:
@@ -139,14 +146,11 @@ class Teacher:
         return vectors
 
     def _encode(self, inputs: list[Tokens | Prompted], tick: Callable[[int], object]) -> np.ndarray:
-        last = len(self.encoders) - 1
-        parts = [
-            encoder.encode(tokens, self.work, number, tick if number == last else lambda rows: None)
-            for number, (encoder, tokens) in enumerate(zip(self.encoders, inputs, strict=True))
-        ]
-        if len(parts) == 1:
-            return parts[0].to(torch.float16).cpu().numpy()
-        return (torch.cat(parts, dim=1) / len(parts) ** 0.5).to(torch.float16).cpu().numpy()
+        parts = []
+        for encoder, number, divisor, tokens in zip(self.encoders, self._numbers, self._divisors, inputs, strict=True):
+            part = encoder.encode(tokens, self.work, number, tick if number == self._numbers[-1] else lambda rows: None)
+            parts.append(part if divisor == 1 else part / divisor)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(torch.float16).cpu().numpy()
 
 
 class _Encoder:

@@ -16,8 +16,9 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
 NAMED = (
     *("model", "revision", "pooling", "max_length", "prompt", "prompt_name"),
-    *("dimensions", "vectors", "vectors_field", "concat"),
+    *("dimensions", "weight", "vectors", "vectors_field", "concat"),
 )
+ENCODER = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name", "dimensions")
 
 
 def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache) -> dict[str, Any]:
@@ -91,12 +92,14 @@ def initial_student(config: StudentConfig, teacher: TeacherConfig) -> StudentCon
 
 
 def named_settings(config: TeacherConfig) -> dict[str, Any]:
-    """The part of the config that decides the vectors. Without `dimensions` where they are all: earlier versions had no such
-    key, and shards record a fingerprint of this."""
+    """The part of the config that decides the vectors. Without `dimensions` where they are all, and `weight` where it is 1 or
+    that of all encoders: earlier versions had no such keys, and shards record a fingerprint of this."""
     settings = config.model_dump(mode="json", include=set(NAMED))
-    for entry in [settings, *settings["concat"]]:
+    for entry, weight in zip([settings, *settings["concat"]], config.weights, strict=True):
         if entry["dimensions"] is None:
             del entry["dimensions"]
+        if weight == 1:
+            del entry["weight"]
     return settings
 
 

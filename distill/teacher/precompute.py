@@ -2,9 +2,10 @@
 
     <run>/precompute/text/000007.txt  ->  <run>/shards/000007.tar        and held_out.txt -> <run>/shards/held_out/000000.tar
 
-`prepare` cuts the text, once. Any number of tasks then call `encode_missing`, which claims missing shards (claims.py) and
-overlaps reading and tokenizing the next chunk, encoding this one and writing the one before. The ranks of a sharded teacher
-(ZeRO-3) are one task: rank 0 claims and writes. A task that finds nothing missing finishes the set.
+`prepare` cuts the text, once, and looks it up in the runs of shards.reuse. Any number of tasks then call `encode_missing`,
+which claims missing shards (claims.py) and overlaps reading and tokenizing the next chunk, encoding this one and writing the
+one before. The ranks of a sharded teacher (ZeRO-3) are one task: rank 0 claims and writes. A task that finds nothing missing
+finishes the set.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from distill.corpus.sources import pinned, source_fingerprints
 from distill.corpus.text_config import TextConfig
 from distill.run.collectives import from_rank_0, rank
 from distill.run.config import Effect
-from distill.run.files import append_line, fingerprint, read_json, set_aside, sha256_of, write_json
+from distill.run.files import DigestCache, append_line, fingerprint, read_json, set_aside, sha256_of, write_json
 from distill.run.model_folders import model_fingerprint
 from distill.run.precision import autocast_dtype, describe_precision
 from distill.run.session_log import session
-from distill.run.stage import Stage, StopRequested, differences
+from distill.run.stage import Stage, StopRequested, differences, run_directory
 from distill.run.throughput import Timing, matmul_peak
 from distill.shards import HELD_OUT, Manifest, finish, verify_all
 from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
-from distill.teacher.identity import check_teacher, teacher_identity
+from distill.teacher.identity import check_teacher, named_settings, teacher_identity
 from distill.teacher.imported import ImportedVectors, vector_files
+from distill.teacher.reused_rows import ReusedRows, look_up
+from distill.teacher.reused_run import Prompting, ReusedRun, open_reused
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class PrecomputeStage(Stage):
     reads = ("text", "teacher", "shards")
     covered_by_inputs = ("evaluate.sts",)
     effects: ClassVar[dict[str, Effect]] = {"text.sources.weight": "speed"}  # of training alone
+    _reuse: tuple[list[ReusedRun], ReusedRows] | None = None  # from `prepare`
 
     @property
     def directory(self) -> Path:
@@ -120,7 +124,7 @@ class PrecomputeStage(Stage):
         amp = autocast_dtype(self.teacher.precision, device)
         if rank() == 0 and self.teacher.vectors is None:
             logger.info("precompute: precision: %s", describe_precision(self.teacher.precision, device))
-        text, identity = self.prepare(), self.identify(amp)
+        text, identity = self.prepare(_precision(amp)), self.identify(amp)
         timing = Timing()
         source = cache(lambda: self.open_source(device, amp, text))  # loads the teacher when it is needed
 
@@ -142,7 +146,7 @@ class PrecomputeStage(Stage):
                     )
                 if lacks_score:
                     write_dev_score(self.directory, self.context.value("evaluate.sts"), encode, device)
-            if timing.texts and rank() == 0:
+            if (timing.texts or timing.reused) and rank() == 0:
                 self.log_task(timing)
                 logger.info("precompute: %s", timing)
                 if timing.at_limit:
@@ -182,8 +186,9 @@ class PrecomputeStage(Stage):
         self.context.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.context.run_dir / VERIFIED, {"manifest": sha256_of(self.shards_dir / "manifest.json")})
 
-    def prepare(self) -> dict[str, Any]:
-        """Checks that the run's shards, if any, are of this config, and cuts the text into chunks. Returns the text's manifest.
+    def prepare(self, precision: str | None = None) -> dict[str, Any]:
+        """Checks that the run's shards, if any, are of this config, cuts the text into chunks and looks them up in the runs of
+        shards.reuse. Returns the text's manifest. precision: that the teacher runs in, 'fp32' or 'bf16', if it is known.
 
         If the shards are another run's, made by an earlier version, they are verified instead, and its text is left as it is.
         Raises ValueError if the run directory was begun with another text or teacher: vectors are never overwritten.
@@ -192,7 +197,9 @@ class PrecomputeStage(Stage):
             self._verify_shards()
             return read_json(self.directory / "text" / "manifest.json") or {}
         with self._locked():
+            runs = self.reused_runs(precision or self.teacher.precision, self.digests)
             text = self._prepare()
+            self._reuse = (runs, ReusedRows(self._look_up(runs, text))) if runs else None
             self._at_work = self.lock_file.open("w")
             fcntl.flock(self._at_work, fcntl.LOCK_SH)
             return text
@@ -248,7 +255,13 @@ class PrecomputeStage(Stage):
         """Vectors are never overwritten: shards of another text or teacher are a reason."""
         begun = read_json(self.directory / "BEGUN.json")
         changes = self.changes_since(begun) if begun is not None else []
-        if self._is_of_earlier_version or not changes or not any(self.shards_dir.rglob("*.tar")):
+        if self._is_of_earlier_version:
+            return None
+        if not changes or not any(self.shards_dir.rglob("*.tar")):
+            try:
+                self.reused_runs(self.teacher.precision)
+            except ValueError as error:
+                return str(error)
             return None
         fix = "put the config back to continue, use another name="
         if begun is not None and "settings" not in begun:
@@ -270,6 +283,31 @@ class PrecomputeStage(Stage):
                     " use another name=, or end them"
                 ) from None
 
+    def reused_runs(self, precision: str, digests: DigestCache | None = None) -> list[ReusedRun]:
+        """The runs of shards.reuse, those of most encoders first; none once no shard is missing, when they are not needed.
+
+        precision: that the teacher runs in, 'auto' if it is not known. The teacher's files are compared if there are `digests`.
+        Raises ValueError for a run that cannot be reused.
+        """
+        names = self.context.section(ShardsConfig).reuse
+        text = read_json(self.directory / "text" / "manifest.json") if names else None
+        if not names or (text is not None and not all_missing(self.shard_sets(text))):
+            return []
+        identity = named_settings(self.teacher) | {"precision": precision}
+        if digests is not None:
+            identity = teacher_identity(self.teacher, precision, digests)
+        try:
+            runs = [open_reused(run_directory(self.context.run_dir.parent, name), identity) for name in names]
+        except ValueError as error:
+            raise ValueError(f"shards.reuse: {error}; or leave it out, and its texts are embedded again") from None
+        return sorted(runs, key=lambda run: -len(run.encoders))
+
+    def _look_up(self, runs: list[ReusedRun], text: dict[str, Any]) -> Path:
+        """The folder of the rows of this text in the runs."""
+        entries = [entry for shards in self.shard_sets(text) for entry in shards.entries]
+        prompting = [Prompting.of(source.model_dump()) for source in self.context.section(TextConfig).sources]
+        return look_up(runs, self.directory / "text", entries, prompting, len(self.teacher.models), self.directory / "reused")
+
     def identify(self, amp: torch.dtype | None) -> dict[str, Any]:
         """The teacher's identity, written to precompute/teacher.json by the first task.
 
@@ -277,7 +315,7 @@ class PrecomputeStage(Stage):
         """
         path = self.directory / "teacher.json"
         with self._locked():
-            identity = teacher_identity(self.teacher, "fp32" if amp is None else "bf16", self.digests)
+            identity = teacher_identity(self.teacher, _precision(amp), self.digests)
             begun_as = read_json(path) or identity
             if begun_as["precision"] != identity["precision"]:
                 raise ValueError(
@@ -304,13 +342,31 @@ class PrecomputeStage(Stage):
                 )
             return imported
         from distill.teacher.encoder import Teacher, describe_prompts
+        from distill.teacher.reuse import ReusingTeacher
 
         sources = self.context.section(TextConfig).sources
-        teacher = Teacher(self.teacher, device, amp, sources=sources, offload=self.directory / "offload")
-        if rank() == 0:
-            for line in describe_prompts(teacher, sources):
-                logger.info("precompute: %s", line)
-        return teacher
+
+        def load(only: int | None) -> Teacher:
+            teacher = Teacher(self.teacher, device, amp, sources=sources, offload=self.directory / "offload", only=only)
+            if rank() == 0:
+                for line in describe_prompts(teacher, sources):
+                    logger.info("precompute: %s", line)
+            return teacher
+
+        if self._reuse is None:
+            return load(None)
+        runs, rows = self._reuse
+        source = ReusingTeacher(load, len(self.teacher.models), runs, rows)
+        entries_of = {shards.folder: shards.entries for shards in self.shard_sets(text)}
+        left = [entries_of[folder][number] for folder, number in all_missing(self.shard_sets(text))]
+        num_texts, names = sum(entry["rows"] for entry in left), [entry["name"] for entry in left]
+        for number, (name, count) in enumerate(zip(self.teacher.names, rows.num_missing(names).tolist(), strict=True)):
+            if rank() == 0:
+                words = f"{num_texts - count:,} vectors are reused, {count:,} texts are to be embedded"
+                logger.info("precompute: %s: %s", name, words)
+            if count:
+                source.part_of(number)  # loads it before the work is timed
+        return source
 
     @property
     def source_entries(self) -> list[dict[str, Any]]:
@@ -363,3 +419,7 @@ class PrecomputeStage(Stage):
         """Appends this task's work and durations to precompute/tasks.jsonl."""
         line = {"host": socket.gethostname(), "pid": os.getpid(), "ended": round(time.time()), **timing.metrics()}
         append_line(self.directory / "tasks.jsonl", line)
+
+
+def _precision(amp: torch.dtype | None) -> str:
+    return "fp32" if amp is None else "bf16"

@@ -26,6 +26,9 @@ class ModelConfig(Section):
     dimensions: int | None = result(
         None, ge=1, description="the first dimensions of each vector (Matryoshka), normalised again; null: the model's own"
     )
+    weight: float | None = result(
+        None, gt=0, description="with concat: the weight of this encoder's cosine in the mean of all encoders'; null: 1"
+    )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> ModelConfig:
@@ -38,7 +41,7 @@ class TeacherConfig(ModelConfig):
     """What embeds the text: an encoder, several whose vectors are concatenated (`concat`), or precomputed vectors."""
 
     concat: list[ModelConfig] = result(
-        [], description="further encoders (model to prompt_name); their vectors are appended to the first one's"
+        [], description="further encoders (model to weight); their vectors are appended to the first one's"
     )
     vectors: FileName | list[FileName] | None = result(
         None,
@@ -73,6 +76,8 @@ class TeacherConfig(ModelConfig):
             raise ValueError("teacher needs either `model` or `vectors`, not both and not neither")
         if self.concat and (self.vectors is not None or any(other.model is None for other in self.concat)):
             raise ValueError("teacher.concat needs a `model` in teacher and in each of its entries")
+        if self.weight is not None and not self.concat:
+            raise ValueError("teacher.weight is for several encoders, and teacher.concat has none; leave it out")
         if self.placement == "zero3" and self.concat:
             raise ValueError("teacher.placement zero3 is for one encoder; teacher.concat has several")
         if self.max_memory is not None and self.placement != "auto":
@@ -83,6 +88,12 @@ class TeacherConfig(ModelConfig):
     def models(self) -> list[ModelConfig]:
         """All encoders, in the order of their dimensions."""
         return [self, *self.concat]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each encoder's cosine in that of the concatenated vectors; ones where all are equal."""
+        weights = [1.0 if model.weight is None else model.weight for model in self.models]
+        return weights if len(set(weights)) > 1 else [1.0] * len(weights)
 
     @property
     def vector_paths(self) -> list[str]:
@@ -97,7 +108,12 @@ class TeacherConfig(ModelConfig):
 
 
 class ShardsConfig(Section):
-    """The sizes of the WebDataset shards."""
+    """The sizes of the WebDataset shards, and the runs whose vectors are used again."""
 
     rows: int = result(65_536, gt=0, description="texts per shard")
     block_rows: int = result(1024, gt=0, description="texts per WebDataset sample")
+    reuse: list[FileName] = speed(
+        [],
+        description="finished runs of this teacher, or of one of its encoders, whose vectors are taken for the texts that they"
+        " have: names under runs_dir, or directories; the others are embedded",
+    )

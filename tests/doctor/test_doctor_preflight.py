@@ -72,6 +72,7 @@ def test_a_run_that_fits_has_no_problem(config):
         (["stages=[precompute, ckd, evaluate]"], "stages: evaluate needs export, which is neither finished"),
         (["engine.deepspeed=none.json"], "engine.deepspeed: no DeepSpeed configuration at none.json"),
         (["text.sources=[none.txt]"], r"text.sources\[0\]: .*'none.txt' names no file"),
+        (["shards.reuse=[none]"], "shards.reuse: .*/runs/none has no finished precompute: finish it"),
         (["finetune.triplets=none.tsv"], "finetune.triplets: no file at none.tsv"),
         (["evaluate.sts=/none"], "evaluate.sts: no STS sets in /none"),
         (["evaluate.retrieval=[/none]"], "evaluate.retrieval: no retrieval set at /none"),

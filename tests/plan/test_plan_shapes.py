@@ -149,6 +149,15 @@ def test_the_teacher_reads_more_of_a_long_text_than_the_student(tiny_encoder, tm
     assert teacher[1] > 5 * teacher[0] and student[1] < 2 * student[0]
 
 
+def test_the_teacher_does_not_read_what_a_reused_run_has(embedded_copy):
+    path, _ = embedded_copy
+    flops = [
+        make_plan(inputs_of(load_config(path, ["name=new", *overrides]), num_texts=1200)).teacher.flops
+        for overrides in ([], ["shards.reuse=[tiny]"])
+    ]
+    assert flops[1] / flops[0] == pytest.approx((1200 + 24 - 600) / (1200 + 24))
+
+
 def test_a_frozen_encoder_encodes_all_texts_once_and_only_its_head_takes_steps(tiny_encoder, tmp_path):
     shapes, plans = [], []
     for is_frozen in (True, False):

@@ -142,7 +142,7 @@ def test_the_identity_has_it_only_where_it_is_set_also_in_concat(folder):
             check_teacher(wanted, Path("shards"), SimpleNamespace(teacher=identity_of(made_by)))
 
 
-def test_a_finished_set_of_a_version_without_the_key_is_still_accepted(tmp_path, tiny_encoder):
+def test_a_finished_set_of_a_version_without_the_keys_is_still_accepted(tmp_path, tiny_encoder):
     path = write_config(tmp_path, tiny_encoder)
     concat = f"teacher.concat=[{{model: {tiny_encoder}, pooling: cls}}]"
     config = load_config(path, [concat])
@@ -151,7 +151,7 @@ def test_a_finished_set_of_a_version_without_the_key_is_still_accepted(tmp_path,
     done = config.run_dir / "precompute/DONE.json"
     record = json.loads(done.read_text())
     for entry in [record["settings"]["teacher"], *record["settings"]["teacher"]["concat"]]:
-        del entry["dimensions"]
+        del entry["dimensions"], entry["weight"]
     assert differences(record["settings"], stage.settings("result")) == [] and stage.changes_since(record) == []
     check_teacher(config.teacher, config.shards_dir, ShardReader(config.shards_dir).manifest)
     other = load_config(path, [concat, "teacher.dimensions=12"])

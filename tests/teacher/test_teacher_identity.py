@@ -64,6 +64,24 @@ def test_shards_of_another_teacher_are_refused_with_every_difference_named(tmp_p
         check_teacher(config.teacher, config.shards_dir, other)
 
 
+def test_the_identity_has_weights_only_where_they_differ(tiny_encoder):
+    def of(first=None, second=None):
+        return identity(tiny_encoder, weight=first, concat=[{"model": str(tiny_encoder), "pooling": "cls", "weight": second}])
+
+    assert of() == of(1) == of(2, 2) and "weight" not in of() | of()["concat"][0]
+    assert of(2, 1) == of(2) != of() and of(1, 2) == of(None, 2) != of(2)
+    assert of(2)["weight"] == 2 and "weight" not in of(2)["concat"][0]
+    with pytest.raises(ValueError, match=r"teacher\.weight: None in the shards, 2\.0 in the config"):
+        config = TeacherConfig(model=str(tiny_encoder), pooling="mean", weight=2, concat=[{"model": str(tiny_encoder)}])
+        made_by = identity_of(config.model_copy(update={"weight": None}))
+        check_teacher(config, Path("shards"), SimpleNamespace(teacher=made_by))
+
+
+def test_a_weight_without_further_encoders_is_refused(tiny_encoder):
+    with pytest.raises(ValueError, match=r"teacher\.weight is for several encoders"):
+        TeacherConfig(model=str(tiny_encoder), weight=2)
+
+
 def test_hub_models_are_loaded_at_the_commits_that_the_shards_record(tiny_encoder):
     config = TeacherConfig(model="owner/name", revision="main", concat=[{"model": str(tiny_encoder), "pooling": "mean"}])
     recorded = {"files": {"commit": "c0ffee"}, "concat": [{"files": {"model.safetensors": "1"}}]}

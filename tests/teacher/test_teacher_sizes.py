@@ -106,6 +106,30 @@ def test_of_several_encoders_the_cosine_is_the_mean_of_theirs(sentence_t5, tiny_
     assert np.allclose(both @ both.T, (one @ one.T + two @ two.T) / 2, atol=4e-3)
 
 
+def test_with_weights_the_cosine_is_the_weighted_mean_of_the_encoders(sentence_t5, tiny_encoder):
+    bert, t5 = {"model": str(tiny_encoder), "pooling": "mean"}, {"model": str(sentence_t5)}
+    both = vectors_of(bert | {"weight": 3, "concat": [t5]})
+    one, two = vectors_of(bert), vectors_of(t5)
+    assert np.allclose(np.linalg.norm(both, axis=1), 1, atol=1e-3)
+    assert np.allclose(both @ both.T, 0.75 * one @ one.T + 0.25 * two @ two.T, atol=4e-3)
+    assert np.abs(0.75 * one @ one.T + 0.25 * two @ two.T - (one @ one.T + two @ two.T) / 2).max() > 0.1
+
+
+def test_equal_weights_give_the_bits_of_none(sentence_t5, tiny_encoder):
+    bert, t5 = {"model": str(tiny_encoder), "pooling": "mean"}, {"model": str(sentence_t5)}
+    plain = Teacher(TeacherConfig(**bert, concat=[t5]), CPU, None)
+    weighted = Teacher(TeacherConfig(**bert, weight=0.3, concat=[t5 | {"weight": 0.3}]), CPU, None)
+    assert plain(TEXTS).tobytes() == weighted(TEXTS).tobytes()
+    expected = np.concatenate([vectors_of(bert), vectors_of(t5)], axis=1) / 2**0.5
+    assert np.abs(plain(TEXTS) - expected).max() < 1e-3
+
+
+def test_one_of_several_encoders_gives_its_part_of_the_vectors(sentence_t5, tiny_encoder):
+    config = TeacherConfig(model=str(tiny_encoder), pooling="mean", weight=2, concat=[{"model": str(sentence_t5), "weight": 5}])
+    whole, parts = Teacher(config, CPU, None), [Teacher(config, CPU, None, only=number) for number in range(2)]
+    assert np.array_equal(whole(TEXTS), np.concatenate([part(TEXTS) for part in parts], axis=1))
+
+
 def test_the_models_own_prompts_are_used_by_name_and_by_default(sentence_t5, tmp_path):
     model = SentenceTransformer(str(sentence_t5), device="cpu", prompts={"query": "the query is ", "document": "the text is "})
     model.default_prompt_name = "query"
@@ -248,6 +272,31 @@ def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_
         assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
         task = json.loads((run / "precompute/tasks.jsonl").read_text())  # one task, of two ranks
         assert task["texts"] == 600 and (run / "logs").is_dir()
+
+
+@pytest.mark.soak
+def test_the_ranks_of_a_zero3_teacher_embed_what_no_reused_run_has(tmp_path, sentence_t5):
+    teacher = f"{{model: {sentence_t5}, precision: fp32}}"
+    configs = {}
+    for name, texts in (("old", sentences(600)), ("whole", sentences(700)), ("new", sentences(700))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("\n".join(texts) + "\n")
+        configs[name] = write_config(tmp_path / name, sentence_t5, teacher=teacher)
+    for name in ("old", "whole"):
+        assert launch("precompute.py", "--config", configs[name]).returncode == 0
+    reuse = f"shards.reuse=[{tmp_path / 'old/runs/tiny'}]"
+    split = ["teacher.placement=zero3", "stages=[precompute]", "engine.num_ranks=2"]
+    done = launch("pipeline.py", "--config", configs["new"], *split, reuse)
+    assert done.returncode == 0, done.stdout
+    assert "600 vectors are reused, 100 texts are to be embedded" in done.stdout
+    new, whole = (load_config(configs[name]).run_dir for name in ("new", "whole"))
+    task = json.loads((new / "precompute/tasks.jsonl").read_text())
+    assert (task["texts"], task["reused"]) == (100, 600)
+    for folder in ("shards", "shards/held_out"):
+        one, two = ShardReader(whole / folder), ShardReader(new / folder)
+        rows = np.arange(len(one))
+        assert two.texts(rows) == one.texts(rows)
+        assert worst_cosine(two.vectors(rows).astype(np.float32), one.vectors(rows).astype(np.float32)) > 0.99999
 
 
 def _weights_held(model, texts):
