@@ -55,6 +55,13 @@ class TextConfig(Section):
         1, ge=1, description="texts of fewer visible characters are dropped, and counted; a run of whitespace counts as one"
     )
     max_chars: int | None = result(None, ge=1, description="longer texts are dropped, and counted; null: none")
+    long: Literal["truncate", "chunk", "drop"] = result(
+        "truncate",
+        omit_default=True,
+        description="texts of more tokens than the teacher reads (teacher.max_length, with prompt and special tokens)."
+        " truncate: it reads their beginning; chunk: they are cut into several texts, at sentences and lines where possible;"
+        " drop: they are dropped; both are counted",
+    )
     max_sentences: int | None = result(
         None, gt=0, description="largest number of training texts; a uniform sample by text hash; null: all"
     )
