@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from distill.corpus.long_text import Reading, blocks, cut
 from distill.corpus.text_config import SourceConfig
+from distill.run.model_folders import resolve_model
 from distill.run.prompts import ROLE_PROMPTS, Role
 from distill.student.encoder import NO_LIMIT
+from distill.student.student import characters_covered
 from distill.teacher.batching import can_tokenise, tokenise
 from distill.teacher.encoder import prompt_of
 from distill.teacher.load import load_without_weights
@@ -60,6 +63,14 @@ class TextReader:
             ends = np.array([end for _, end in encoding.offsets], np.int64) - len(prompt)
             found.append(Reading(np.maximum.accumulate(ends[ends > 0]), room))
         return found
+
+    def characters_read(self, texts: Sequence[str], roles: Sequence[Role | None]) -> np.ndarray:
+        """int64 [n], how many characters of each text the tokens cover that the encoder reads."""
+        prompts = [self._prompts[role] for role in roles]
+        backend = self._model.tokenizer.backend_tokenizer
+        backend.enable_truncation(self.max_length, direction=self._model.tokenizer.truncation_side)
+        encodings = backend.encode_batch([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+        return characters_covered(encodings, [len(prompt) for prompt in prompts])
 
     def room(self, prompt: str) -> int:
         """The number of tokens that a text may have with a prompt."""
@@ -116,3 +127,16 @@ class LongTexts:
                     parts[number] = finished.value
                     del tried[number]
         return parts
+
+
+def characters_read(config: TeacherConfig, texts: Sequence[str], roles: Sequence[Role | None]) -> np.ndarray | None:
+    """int64 [n], how many characters of each text the teacher reads, or that encoder of several which reads most.
+
+    None where that is not known: for vectors and endpoints, encoders without a limit, and those that are in no folder here.
+    """
+    try:
+        if not all(Path(resolve_model(model.model or "")).is_dir() for model in config.models):
+            return None
+        return np.max([TextReader(model).characters_read(texts, roles) for model in config.models], axis=0)
+    except (OSError, ValueError):
+        return None
