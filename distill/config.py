@@ -84,6 +84,11 @@ class BaseRunConfig(Section):
             raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
         if self.teacher.vectors is not None and self.shards.reuse:
             raise ValueError("shards.reuse saves an encoder's work, and teacher.vectors has all vectors already; leave it out")
+        if self.teacher.model is None and self.text.long != "truncate":
+            raise ValueError(
+                f"text.long is {self.text.long}, for which the teacher's tokenizer counts, and this teacher has none here:"
+                " leave text.long out, or set teacher.model"
+            )
         ranks = self.engine.num_ranks or 1
         for stage in TRAINING_STAGES:
             global_batch = self.train(stage).global_batch

@@ -5,6 +5,7 @@ rows.py            one local file      -> its rows
 text.py            a raw string        -> what is stored of it, its normal form and 64-bit hash, held out or not
 prepare.py         all of it           -> runs/NAME/precompute/text/{000000.txt, ..., held_out.txt, manifest.json}
 spool.py           texts of the right length -> working files, from which a killed call continues
+long_text.py       a text that is longer than the teacher reads -> parts that are not
 deduplication.py   text hashes         -> a status for each text: kept, duplicate, held out, not sampled
 chunks.py          texts               -> text chunks, complete or absent; and reads them back
 """

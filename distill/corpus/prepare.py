@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from distill.corpus.chunks import ChunkWriter, verify
 from distill.corpus.deduplication import HELD_OUT, KEPT, deduplicate
+from distill.corpus.long_text import Limit
 from distill.corpus.sources import check_source, source_fingerprints
-from distill.corpus.spool import BLOCK_ROWS, Progress, Spool, fill
+from distill.corpus.spool import BLOCK_ROWS, Progress, Spool, fill, limit_identity
 from distill.corpus.text import NORMAL_FORM
 from distill.corpus.text_config import TextConfig
 from distill.run.files import DigestCache, fingerprint, read_json, sweep, write_json
@@ -43,12 +44,14 @@ def prepare_text(
     rows_per_chunk: int,
     keep_row_numbers: bool = False,
     digests: DigestCache | None = None,
+    limit: Limit | None = None,
     num_buckets: int = 256,
 ) -> dict[str, Any]:
     """Writes the text chunks, the held-out texts and manifest.json into the folder `out`; returns the manifest.
 
     After a kill, the same call continues from its last journal entry, or writes the chunks again. It starts from the beginning,
     with a warning, if the sources' content has changed or a working file is damaged. `digests`: a cache of the files' sha256.
+    `limit`: what becomes of long texts, where `config.long` is chunk or drop; its parts of a text are texts of their own.
 
     000000.txt ...: `rows_per_chunk` texts each but the last, in the order of the sources. held_out.txt: of the texts with
     hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; no chunk contains any of them.
@@ -65,9 +68,9 @@ def prepare_text(
     sweep(out, older_than=0)  # of a killed call; nobody else writes here
     spool = Spool(out / "spool.part", num_buckets, keep_row_numbers)
     digests = digests or DigestCache(spool.folder / "input_digests.json")
-    made_from = text_identity(config, rows_per_chunk, keep_row_numbers, digests)
+    made_from = text_identity(config, rows_per_chunk, keep_row_numbers, digests, limit)
     try:
-        progress = fill(config, spool, digests)
+        progress = fill(config, spool, digests, limit)
     except BaseException:
         if not can_resume(out):
             shutil.rmtree(spool.folder, ignore_errors=True)
@@ -98,10 +101,13 @@ def prepare_text(
     return manifest
 
 
-def text_identity(config: TextConfig, rows_per_chunk: int, keep_row_numbers: bool, digests: DigestCache) -> str:
+def text_identity(
+    config: TextConfig, rows_per_chunk: int, keep_row_numbers: bool, digests: DigestCache, limit: Limit | None = None
+) -> str:
     """A fingerprint of all that decides what `prepare_text` writes; its manifest has it as "made_from"."""
-    settings = {"rows_per_chunk": rows_per_chunk, "keep_row_numbers": keep_row_numbers, "normal_form": NORMAL_FORM}
-    return fingerprint(settings | {"text": config.identity(), "sources": source_fingerprints(config, digests)})
+    form = {"rows_per_chunk": rows_per_chunk, "keep_row_numbers": keep_row_numbers, "normal_form": NORMAL_FORM}
+    made_from = {"text": config.identity(), "sources": source_fingerprints(config, digests)}
+    return fingerprint(form | made_from | limit_identity(limit))
 
 
 def held_out_sources(folder: Path) -> list[str] | None:
@@ -189,10 +195,13 @@ def _describe_counts(config: TextConfig, counts: Counter[str]) -> str:
     reasons = {
         "too_short": f"shorter than text.min_chars = {config.min_chars}",
         "too_long": f"longer than text.max_chars = {config.max_chars}",
+        "dropped_long": f"of more tokens than the teacher reads (text.long = {config.long})",
+        "short_parts": f"parts shorter than text.min_chars = {config.min_chars}",
         "duplicates": "duplicates",
         "not_sampled": f"not in the sample of text.max_sentences = {config.max_sentences}",
         "held_out_unused": f"held out beyond text.held_out = {config.held_out}",
     }
     dropped = ", ".join(f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name])
-    read, kept, held_out = (f"{counts[name]:,}" for name in ("read", "kept", "held_out"))
-    return f"{read} texts read, {kept} kept, {held_out} held out for evaluation; dropped: {dropped or 'none'}"
+    read, cut, parts, kept, held_out = (f"{counts[name]:,}" for name in ("read", "cut", "parts", "kept", "held_out"))
+    cuts = f"{cut} of them cut into {parts} (text.long = {config.long}), " if counts["cut"] else ""
+    return f"{read} texts read, {cuts}{kept} kept, {held_out} held out for evaluation; dropped: {dropped or 'none'}"

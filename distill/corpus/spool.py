@@ -11,17 +11,18 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from distill.corpus.chunks import as_line
+from distill.corpus.long_text import Limit, blocks
 from distill.corpus.sources import read_source, source_fingerprints
 from distill.corpus.text import NORMAL_FORM, hash_of_form, normal_form, stored
 from distill.corpus.text_config import TextConfig
@@ -29,9 +30,9 @@ from distill.run.files import DigestCache, naming, read_json, sha256_of, write_j
 
 logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
+BLOCK_CHARS = 1 << 26  # long texts come in smaller blocks
 JOURNAL_EVERY = 64  # blocks, about a million texts
 RECORD = np.dtype([("hash", "<u8"), ("place", "<i8")])
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class Progress:
 
     @property
     def num_spooled(self) -> int:
-        return self.counts["read"] - self.counts["too_short"] - self.counts["too_long"]
+        return sum(self.spooled_of)
 
 
-def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
-    """Writes texts, records and row numbers, continuing an interrupted call that had the same config and sources."""
+def fill(config: TextConfig, spool: Spool, digests: DigestCache, limit: Limit | None = None) -> Progress:
+    """Writes texts, records and row numbers, continuing an interrupted call that had the same config, sources and limit."""
     made_from = {
         "journal": 7,
         "normal_form": NORMAL_FORM,
@@ -107,6 +108,7 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
         "has_rows": spool.has_rows,
         "text": config.identity(),
         "sources": source_fingerprints(config, digests),
+        **limit_identity(limit),
     }
     progress = _resume(spool, made_from, len(config.sources))
     if progress.complete:
@@ -119,15 +121,19 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
         num_blocks = 0  # of this call
         for number, source in enumerate(config.sources):
             raw = islice(read_source(source), progress.read_of[number], None)
-            for block in _blocks(raw, BLOCK_ROWS):
+            for block in blocks(raw, BLOCK_ROWS, BLOCK_CHARS):
                 forms = [normal_form(text) for text in block]
                 lengths = np.fromiter(map(len, forms), np.int64, len(forms))
                 is_long = lengths > (config.max_chars or np.iinfo(np.int64).max)
                 fits = (lengths >= config.min_chars) & ~is_long
-                files[spool.texts].write("".join(as_line(stored(text)) for text in compress(block, fits)).encode())
+                texts = [stored(text) for text in compress(block, fits)]
                 forms = list(compress(forms, fits))
+                rows = progress.counts["read"] + np.flatnonzero(fits)
+                if limit is not None:
+                    texts, owners = _limited(texts, limit(texts, number), config.min_chars, progress.counts)
+                    forms, rows = [normal_form(text) for text in texts], rows[owners]
+                files[spool.texts].write("".join(map(as_line, texts)).encode())
                 if spool.has_rows:
-                    rows = progress.counts["read"] + np.flatnonzero(fits)
                     files[spool.rows].write(rows.astype(np.int64).tobytes())
                 records = np.empty(len(forms), RECORD)
                 records["hash"] = np.fromiter(map(hash_of_form, forms), np.int64, len(forms)).view(np.uint64)
@@ -147,6 +153,27 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache) -> Progress:
         if num_blocks >= JOURNAL_EVERY:  # reading less than that again is faster than flushing it
             _write_journal(spool, made_from, progress, files)
     return progress
+
+
+def _limited(texts: list[str], parts: list[list[str]], min_chars: int, counts: Counter[str]) -> tuple[list[str], np.ndarray]:
+    """What takes the place of texts, and the number of each one's text, int64; adds to `counts` what became of long texts.
+
+    Parts of fewer than min_chars visible characters are left out.
+    """
+    is_cut = [len(found) > 0 and found != [text] for text, found in zip(texts, parts, strict=True)]
+    counts["dropped_long"] += sum(not found for found in parts)
+    counts["cut"] += sum(is_cut)
+    counts["parts"] += sum(len(found) for found in compress(parts, is_cut))
+    owners = np.repeat(np.arange(len(parts)), np.array([len(found) for found in parts], np.int64))
+    flat = list(chain.from_iterable(parts))
+    fits = np.array([len(normal_form(text)) >= min_chars for text in flat], bool)
+    counts["short_parts"] += int(np.count_nonzero(~fits))
+    return list(compress(flat, fits)), owners[fits]
+
+
+def limit_identity(limit: Limit | None) -> dict[str, Any]:
+    """The part of an identity that says what became of long texts; {} where nothing did."""
+    return {} if limit is None else {"limit": dict(limit.identity)}
 
 
 def _resume(spool: Spool, made_from: dict[str, Any], num_sources: int) -> Progress:
@@ -215,9 +242,3 @@ def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, 
 
 def _files(spool: Spool) -> list[Path]:
     return [spool.texts, *([spool.rows] if spool.has_rows else []), *spool.buckets]
-
-
-def _blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while block := list(islice(iterator, size)):
-        yield block

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from distill.run.config import FileName, Section, result
+from distill.run.config import FileName, Section, result, settings
 from distill.run.prompts import Role
 
 
@@ -28,6 +28,7 @@ class SourceConfig(Section):
     weight: float | None = result(
         None,
         gt=0,
+        omit_default=True,
         description="the source's share of the training samples, relative to the other sources' weights: its texts are repeated"
         " or thinned out; all sources have a weight, or none; null: each text once an epoch",
     )
@@ -63,6 +64,13 @@ class TextConfig(Section):
         1, ge=1, description="texts of fewer visible characters are dropped, and counted; a run of whitespace counts as one"
     )
     max_chars: int | None = result(None, ge=1, description="longer texts are dropped, and counted; null: none")
+    long: Literal["truncate", "chunk", "drop"] = result(
+        "truncate",
+        omit_default=True,
+        description="texts of more tokens than the teacher reads (teacher.max_length, with prompt and special tokens)."
+        " truncate: it reads their beginning; chunk: they are cut into several texts, at sentences and lines where possible;"
+        " drop: they are dropped; both are counted",
+    )
     max_sentences: int | None = result(
         None, gt=0, description="largest number of training texts; a uniform sample by text hash; null: all"
     )
@@ -91,7 +99,7 @@ class TextConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """All that decides which texts are prepared, as JSON: not the weights, by which they are sampled in training."""
-        return self.model_dump(mode="json", exclude={"sources": {"__all__": {"weight"}}})
+        return settings(self, "result", overrides={"sources.weight": "speed"})
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:

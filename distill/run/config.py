@@ -54,9 +54,13 @@ FilePath = Annotated[Path, AfterValidator(expand_home)]
 FileName = Annotated[str, AfterValidator(expand_home)]  # or what is no path, such as hub:OWNER/NAME
 
 
-def result(default: Any = ..., **options: Any) -> Any:
-    """A pydantic field that decides what a stage computes. `options` are those of pydantic.Field."""
-    return Field(default, json_schema_extra={"effect": "result"}, **options)
+def result(default: Any = ..., *, omit_default: bool = False, **options: Any) -> Any:
+    """A pydantic field that decides what a stage computes. `options` are those of pydantic.Field.
+
+    omit_default: leave it out of `settings` while it has its default, so that what was recorded before there was such a field
+    is still valid.
+    """
+    return Field(default, json_schema_extra={"effect": "result", "omit_default": omit_default}, **options)
 
 
 def selection(default: Any = ..., **options: Any) -> Any:
@@ -99,6 +103,8 @@ def settings(
         if isinstance(value, Section):
             if inner := settings(value, effect, f"{path}.", overrides):
                 tree[name] = inner
+        elif _is_omitted(field, value):
+            continue
         elif isinstance(value, list) and all(isinstance(each, Section) for each in value):
             items = [settings(each, effect, f"{path}.", overrides) for each in value]
             if has_effect or any(items):
@@ -106,6 +112,11 @@ def settings(
         elif has_effect:
             tree[name] = dumped[name]
     return tree
+
+
+def _is_omitted(field: FieldInfo, value: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("omit_default")) and value == field.default
 
 
 def load_tree(path: str | Path, overrides: list[str] | None = None, over: Path | None = None) -> dict[str, Any]:

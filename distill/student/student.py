@@ -107,9 +107,15 @@ class Student(nn.Module):
             ids = [[-1 - token for token in each[:n]] + each[n:] for each, n in zip(ids, counts, strict=True)]
         return ids
 
-    def count_truncated(self, texts: Sequence[str], roles: Sequence[Role | None] | None = None) -> int:
-        """How many of the texts are longer than max_length tokens, with their prompt."""
-        return sum(bool(encoding.overflowing) for encoding in self._encodings(texts, roles))
+    def is_truncated(self, texts: Sequence[str], roles: Sequence[Role | None] | None = None) -> np.ndarray:
+        """bool [n], whether a text is longer than max_length tokens, with its prompt."""
+        return np.array([bool(encoding.overflowing) for encoding in self._encodings(texts, roles)], bool)
+
+    def characters_read(self, texts: Sequence[str], roles: Sequence[Role | None]) -> np.ndarray:
+        """int64 [n], how many characters of each text its tokens cover, of which max_length are read."""
+        prompts = [self.prompt(role) for role in roles]
+        encodings = self._fast_tokenizer.encode_batch([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+        return characters_covered(encodings, [len(prompt) for prompt in prompts])
 
     def _encodings(self, texts: Sequence[str], roles: Sequence[Role | None] | None) -> list[Any]:
         prompts = {role: self.prompt(role) for role in set(roles or [None])}
@@ -259,6 +265,16 @@ class Student(nn.Module):
                 heads = load_file(folder / "heads.safetensors")
                 module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in heads.items() if k.startswith(f"{name}.")})
         return student
+
+
+def characters_covered(encodings: Sequence[Any], skipped: Sequence[int]) -> np.ndarray:
+    """int64 [n], how many characters the tokens of each encoding cover (of `tokenizers`, with offsets), without its first
+    `skipped` ones."""
+    spans = [
+        [(max(start, prompt), end) for start, end in encoding.offsets if end > prompt]
+        for encoding, prompt in zip(encodings, skipped, strict=True)
+    ]
+    return np.array([max(span)[1] - min(span)[0] if span else 0 for span in spans], np.int64)
 
 
 class TeacherSpace(nn.Module):

@@ -39,10 +39,7 @@ def load_model(
     stays where that puts it, all of it in `amp`. A folder without modules.json is a plain encoder: `pooling` must say how it
     pools; in another folder it replaces the pooling alone. Raises ValueError.
     """
-    path = resolve_model(config.model or "")
-    if pointers := [file for file in model_files(Path(path)) if is_lfs_pointer(file)]:
-        raise ValueError(f"{pointers[0]} {LFS_POINTER}")
-    check_weights_complete(path, config.revision)
+    path = _checked_path(config)
     placed = zero3 or bool(placement)
     dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
@@ -57,13 +54,37 @@ def load_model(
         model.to(device)
         if device.type == "cpu" and amp is not None and has_bf16(device):
             pack_linears(model)
+    _set_up(model, path, config)
+    return model.eval().requires_grad_(False)
+
+
+def load_without_weights(config: ModelConfig) -> SentenceTransformer:
+    """The model on the meta device: it tokenises, has prompts and a longest input, and cannot encode. Raises ValueError."""
+    path = _checked_path(config)
+    if config.pooling == "pooler":  # read from the weights, and of no consequence for what the model reads
+        config = config.model_copy(update={"pooling": "cls"})
+    model = _load(path, config, {"use_safetensors": True, "dtype": torch.float32, "device_map": "meta"}, "meta")
+    _set_up(model, path, config)
+    return model
+
+
+def _checked_path(config: ModelConfig) -> str:
+    """The model's folder or hub name. Raises ValueError for files that lack weights."""
+    path = resolve_model(config.model or "")
+    if pointers := [file for file in model_files(Path(path)) if is_lfs_pointer(file)]:
+        raise ValueError(f"{pointers[0]} {LFS_POINTER}")
+    check_weights_complete(path, config.revision)
+    return path
+
+
+def _set_up(model: SentenceTransformer, path: str, config: ModelConfig) -> None:
+    """Sets the padding and the limits of a model that was loaded. Raises ValueError for those that it cannot have."""
     if model.tokenizer is not None and isinstance(model[0], Transformer):
         set_pad_token(model.tokenizer)
         set_padding_side(model.tokenizer, model[0].model.config)
     _check_tokens(model, path)
     _limit_length(model, path, config.max_length)
     _limit_dimensions(model, path, config.dimensions)
-    return model.eval().requires_grad_(False)
 
 
 def _check_tokens(model: SentenceTransformer, path: str) -> None:
@@ -125,7 +146,8 @@ def _load(path: str, config: ModelConfig, arguments: dict[str, Any], device: str
         return SentenceTransformer(modules=_pooled(path, config, arguments), device=device)
     if config.pooling == "pooler" and not is_folder:
         return SentenceTransformer(modules=_pooled(path, config, arguments), device=device)
-    model = SentenceTransformer(path, device=device, trust_remote_code=False, revision=config.revision, model_kwargs=arguments)
+    placed = None if "device_map" in arguments else device
+    model = SentenceTransformer(path, device=placed, trust_remote_code=False, revision=config.revision, model_kwargs=arguments)
     if config.pooling is not None:
         _replace_pooling(model, path, config.pooling)
     return model

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.reused_rows import ReusedRows, look_up
 from distill.teacher.reused_run import Prompting, ReusedRun, open_reused
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
+
+if TYPE_CHECKING:
+    from distill.teacher.long_text import LongTexts
 
 logger = logging.getLogger(__name__)
 VERIFIED = "shards_verified.json"  # in the run's directory: which shards of an earlier version were verified
@@ -91,8 +94,18 @@ class PrecomputeStage(Stage):
         text, config = self.directory / "text", pinned(self.context.section(TextConfig), self.recorded_inputs())
         manifest = read_json(text / "manifest.json") or {}
         rows, has_rows = self.context.section(ShardsConfig).rows, self.teacher.vectors is not None
-        is_of_these = bool(manifest) and manifest.get("made_from") == text_identity(config, rows, has_rows, self.digests)
-        return [text] if is_of_these else []
+        if not manifest or manifest.get("made_from") != text_identity(config, rows, has_rows, self.digests, self.limit()):
+            return []
+        return [text]
+
+    def limit(self) -> LongTexts | None:
+        """What becomes of texts that are longer than the teacher reads; None where it truncates them."""
+        text = self.context.section(TextConfig)
+        if text.long == "truncate":
+            return None
+        from distill.teacher.long_text import LongTexts
+
+        return LongTexts(text.long, self.teacher, text.sources)
 
     def is_product_missing(self) -> str | None:
         results = (read_json(self.directory / "DONE.json") or {}).get("results", {})
@@ -149,7 +162,7 @@ class PrecomputeStage(Stage):
             if (timing.texts or timing.reused) and rank() == 0:
                 self.log_task(timing)
                 logger.info("precompute: %s", timing)
-                if timing.at_limit:
+                if timing.at_limit and self.context.section(TextConfig).long == "truncate":
                     words = "precompute: %d of %d texts reach the longest input; longer ones are truncated (teacher.max_length)"
                     logger.info(words, timing.at_limit, timing.texts)
         return bool(from_rank_0(self._finish(text, identity, timing) if rank() == 0 else None, device))
@@ -239,7 +252,14 @@ class PrecomputeStage(Stage):
                 with session(self.directory, "text", torch.device("cpu"), alone=True):
                     config = pinned(self.context.section(TextConfig), self.recorded_inputs())
                     rows = self.context.section(ShardsConfig).rows
-                    prepare_text(config, part, rows_per_chunk=rows, keep_row_numbers=keep_row_numbers, digests=self.digests)
+                    prepare_text(
+                        config,
+                        part,
+                        rows_per_chunk=rows,
+                        keep_row_numbers=keep_row_numbers,
+                        digests=self.digests,
+                        limit=self.limit(),
+                    )
             except BaseException:
                 if not can_resume(part):
                     shutil.rmtree(part, ignore_errors=True)

@@ -25,7 +25,7 @@ from distill.run.files import read_json, sha256_of
 from distill.run.hub import model_commit
 from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
-from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource, first_of_permutation
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fingerprint
 from distill.run.stopping import CheckStop, Stopped, never
@@ -38,6 +38,7 @@ from distill.student.student_config import StudentConfig, VocabularyConfig
 from distill.student.vocabulary import read_kept, trim, trim_and_describe, write_kept
 from distill.teacher.dev_score import read_dev_score
 from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
+from distill.teacher.long_text import characters_read
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_order
 from distill.training.checkpoint import Checkpoints
@@ -54,7 +55,7 @@ from distill.training.task import Task
 from distill.training.train_config import EngineConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
-TRUNCATION_SAMPLE = 1000  # texts
+TRUNCATION_SAMPLE = 2000  # texts
 VOCABULARY = "vocabulary.json"  # the tokens that are kept, of an unfinished stage
 S = TypeVar("S", bound=Section)
 
@@ -304,11 +305,21 @@ class TrainingStage(Stage):
         return Setup(reader, student, device, amp, self.context.seed, check_stop, mixture)
 
     def _report_truncated(self, student: Student, reader: ShardReader) -> None:
-        """Logs how many of the texts, by a sample, are longer than the student's longest input."""
-        rows = np.random.default_rng(self.context.seed).integers(len(reader), size=min(TRUNCATION_SAMPLE, len(reader)))
-        if truncated := student.count_truncated(reader.texts(rows), reader.roles(rows)):
-            words = "%s: %.1f%% of %d texts drawn at random are longer than %d tokens and truncated (student.max_length)"
-            logger.info(words, self.name, 100 * truncated / len(rows), len(rows), student.max_length)
+        """Logs how many of the texts, by a sample, the student reads less of than the teacher did."""
+        rows = first_of_permutation(len(reader), min(TRUNCATION_SAMPLE, len(reader)), self.context.seed)
+        truncated = rows[student.is_truncated(reader.texts(rows), reader.roles(rows))]
+        texts, roles = reader.texts(truncated), reader.roles(truncated)
+        by_teacher = characters_read(self.section(TeacherConfig), texts, roles) if texts else None
+        num_cut, where = len(texts), ""
+        if by_teacher is not None:
+            num_cut, where = (
+                int(np.count_nonzero(student.characters_read(texts, roles) < by_teacher)),
+                " where the teacher reads on",
+            )
+        if num_cut:
+            words = "%s: about %.1f%% of the texts (of %s sampled) are cut at %d tokens%s (student.max_length)"
+            sampled = f"{len(rows):,}"
+            logger.info(words, self.name, 100 * num_cut / len(rows), sampled, student.max_length, where)
 
     def _initial_student(self, reader: ShardReader, check_stop: CheckStop) -> Student:
         if self.init != "student":

@@ -7,7 +7,6 @@ import logging
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_encoder, write_config
@@ -65,16 +64,39 @@ def test_texts_that_fill_no_global_batch_are_counted_in_the_log(embedded_copy, c
     assert f"{texts % 100} of {texts} texts are left out of each epoch: they do not fill a global batch of 100" in caplog.text
 
 
-def test_texts_that_are_truncated_are_counted_in_the_log(embedded_copy, caplog):
+def test_texts_that_the_student_cuts_and_the_teacher_reads_on_are_counted_in_the_log(embedded_copy, caplog):
     caplog.set_level(logging.INFO, "distill")
-    stage = stage_of(load_config(embedded_copy[0], ["student.max_length=8"]), "ckd")
-    reader = stage.setup(torch.device("cpu"), None).reader
-    drawn = reader.texts(np.random.default_rng(stage.context.seed).integers(len(reader), size=len(reader)))
-    cut = sum(len(text.split()) + 3 > 8 for text in drawn)  # [CLS], ., [SEP]
-    assert f"ckd: {100 * cut / len(drawn):.1f}% of {len(drawn)} texts drawn at random are longer than 8 tokens" in caplog.text
-    caplog.clear()
-    stage_of(load_config(embedded_copy[0]), "ckd").setup(torch.device("cpu"), None)
-    assert "longer than" not in caplog.text
+
+    def setup(*overrides):
+        caplog.clear()
+        return stage_of(load_config(embedded_copy[0], list(overrides)), "ckd").setup(torch.device("cpu"), None).reader
+
+    reader = setup("student.max_length=8")
+    texts = reader.texts(range(len(reader)))
+    num_tokens = [len(text.split()) + 3 for text in texts]  # [CLS], ., [SEP]
+    shown = f"{100 * sum(num > 8 for num in num_tokens) / len(texts):.1f}% of the texts (of {len(texts)} sampled)"
+    assert f"ckd: about {shown} are cut at 8 tokens where the teacher reads on (student.max_length)" in caplog.text
+    setup()
+    assert "are cut at" not in caplog.text
+
+
+def test_texts_that_the_teacher_cuts_at_the_same_place_are_not_counted(embedded_copy, caplog):
+    caplog.set_level(logging.INFO, "distill")
+    stage = stage_of(load_config(embedded_copy[0], ["student.max_length=8", "teacher.max_length=8"]), "ckd")
+    stage.setup(torch.device("cpu"), None)
+    assert "are cut at" not in caplog.text
+    stage = stage_of(load_config(embedded_copy[0], ["student.max_length=8", "teacher.max_length=9"]), "ckd")
+    stage.setup(torch.device("cpu"), None)
+    assert "are cut at 8 tokens where the teacher reads on" in caplog.text
+
+
+def test_without_the_teacher_all_texts_that_the_student_cuts_are_counted(embedded_copy, caplog, tmp_path, tiny_encoder):
+    caplog.set_level(logging.INFO, "distill")
+    shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    overrides = [f"student.init={tmp_path / 'encoder'}", "student.max_length=8", "teacher.model=owner/absent"]
+    stage = stage_of(load_config(embedded_copy[0], overrides), "ckd")
+    stage.setup(torch.device("cpu"), None)
+    assert "sampled) are cut at 8 tokens (student.max_length)" in caplog.text
 
 
 def test_held_out_shards_that_are_gone_are_missed_by_name(embedded_copy):
