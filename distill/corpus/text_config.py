@@ -28,7 +28,6 @@ class SourceConfig(Section):
     weight: float | None = result(
         None,
         gt=0,
-        omit_default=True,
         description="the source's share of the training samples, relative to the other sources' weights: its texts are repeated"
         " or thinned out; all sources have a weight, or none; null: each text once an epoch",
     )
