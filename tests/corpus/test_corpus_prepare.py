@@ -413,7 +413,7 @@ def change_a_number(path):
 def test_changed_or_lost_row_numbers_are_refused_by_name(tmp_path, harm):
     manifest = prepare(config_of(tmp_path / "in", some_texts(500), **LIMITS), tmp_path / "out", keep_row_numbers=True)
     entry = manifest["chunks"][1]
-    texts, numbers, _ = read_listed_chunk(tmp_path / "out", entry)
+    texts, numbers, *_ = read_listed_chunk(tmp_path / "out", entry)
     assert len(texts) == len(numbers) == entry["rows"]
     harm(tmp_path / "out/000001.rows.npy")
     with pytest.raises(ValueError, match=r"000001\.rows\.npy is not as it was written .*: delete .*out to prepare"):
