@@ -16,7 +16,7 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
 NAMED = (
     *("model", "revision", "pooling", "max_length", "prompt", "prompt_name"),
-    *("dimensions", "vectors", "vectors_field", "concat"),
+    *("dimensions", "vectors", "vectors_field", "concat", "endpoint"),
 )
 
 
@@ -91,9 +91,11 @@ def initial_student(config: StudentConfig, teacher: TeacherConfig) -> StudentCon
 
 
 def named_settings(config: TeacherConfig) -> dict[str, Any]:
-    """The part of the config that decides the vectors. Without `dimensions` where they are all: earlier versions had no such
-    key, and shards record a fingerprint of this."""
-    settings = config.model_dump(mode="json", include=set(NAMED))
+    """The part of the config that decides the vectors. Without `dimensions` where they are all, and without an endpoint where
+    there is none: earlier versions had no such keys, and shards record a fingerprint of this."""
+    settings = config.model_dump(mode="json", include=set(NAMED) - {"endpoint"})
+    if config.endpoint is not None:
+        settings["endpoint"] = {"model": config.endpoint.model}
     for entry in [settings, *settings["concat"]]:
         if entry["dimensions"] is None:
             del entry["dimensions"]
