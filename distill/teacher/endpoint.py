@@ -116,11 +116,16 @@ class EndpointTeacher:
         return (kept / lengths).astype(np.float16)
 
 
+def recorded_dim(identity: dict[str, Any] | None) -> int | None:
+    """The width of the vectors of a recorded identity, None if there is none."""
+    return len(_vector(identity["probes"][0])) if identity and "probes" in identity else None
+
+
 def check_probes(recorded: dict[str, Any], found: dict[str, Any], where: object) -> None:
     """Raises ValueError unless two identities are of one model; where: what was made with the recorded one."""
     fix = "serve the model that it was begun with, or use another name= for this one"
     for before, now in zip(recorded["probes"], found["probes"], strict=True):
-        first, second = (np.frombuffer(base64.b64decode(each["float16"]), "<f2").astype(np.float64) for each in (before, now))
+        first, second = _vector(before), _vector(now)
         who = f"{found['endpoint']['model']} at {found['host']}"
         if first.shape != second.shape:
             raise ValueError(f"{who} gives vectors of {len(second)} dimensions, and {where} was begun with {len(first)}: {fix}")
@@ -130,3 +135,7 @@ def check_probes(recorded: dict[str, Any], found: dict[str, Any], where: object)
                 f"{who} gives other vectors than those that {where} was begun with: the cosine of both for the text"
                 f" {before['text'][:40]!r} is {cosine:.5f}, and at least {MIN_COSINE} for one model: {fix}"
             )
+
+
+def _vector(probe: dict[str, str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(probe["float16"]), "<f2").astype(np.float64)

@@ -44,11 +44,10 @@ from distill.teacher.endpoint import EndpointTeacher, check_probes
 from distill.teacher.identity import check_teacher, teacher_identity
 from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
-from distill.teacher.token_log import TokenLog
+from distill.teacher.token_log import FOLDER, TokenLog
 from distill.teacher.truncation import Truncation, find_truncation
 
 logger = logging.getLogger(__name__)
-TOKENS = "tokens"  # in precompute/: the folder of TokenLog
 VERIFIED = "shards_verified.json"  # in the run's directory: which shards of an earlier version were verified
 
 
@@ -164,7 +163,7 @@ class PrecomputeStage(Stage):
         config = self.teacher.endpoint
         if config is None:
             return None
-        log = TokenLog(self.directory / TOKENS, config.max_tokens)
+        log = TokenLog(self.directory / FOLDER, config.max_tokens)
         return EndpointTeacher(self.teacher, sources=self.context.section(TextConfig).sources, log=log)
 
     def _report_truncation(self, endpoint: EndpointTeacher, text: dict[str, Any]) -> None:

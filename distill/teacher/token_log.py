@@ -10,6 +10,7 @@ from pathlib import Path
 from distill.run import liveness
 from distill.run.files import read_json, write_json
 
+FOLDER = "tokens"  # in precompute/
 SAVE_SECONDS = 2.0  # between writes: the tokens that a killed process does not record
 CHARS_PER_TOKEN = 4  # of a server that does not report its tokens; of English text
 
@@ -30,6 +31,10 @@ class Usage:
             self.tokens + other.tokens,
             self.is_estimate or other.is_estimate,
         )
+
+    @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / self.characters if self.characters else 1 / CHARS_PER_TOKEN
 
     def __str__(self) -> str:
         estimate = f" (estimated: {CHARS_PER_TOKEN} characters each)" if self.is_estimate else ""

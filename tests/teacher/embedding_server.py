@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -28,9 +29,13 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 def embed(text: str, model: str = "tiny", read_chars: int | None = None) -> np.ndarray:
     """float32 [DIM]: a sum of random vectors of the text's first words, another for each model."""
-    words = text[:read_chars].split()
-    seeds = [zlib.crc32(f"{model} {number % 7} {word}".encode()) for number, word in enumerate(words)]
-    return np.sum([np.random.default_rng(seed).standard_normal(DIM) for seed in seeds], axis=0).astype(np.float32)
+    words = enumerate(text[:read_chars].split())
+    return np.sum([_draw(f"{model} {number % 7} {word}") for number, word in words], axis=0).astype(np.float32)
+
+
+@cache
+def _draw(name: str) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(DIM)
 
 
 @dataclass
