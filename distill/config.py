@@ -81,7 +81,8 @@ class BaseRunConfig(Section):
             if later := [need for need in self.needs(stage) if need in self.stages[place:]]:
                 raise ValueError(f"stages {self.stages}: {stage} needs {later[0]}, which is listed after it; put it before")
         if self.teacher.model is None and self.student.init == "teacher":
-            raise ValueError("student.init is teacher, but the teacher is a file of vectors; name an encoder in student.init")
+            what = "a file of vectors" if self.teacher.endpoint is None else "behind an endpoint"
+            raise ValueError(f"student.init is teacher, but the teacher is {what}; name an encoder in student.init")
         if self.teacher.vectors is not None and self.shards.reuse:
             raise ValueError("shards.reuse saves an encoder's work, and teacher.vectors has all vectors already; leave it out")
         if self.teacher.model is None and self.text.long != "truncate":

@@ -7,7 +7,8 @@
     python launcher/plan.py --config C --nodes 4 --gpus-per-node 8 --gpu A100 --json plan.json ckd.micro_batch=512
 
 Nothing is downloaded, and no weights are read: architectures come from configs/plan/encoders.yaml, a folder's config.json, or
-the hub's cache. Rates, links and prices come from configs/plan/devices.yaml, or from your own file of that form (--devices).
+the hub's cache. The server of a teacher behind an endpoint is sent a few short texts, unless precompute has begun. Rates, links
+and prices come from configs/plan/devices.yaml, or from your own file of that form (--devices).
 
 The table has a line for each of configs/deepspeed/*.json: the bytes that a rank holds by category, the largest micro-batch that
 fits, the bytes that a rank receives per step, and the time of a step.

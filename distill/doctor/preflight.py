@@ -1,12 +1,15 @@
 """What can be known of a run before its first stage works: do its models, text, triplets and evaluation sets fit its config?
 
-Only stages that are still to be run are checked. No weights are loaded, no hub is contacted and nothing is written.
+Only stages that are still to be run are checked. No weights are loaded, no hub is contacted and nothing is written; the server
+of a teacher behind an endpoint is sent a few short texts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ from distill.student import Student
 from distill.student.encoder import check_weights_complete, keep_layers, longest_input
 from distill.student.initial import check_truncation, initial_settings, pooling_and_length
 from distill.student.vocabulary import TokenTable
+from distill.teacher.endpoint import EndpointTeacher
 from distill.teacher.identity import initial_student, pinned
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.precompute import PrecomputeStage
@@ -43,6 +47,8 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 from distill.training.deepspeed_config import read_deepspeed_config
 from distill.training.training_stage import TrainingStage
 
+logger = logging.getLogger(__name__)
+ENDPOINT_RETRIES = 2
 MAX_OPENED = 16  # files of one source; of more, the first and the last are opened
 QUICK_BYTES = 8e6  # an evaluation set of at most this size is read; of a larger one, only the files are looked for
 
@@ -187,6 +193,10 @@ class _Preflight:
             with self._problem_of("teacher.vectors"):
                 return ImportedVectors(section).dim
             return None
+        if section.endpoint is not None:
+            with self._problem_of("teacher.endpoint"):
+                return _ask_endpoint(section)
+            return None
         widths: list[int] = []
         for number, model in enumerate(section.models):
             key = f"teacher.concat[{number - 1}]" if number else "teacher"
@@ -313,6 +323,18 @@ def pending_stages(config: RunConfig) -> list[str]:
         if any(need in pending for need in config.needs(name)) or config.stage_of(name).reason_to_run() is not None:
             pending.append(name)
     return pending
+
+
+def _ask_endpoint(section: TeacherConfig) -> int:
+    """The width of an endpoint's vectors, by one request, which is logged. Raises ValueError or TemporaryError if it fails."""
+    assert section.endpoint is not None
+    retries = min(ENDPOINT_RETRIES, section.endpoint.retries)
+    teacher = EndpointTeacher(section.model_copy(update={"endpoint": section.endpoint.model_copy(update={"retries": retries})}))
+    started = time.perf_counter()
+    teacher.probe()
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    logger.info("teacher.endpoint: %s: %d dimensions, first answer in %.0f ms", teacher, teacher.dim, milliseconds)
+    return teacher.dim
 
 
 def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder, width: int) -> Iterator[Problem]:

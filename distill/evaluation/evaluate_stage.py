@@ -89,6 +89,10 @@ class EvaluateStage(Stage):
         check_teacher(teacher, self.context.shards_dir, manifest)
         if self._loads_teacher:
             check_weights(teacher, self.context.shards_dir, manifest, self.digests)
+        if teacher.endpoint is not None:
+            logger.info(
+                "evaluate: the teacher is behind an endpoint and is not measured; its stored vectors are used for fidelity"
+            )
         models = list(self.models(measurement, device))
         if not models:
             raise ValueError(

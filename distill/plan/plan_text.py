@@ -27,6 +27,16 @@ def _text(plan: Plan) -> str:
 
 
 def _teacher(plan: Plan, config: RunConfig) -> str:
+    section, endpoint = config.teacher.endpoint, plan.endpoint
+    if section is not None and endpoint is not None:
+        cost = "set teacher.endpoint.price_per_million_tokens for its cost"
+        if endpoint.dollars is not None:
+            cost = f"{endpoint.dollars:,.2f} dollars"
+        return (
+            f"teacher: {section.model} at {section.host}\n"
+            f"precompute: {endpoint.requests:,} requests, {endpoint.tokens:,.0f} tokens ({endpoint.tokens_from}); {cost};"
+            " its time depends on the server"
+        )
     if plan.teacher is None:
         return "teacher: its vectors are given"
     names = " + ".join(str(each.model) for each in config.teacher.models)

@@ -13,17 +13,21 @@ import numpy as np
 
 from distill.config import RunConfig
 from distill.corpus import read_rows
+from distill.corpus.text_config import SourceConfig
 from distill.plan.architectures import Architecture, architecture_of
 from distill.plan.devices import Cluster
 from distill.plan.shapes import Chunks, Growth, TaskShape, task_shape, teacher_shape
 from distill.plan.step_cost import HALF, bytes_received, collectives_per_step, rank_memory, step_time
 from distill.plan.text_estimate import TextEstimate, estimate_text
 from distill.plan.zero_partition import ZeroSettings
+from distill.run.files import read_json
 from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, length_order
 from distill.student.initial import pooling_and_length
 from distill.student.student import PAD_TO
+from distill.teacher.endpoint import EndpointTeacher, recorded_dim
 from distill.teacher.imported import ImportedVectors
 from distill.teacher.precompute import PrecomputeStage
+from distill.teacher.token_log import CHARS_PER_TOKEN, FOLDER, Usage, read_usage
 from distill.training.tasks.finetune import FinetuneConfig
 from distill.training.train_config import TrainConfig
 
@@ -37,7 +41,8 @@ ROW_BYTES = 8 + 4 + 1  # of a text in a shard: hash, offset, line break
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan is made from. teachers: none if vectors are given; teacher_dim: of all their vectors together."""
+    """What a plan is made from. teachers: none if vectors are given or come from an endpoint; teacher_dim: of all their vectors
+    together. usage: of the endpoint so far."""
 
     config: RunConfig
     cluster: Cluster
@@ -45,6 +50,7 @@ class Inputs:
     teachers: list[Architecture]
     student: Architecture
     teacher_dim: int
+    usage: Usage = Usage()  # noqa: RUF009
 
     @property
     def student_length(self) -> int:
@@ -64,10 +70,24 @@ def collect_inputs(
         teachers.append(architecture_of(each.model or "", each.revision, each.dimensions))
         if each.dimensions is not None and each.dimensions > teachers[-1].dim:
             raise ValueError(f"teacher.dimensions {each.dimensions} is above the {teachers[-1].dim} dimensions of {each.model}")
-    teacher_dim = sum(each.dim for each in teachers) if teachers else ImportedVectors(section).dim
+    usage = Usage()
+    if section.endpoint is not None:
+        teacher_dim, usage = _ask_endpoint(config)
+    else:
+        teacher_dim = sum(each.dim for each in teachers) if teachers else ImportedVectors(section).dim
     student = teachers[0] if init == "teacher" else architecture_of(init, config.student.revision)
     text = estimate_text(config, cluster.assumed, student.folder, tokens_per_text=tokens_per_text, num_texts=num_texts)
-    return Inputs(config, cluster, text, teachers, student, teacher_dim)
+    return Inputs(config, cluster, text, teachers, student, teacher_dim, usage)
+
+
+def _ask_endpoint(config: RunConfig) -> tuple[int, Usage]:
+    """The width of an endpoint's vectors, and its usage: of the run where it has begun, else of a request with a few texts."""
+    dim = recorded_dim(read_json(config.precompute_dir / "teacher.json"))
+    if dim is not None:
+        return dim, read_usage(config.precompute_dir / FOLDER)
+    teacher = EndpointTeacher(config.teacher)
+    teacher.probe()
+    return teacher.dim, teacher.log.own
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,17 @@ class TeacherPlan:
 
 
 @dataclass(frozen=True)
+class EndpointPlan:
+    """The precompute stage with a teacher behind an endpoint. tokens_from: where their number comes from, in words; dollars:
+    None without a price."""
+
+    requests: int
+    tokens: float
+    tokens_from: str
+    dollars: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """All values of a plan, in bytes, seconds, dollars and FLOPs; dataclasses.asdict makes it JSON. student_length: tokens."""
 
@@ -130,12 +161,14 @@ class Plan:
     dollars: float
     advice: list[str]
     measured: dict[str, Any] = field(default_factory=dict)
+    endpoint: EndpointPlan | None = None
 
 
 def make_plan(inputs: Inputs, measured: dict[str, Any] | None = None) -> Plan:
     """measured: what calibration found. Raises ValueError for a run that cannot be started."""
     text, cluster = inputs.text, inputs.cluster
     teacher = _teacher(inputs) if inputs.teachers else None
+    endpoint = _endpoint(inputs) if inputs.config.teacher.endpoint is not None else None
     stages = {name: plan_stage(inputs, name) for name in inputs.config.training_stages}
     seconds = (teacher.seconds if teacher else 0.0) + sum(stage.seconds for stage in stages.values())
     advice = _teacher_advice(inputs, teacher) if teacher else []
@@ -152,9 +185,10 @@ def make_plan(inputs: Inputs, measured: dict[str, Any] | None = None) -> Plan:
         cluster=cluster,
         stages=stages,
         seconds=seconds,
-        dollars=cluster.dollars(seconds),
+        dollars=cluster.dollars(seconds) + ((endpoint.dollars or 0.0) if endpoint else 0.0),
         advice=advice,
         measured=measured or {},
+        endpoint=endpoint,
     )
 
 
@@ -179,6 +213,29 @@ def _teacher(inputs: Inputs) -> TeacherPlan:
         flops += flops_per_text * max(0, text.num_texts + text.num_held_out - num_reused)
     seconds = flops / (cluster.peak_flops * cluster.device.teacher * cluster.ranks * cluster.assumed.padding)
     return TeacherPlan(sum(s.num_parameters for s in shapes), sum(s.weight_bytes for s in shapes), flops, seconds)
+
+
+def _endpoint(inputs: Inputs) -> EndpointPlan:
+    section, text, usage = inputs.config.teacher.endpoint, inputs.text, inputs.usage
+    assert section is not None
+    prepared = read_json(inputs.config.precompute_dir / "text" / "manifest.json")
+    chars = prepared["lengths"]["mean_chars"] if prepared else text.bytes_per_text
+    chars += float(np.mean([len(_prompt_before(inputs.config, each)) for each in inputs.config.text.sources]))
+    rows = text.num_texts + text.num_held_out
+    per_request = max(1, min(section.texts_per_request, int(section.chars_per_request / chars)))
+    is_known = usage.requests > 0 and not usage.is_estimate
+    tokens = rows * chars * (usage.tokens_per_character if is_known else 1 / CHARS_PER_TOKEN)
+    price = section.price_per_million_tokens
+    return EndpointPlan(
+        requests=-(-rows // per_request),
+        tokens=tokens,
+        tokens_from=f"as the server counted {usage.characters:,} characters" if is_known else f"characters / {CHARS_PER_TOKEN}",
+        dollars=None if price is None else price * tokens / 1e6,
+    )
+
+
+def _prompt_before(config: RunConfig, source: SourceConfig) -> str:
+    return source.prompt if source.prompt is not None else config.teacher.prompt or ""
 
 
 def plan_stage(inputs: Inputs, name: str) -> StagePlan:

@@ -9,6 +9,10 @@ imported.py        precomputed vectors, with the same interface
 reused_run.py      a finished run whose vectors are used again
 reused_rows.py     where the texts are in such runs: a lookup on disk
 reuse.py           a teacher that embeds only the texts that no such run has
+endpoint.py        a server's model, with the same interface, recognised by its vectors of a few texts
+endpoint_client.py requests to the server: concurrent, verified, sent again
+token_log.py       tokens that a run has sent, over its starts and tasks
+truncation.py      whether the server reads the longest texts to their end
 claims.py          which task makes which shard
 encode_missing.py  text chunks -> the shards that are missing
 precompute.py      the stage: prepares the text, encodes what is missing, finishes the shard set

@@ -16,7 +16,7 @@ from distill.teacher.teacher_config import ModelConfig, TeacherConfig
 
 NAMED = (
     *("model", "revision", "pooling", "max_length", "prompt", "prompt_name"),
-    *("dimensions", "weight", "vectors", "vectors_field", "concat"),
+    *("dimensions", "weight", "vectors", "vectors_field", "concat", "endpoint"),
 )
 ENCODER = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name", "dimensions")
 
@@ -92,9 +92,12 @@ def initial_student(config: StudentConfig, teacher: TeacherConfig) -> StudentCon
 
 
 def named_settings(config: TeacherConfig) -> dict[str, Any]:
-    """The part of the config that decides the vectors. Without `dimensions` where they are all, and `weight` where it is 1 or
-    that of all encoders: earlier versions had no such keys, and shards record a fingerprint of this."""
-    settings = config.model_dump(mode="json", include=set(NAMED))
+    """The part of the config that decides the vectors. Without `dimensions` where they are all, `weight` where it is 1 or that
+    of all encoders, and an endpoint where there is none: earlier versions had no such keys, and shards record a fingerprint of
+    this."""
+    settings = config.model_dump(mode="json", include=set(NAMED) - {"endpoint"})
+    if config.endpoint is not None:
+        settings["endpoint"] = {"model": config.endpoint.model}
     for entry, weight in zip([settings, *settings["concat"]], config.weights, strict=True):
         if entry["dimensions"] is None:
             del entry["dimensions"]

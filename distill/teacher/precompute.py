@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from distill.corpus import TextChunk, can_resume, prepare_text
+from distill.corpus.chunks import read_listed_chunk
 from distill.corpus.prepare import source_names, text_identity
 from distill.corpus.sources import pinned, source_fingerprints
 from distill.corpus.text_config import TextConfig
@@ -41,11 +42,14 @@ from distill.shards import HELD_OUT, Manifest, finish, verify_all
 from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
+from distill.teacher.endpoint import EndpointTeacher, check_probes
 from distill.teacher.identity import check_teacher, named_settings, teacher_identity
 from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.reused_rows import ReusedRows, look_up
 from distill.teacher.reused_run import Prompting, ReusedRun, open_reused
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
+from distill.teacher.token_log import FOLDER, TokenLog
+from distill.teacher.truncation import Truncation, find_truncation
 
 if TYPE_CHECKING:
     from distill.teacher.long_text import LongTexts
@@ -134,8 +138,8 @@ class PrecomputeStage(Stage):
         if self._is_of_earlier_version:
             self.prepare()
             return True
-        amp = autocast_dtype(self.teacher.precision, device)
-        if rank() == 0 and self.teacher.vectors is None:
+        amp, endpoint = autocast_dtype(self.teacher.precision, device), self.endpoint
+        if rank() == 0 and self.teacher.model is not None:
             logger.info("precompute: precision: %s", describe_precision(self.teacher.precision, device))
         text, identity = self.prepare(_precision(amp)), self.identify(amp)
         timing = Timing()
@@ -148,6 +152,8 @@ class PrecomputeStage(Stage):
         if has_missing or lacks_score:
             with session(self.directory, "embed", device):
                 if has_missing:
+                    if endpoint is not None:
+                        self._report_truncation(endpoint, text)
                     timing = encode_missing(
                         self.shard_sets(text),
                         self.directory / "text",
@@ -155,7 +161,7 @@ class PrecomputeStage(Stage):
                         teacher_fingerprint=fingerprint(identity),
                         block_rows=self.context.section(ShardsConfig).block_rows,
                         numbers_sources=bool(self.source_entries),
-                        peak=matmul_peak(device, amp),
+                        peak=matmul_peak(device, amp) if endpoint is None else None,
                     )
                 if lacks_score:
                     write_dev_score(self.directory, self.context.value("evaluate.sts"), encode, device)
@@ -165,7 +171,34 @@ class PrecomputeStage(Stage):
                 if timing.at_limit and self.context.section(TextConfig).long == "truncate":
                     words = "precompute: %d of %d texts reach the longest input; longer ones are truncated (teacher.max_length)"
                     logger.info(words, timing.at_limit, timing.texts)
+            if endpoint is not None:
+                retries = endpoint.client.num_retries
+                logger.info("precompute: %s, %d retries; the run: %s", endpoint.log.own, retries, endpoint.log.total)
         return bool(from_rank_0(self._finish(text, identity, timing) if rank() == 0 else None, device))
+
+    @cached_property
+    def endpoint(self) -> EndpointTeacher | None:
+        """The teacher behind an endpoint, if it is one. Raises ValueError without its API key in the environment."""
+        config = self.teacher.endpoint
+        if config is None:
+            return None
+        log = TokenLog(self.directory / FOLDER, config.max_tokens)
+        return EndpointTeacher(self.teacher, sources=self.context.section(TextConfig).sources, log=log)
+
+    def _report_truncation(self, endpoint: EndpointTeacher, text: dict[str, Any]) -> None:
+        """Warns of texts that the server does not read to their end. What one task has found holds for all."""
+        path, key = self.directory / "truncation.json", {"host": endpoint.client.config.host, "text": text["fingerprint"]}
+        with self._locked():
+            record = read_json(path) or {}
+            if {name: record.get(name) for name in key} == key:
+                found = Truncation(**record["found"])
+            else:
+                entries = [entry for shards in self.shard_sets(text) for entry in shards.entries]
+                chunks = (endpoint.read(read_listed_chunk(self.directory / "text", entry)) for entry in entries)
+                found = find_truncation(endpoint, chunks)
+                write_json(path, key | {"found": found._asdict()})
+        if found.num_longer:
+            logger.warning("precompute: %s", found)
 
     def _finish(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
         with self._locked():  # tasks that find nothing missing at the same time finish one after the other
@@ -334,6 +367,8 @@ class PrecomputeStage(Stage):
         Raises ValueError if it has changed since then, or if this processor would run it in another precision.
         """
         path = self.directory / "teacher.json"
+        if self.endpoint is not None:
+            return self._identify_endpoint(self.endpoint, path)
         with self._locked():
             identity = teacher_identity(self.teacher, _precision(amp), self.digests)
             begun_as = read_json(path) or identity
@@ -351,8 +386,23 @@ class PrecomputeStage(Stage):
                 write_json(path, identity)
         return identity
 
+    def _identify_endpoint(self, endpoint: EndpointTeacher, path: Path) -> dict[str, Any]:
+        """The identity as it was recorded: a server's vectors vary in their last bits."""
+        with self._locked():
+            recorded = read_json(path)
+            if recorded is None:
+                recorded = endpoint.identity()
+                write_json(path, recorded)
+            else:
+                check_probes(recorded, endpoint.identity([probe["text"] for probe in recorded["probes"]]), self.shards_dir)
+        for line in endpoint.describe():
+            logger.info("precompute: %s", line)
+        return recorded
+
     def open_source(self, device: torch.device, amp: torch.dtype | None, text: dict[str, Any]) -> Source:
         """The teacher, or its precomputed vectors."""
+        if self.endpoint is not None:
+            return self.endpoint
         if self.teacher.vectors is not None:
             imported = ImportedVectors(self.teacher)
             if len(imported) != text["counts"]["read"]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
 from distill.run.config import FileName, Section, result, speed
 from distill.run.precision import Precision
+
+OF_A_MODEL = (
+    *("revision", "pooling", "max_length", "prompt_name", "concat"),
+    *("vectors_field", "precision", "tokens_per_batch", "placement", "max_memory"),
+)  # keys of the teacher that mean nothing to a server
 
 
 class ModelConfig(Section):
@@ -37,8 +43,58 @@ class ModelConfig(Section):
         return self
 
 
+class EndpointConfig(Section):
+    """A server with an OpenAI-compatible embeddings API."""
+
+    url: str = speed(
+        description="the API's address up to its version, e.g. https://HOST/v1; texts are sent to URL/embeddings; another"
+        " address of the same model continues a set"
+    )
+    model: str = result(min_length=1, description="the model's name in the requests")
+    api_key_env: str | None = speed(
+        None, description="name of the environment variable that holds the API key; null: the server needs none"
+    )
+    concurrency: int = speed(8, ge=1, description="requests in flight, of each of teacher.tasks")
+    texts_per_request: int = speed(64, ge=1, description="largest number of texts in a request")
+    chars_per_request: int = speed(
+        100_000, ge=1, description="largest number of characters in a request; a longer text is sent alone"
+    )
+    timeout: float = speed(60.0, gt=0, description="seconds until a request without an answer is sent again")
+    retries: int = speed(
+        10, ge=0, description="how often a request is sent again that met a busy server or got no valid answer"
+    )
+    max_tokens: int | None = speed(
+        None, gt=0, description="precompute ends when the run has used this number of tokens, over all starts and tasks"
+    )
+    price_per_million_tokens: float | None = speed(None, ge=0, description="for the cost that plan.py states")
+
+    @model_validator(mode="after")  # of the section: the error of a field would show its value
+    def _holds_no_secret(self) -> EndpointConfig:
+        try:
+            parts = urlsplit(self.url)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if "@" in self.url or "?" in self.url or "#" in self.url:
+            raise ValueError(
+                "url has credentials, a query or a fragment in it: name the address alone, and in api_key_env the environment"
+                " variable that holds the key"
+            )
+        if not is_url or self.url.rstrip("/").endswith("/embeddings"):
+            raise ValueError("url is not an address such as https://HOST/v1, to which /embeddings is appended")
+        if self.api_key_env is not None and not (self.api_key_env.isascii() and self.api_key_env.isidentifier()):
+            raise ValueError("api_key_env is not the name of an environment variable; the key itself belongs in that variable")
+        return self
+
+    @property
+    def host(self) -> str:
+        """HOST or HOST:PORT of the url."""
+        return urlsplit(self.url).netloc.lower()
+
+
 class TeacherConfig(ModelConfig):
-    """What embeds the text: an encoder, several whose vectors are concatenated (`concat`), or precomputed vectors."""
+    """What embeds the text: an encoder, several whose vectors are concatenated (`concat`), precomputed vectors, or a server
+    (`endpoint`)."""
 
     concat: list[ModelConfig] = result(
         [], description="further encoders (model to weight); their vectors are appended to the first one's"
@@ -50,6 +106,11 @@ class TeacherConfig(ModelConfig):
     )
     vectors_field: str = result(
         "embedding", description="the column of .parquet files of vectors; the tensor of .safetensors files with several"
+    )
+    endpoint: EndpointConfig | None = result(
+        None,
+        description="instead of a model: {url: https://HOST/v1, model: NAME, api_key_env: VARIABLE}, a server with an"
+        " OpenAI-compatible embeddings API",
     )
     precision: Precision = result("auto", description="auto: bf16 where the processor has it")
     tokens_per_batch: int = speed(8192, gt=0, description="largest number of tokens in a forward pass, with padding")
@@ -72,9 +133,15 @@ class TeacherConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> TeacherConfig:
-        if (self.model is None) == (self.vectors is None):
-            raise ValueError("teacher needs either `model` or `vectors`, not both and not neither")
-        if self.concat and (self.vectors is not None or any(other.model is None for other in self.concat)):
+        given = [name for name in ("model", "vectors", "endpoint") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"teacher needs one of `model`, `vectors` and `endpoint`, not {' and '.join(given) or 'none'}")
+        if self.endpoint is not None and (refused := [name for name in OF_A_MODEL if self._is_set(name)]):
+            raise ValueError(
+                f"teacher.{', teacher.'.join(refused)}: an endpoint's server decides this; leave it out (prompt, dimensions and"
+                " tasks are possible)"
+            )
+        if self.concat and (self.model is None or any(other.model is None for other in self.concat)):
             raise ValueError("teacher.concat needs a `model` in teacher and in each of its entries")
         if self.weight is not None and not self.concat:
             raise ValueError("teacher.weight is for several encoders, and teacher.concat has none; leave it out")
@@ -83,6 +150,9 @@ class TeacherConfig(ModelConfig):
         if self.max_memory is not None and self.placement != "auto":
             raise ValueError("teacher.max_memory is for placement auto")
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
 
     @property
     def models(self) -> list[ModelConfig]:
@@ -103,7 +173,9 @@ class TeacherConfig(ModelConfig):
 
     @property
     def names(self) -> list[str]:
-        """What the vectors are from: the names of the encoders, or the paths of `vectors`."""
+        """What the vectors are from: the names of the encoders or of the endpoint's model, or the paths of `vectors`."""
+        if self.endpoint is not None:
+            return [self.endpoint.model]
         return self.vector_paths or [model.model or "" for model in self.models]
 
 

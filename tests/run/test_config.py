@@ -10,6 +10,7 @@ from distill.config import RunConfig, check_task_names, load_config, load_run, o
 from distill.run.config import ConfigError, Section, dump_config, effects_of, result
 from distill.run.stage import write_run_config
 
+ENDPOINT = "teacher={endpoint: {url: https://example.com/v1, model: m}}"
 MINIMAL = "name: x\ntext: {sources: [text.txt]}\nteacher: {model: some/teacher}\n"
 
 
@@ -29,7 +30,17 @@ def path(tmp_path):
         (["ckd.epochs=many"], "ckd.epochs: Input should be a valid number"),
         (["ckd.queue=256"], "queue 256 is not larger than global_batch 256"),
         (["engine.num_ranks=512"], "ckd.global_batch 256 is smaller than engine.num_ranks 512"),
-        (["teacher.vectors=a.npy"], "either `model` or `vectors`"),
+        (["teacher.vectors=a.npy"], "one of `model`, `vectors` and `endpoint`, not model and vectors"),
+        (["teacher={prompt: x}"], "one of `model`, `vectors` and `endpoint`, not none"),
+        ([ENDPOINT], "student.init is teacher, but the teacher is behind an endpoint; name an encoder in student.init"),
+        (
+            [ENDPOINT, "teacher.pooling=cls", "teacher.precision=fp32"],
+            "teacher.pooling, teacher.precision: an endpoint's server",
+        ),
+        ([ENDPOINT, "teacher.concat=[{model: a/b}]"], "teacher.concat: an endpoint's server decides this; leave it out"),
+        ([ENDPOINT, "teacher.endpoint.url=example.com/v1"], "teacher.endpoint: url is not an address such as https://HOST/v1"),
+        ([ENDPOINT, "teacher.endpoint.url=https://h/v1/embeddings"], "to which /embeddings is appended"),
+        ([ENDPOINT, "teacher.endpoint.url=https://h:port/v1"], "url is not an address"),
         (["teacher={vectors: a.npy}"], "name an encoder in student.init"),
         (["finetune.init=hpd"], "finetune.init is hpd, hpd.init is finetune: each waits for the other"),
         (["finetune.init=finetune"], "finetune.init is finetune: each waits for the other"),
@@ -52,6 +63,27 @@ def test_an_invalid_config_is_refused_with_its_key(path, overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "teacher.endpoint.url=https://me:sk-secret@example.com/v1",
+        "teacher.endpoint.url=https://example.com/v1?key=sk-secret",
+        "teacher.endpoint.url=https://me:sk-secret/1@example.com/v1",
+        "teacher.endpoint.api_key_env=sk-secret",
+    ],
+)
+def test_a_key_in_a_config_is_refused_and_not_shown(path, secret):
+    with pytest.raises(ConfigError, match=r"teacher\.endpoint: (url has credentials|api_key_env is not the name)") as error:
+        load_config(path, [ENDPOINT, "student.init=a/b", secret])
+    assert "secret" not in str(error.value) and error.value.__cause__ is None
+
+
+def test_an_endpoints_config_is_dumped_and_loaded_to_the_same(path):
+    config = load_config(path, [ENDPOINT, "student.init=a/b", "teacher.dimensions=64"])
+    path.write_text(dump_config(config))
+    assert load_config(path) == config and config.teacher.names == ["m"]
 
 
 @pytest.mark.parametrize("name", ["engine", "evaluate", "run_dir"])
