@@ -94,7 +94,7 @@ def look_up(
     chunks, place = {}, 0
     for entry in tqdm(entries, desc="comparing with reused texts", unit=" chunks", disable=None):
         chunk = read_listed_chunk(texts, entry)
-        columns = [path_rows(path, place, len(chunk.texts)) for path in candidates]
+        columns = [_read_rows(path, place, len(chunk.texts)) for path in candidates]
         rows = _same_rows(chunk, columns, runs, prompting, num_encoders)
         publish_array(part / f"{chunk.name}.npy", rows)
         missing = missing_vectors(rows, runs, num_encoders).sum(axis=1).tolist()
@@ -149,7 +149,7 @@ def _join(runs: Sequence[ReusedRun], texts: Path, entries: Sequence[Entry], work
     return paths
 
 
-def path_rows(path: Path, place: int, count: int) -> np.ndarray:
+def _read_rows(path: Path, place: int, count: int) -> np.ndarray:
     """Int64 [count]: the rows of the texts from `place` on in a file of `_join`, -1 for none."""
     return np.fromfile(path, np.int64, count, offset=place * ROW_BYTES) - 1
 
