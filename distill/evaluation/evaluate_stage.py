@@ -90,9 +90,7 @@ class EvaluateStage(Stage):
         if self._loads_teacher:
             check_weights(teacher, self.context.shards_dir, manifest, self.digests)
         if teacher.endpoint is not None:
-            logger.info(
-                "evaluate: the teacher is behind an endpoint and is not measured; its stored vectors are used for fidelity"
-            )
+            logger.info("evaluate: a teacher behind an endpoint is not measured; fidelity uses its stored vectors")
         models = list(self.models(measurement, device))
         if not models:
             raise ValueError(

@@ -71,7 +71,7 @@ def _info(directory: Path) -> bool:
         "shards": f"{len(manifest.shards):,} of at most {manifest.rows:,} texts, in blocks of {manifest.block_rows:,}",
         "vectors": f"{manifest.dim} x {manifest.dtype}",
         "bytes": f"{stored:,}, {stored / manifest.count:.1f} per text, {stored / raw:.4f} x raw text and vectors",
-        "teacher": ", ".join(f"{key}={value}" for key, value in sorted(manifest.teacher.items())),
+        "teacher": ", ".join(f"{key}={value}" for key, value in sorted(manifest.teacher.items()) if key != "probes"),  # vectors
         "teacher fingerprint": manifest.teacher_fingerprint,
         "text fingerprint": manifest.text_fingerprint,
     }
