@@ -6,8 +6,8 @@ The parts of a text, with the whitespace between them, are the text: no characte
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ _SENTENCE_END = re.compile(
 )
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 _SPACE = re.compile(r"\s*")
+T = TypeVar("T", bound=Sized)
 FAR = 3  # where a reading says 1
 
 
@@ -102,13 +103,13 @@ def _ends_of(pattern: re.Pattern[str], text: str) -> np.ndarray:
     return np.unique([*(found.end() for found in pattern.finditer(text)), len(text)])
 
 
-def blocks(texts: Iterable[str], max_rows: int, max_chars: int) -> Iterator[list[str]]:
-    """Blocks of at most `max_rows` texts, and of not many more than `max_chars` characters."""
-    block: list[str] = []
+def blocks(texts: Iterable[T], max_rows: int, max_chars: int, chars: Callable[[T], int] = len) -> Iterator[list[T]]:
+    """Blocks of at most `max_rows` texts, and of not many more than `max_chars` characters, counted by `chars`."""
+    block: list[T] = []
     num_chars = 0
     for text in texts:
         block.append(text)
-        num_chars += len(text)
+        num_chars += chars(text)
         if len(block) == max_rows or num_chars >= max_chars:
             yield block
             block, num_chars = [], 0

@@ -1,6 +1,6 @@
 """From raw strings to text chunks of unique texts, in constant memory for any number of texts.
 
-    sources -> spool.part/texts                 of the right length, one a line
+    sources -> spool.part/texts                 of the right length, one a line; translations in files beside it
             -> spool.part/bucket.*              (hash, place in the spool), by the hash's leading bits
     each bucket, sorted -> spool.part/statuses  one byte a text: kept, duplicate, held out, ...
     spool + statuses -> 000000.txt ..., held_out.txt, and manifest.json last
@@ -15,7 +15,8 @@ import hashlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distill.corpus.chunks import ChunkWriter, verify
+from distill.corpus.chunks import ChunkWriter, chunk_fingerprint, verify
 from distill.corpus.deduplication import HELD_OUT, KEPT, deduplicate
 from distill.corpus.long_text import Limit
 from distill.corpus.sources import check_source, source_fingerprints
@@ -56,8 +57,9 @@ def prepare_text(
     000000.txt ...: `rows_per_chunk` texts each but the last, in the order of the sources. held_out.txt: of the texts with
     hash mod 50 = 0, the `config.held_out` ones of smallest unsigned hash, in that order; no chunk contains any of them.
     NAME.sources.npy (uint16) beside each NAME.txt: the number of each text's source. With keep_row_numbers, NAME.rows.npy
-    (int64): the number of each text among the raw ones of all sources, from 0. `num_buckets` (1..256) changes memory, not
-    results: 64 bytes x texts / num_buckets.
+    (int64): the number of each text among the raw ones of all sources, from 0. NAME.translation01.txt ...: of parallel text,
+    translations in the lines of their texts; lengths, hashes and duplicates are those of the texts alone. `num_buckets`
+    (1..256) changes memory, not results: 64 bytes x texts / num_buckets.
 
     Memory beyond that: a block of texts, and `config.held_out` texts. Disk: the text once more, and 25 bytes per text.
     Raises ValueError for a source that cannot be read (before any work, where possible), or if no text is left.
@@ -66,7 +68,7 @@ def prepare_text(
         check_source(source)
     out.mkdir(parents=True, exist_ok=True)
     sweep(out, older_than=0)  # of a killed call; nobody else writes here
-    spool = Spool(out / "spool.part", num_buckets, keep_row_numbers)
+    spool = Spool(out / "spool.part", num_buckets, keep_row_numbers, config.num_translations)
     digests = digests or DigestCache(spool.folder / "input_digests.json")
     made_from = text_identity(config, rows_per_chunk, keep_row_numbers, digests, limit)
     try:
@@ -82,7 +84,7 @@ def prepare_text(
         shutil.rmtree(spool.folder)
         raise ValueError(_nothing_left(config, counts))
     chunks, held_out, lengths = _write_chunks(spool, progress, held_out_places, out, rows_per_chunk)
-    manifest = {
+    manifest: dict[str, Any] = {
         "version": 1,
         "made_from": made_from,
         "normal_form": NORMAL_FORM,
@@ -90,14 +92,14 @@ def prepare_text(
         "held_out": held_out,
         "counts": dict(counts),
         "lengths": _describe_lengths(lengths),
-        "sources": [
-            {**source, "count": count} for source, count in zip(config.identity()["sources"], progress.read_of, strict=True)
-        ],
-        "fingerprint": hashlib.sha256("".join(file["sha256"] for file in [*chunks, held_out]).encode()).hexdigest(),
+        "sources": _describe_sources(config, progress),
+        "fingerprint": hashlib.sha256("".join(map(chunk_fingerprint, [*chunks, held_out])).encode()).hexdigest(),
     }
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(spool.folder, ignore_errors=True)
     logger.info("text: %s", _describe_counts(config, counts))
+    for line in _describe_untranslated(manifest["sources"]):
+        logger.info("text: %s", line)
     return manifest
 
 
@@ -148,28 +150,52 @@ def _write_chunks(
     def sources_of(places: np.ndarray) -> np.ndarray:
         return np.searchsorted(ends, places, side="right")
 
-    held_out: dict[int, tuple[bytes, int]] = {}
+    held_out: dict[int, tuple[bytes, ...]] = {}  # texts with their translations
+    held_out_rows: dict[int, int] = {}
+    num_translations = spool.num_translations
     with (
-        spool.texts.open("rb") as texts,
-        ChunkWriter(out, rows_per_chunk, spool.has_rows) as chunks,
+        ExitStack() as stack,
+        ChunkWriter(out, rows_per_chunk, spool.has_rows, num_translations=num_translations) as chunks,
         tqdm(total=num_texts, desc="writing text chunks", unit=" texts", unit_scale=True, disable=None) as bar,
     ):
+        files = [stack.enter_context(path.open("rb")) for path in (spool.texts, *spool.translations)]
         for place in range(0, num_texts, BLOCK_ROWS):
-            lines = list(islice(texts, BLOCK_ROWS))
+            lines, *translations = (list(islice(file, BLOCK_ROWS)) for file in files)
             statuses = spool.read_statuses(place, len(lines))
             rows = spool.read_row_numbers(place, len(lines))
-            kept = list(compress(lines, statuses == KEPT))
+            kept, *kept_translations = (list(compress(each, statuses == KEPT)) for each in (lines, *translations))
             lengths.update(len(line.decode()) - 1 for line in kept)
             kept_places = place + np.flatnonzero(statuses == KEPT)
-            chunks.write(kept, rows=rows[statuses == KEPT], sources=sources_of(kept_places))
+            kept_rows = rows[statuses == KEPT]
+            chunks.write(kept, rows=kept_rows, sources=sources_of(kept_places), translations=kept_translations)
             for offset in np.flatnonzero(statuses == HELD_OUT).tolist():
-                held_out[place + offset] = lines[offset], int(rows[offset])
+                held_out[place + offset] = tuple(each[offset] for each in (lines, *translations))
+                held_out_rows[place + offset] = int(rows[offset])
             bar.update(len(lines))
-    chosen = [held_out[place] for place in held_out_places.tolist()]
-    with ChunkWriter(out, max(1, len(chosen)), spool.has_rows, name="held_out") as writer:
-        numbers = np.array([row for _, row in chosen], np.int64)
-        writer.write([line for line, _ in chosen], rows=numbers, sources=sources_of(held_out_places))
+    places = held_out_places.tolist()
+    lines, *translations = ([held_out[place][column] for place in places] for column in range(num_translations + 1))
+    with ChunkWriter(out, max(1, len(places)), spool.has_rows, "held_out", num_translations) as writer:
+        numbers = np.array([held_out_rows[place] for place in places], np.int64)
+        writer.write(lines, rows=numbers, sources=sources_of(held_out_places), translations=translations)
     return chunks.entries, writer.entries[0], lengths
+
+
+def _describe_sources(config: TextConfig, progress: Progress) -> list[dict[str, Any]]:
+    """The config's keys of each source, the number of raw texts, and of parallel text that of untranslated ones by column."""
+    described = []
+    progress_of = zip(progress.read_of, progress.untranslated_of or [[]] * len(config.sources), strict=True)
+    for source, (count, untranslated) in zip(config.sources, progress_of, strict=True):
+        missing = {"untranslated": dict(zip((source.columns or [])[1:], untranslated, strict=True))} if source.columns else {}
+        described.append(source.identity() | {"count": count} | missing)
+    return described
+
+
+def _describe_untranslated(sources: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each source of parallel text."""
+    for name, source in zip(source_names(sources), sources, strict=True):
+        if missing := source.get("untranslated"):
+            counts = ", ".join(f"{column} {count:,}" for column, count in missing.items())
+            yield f"{name}: texts of {source['columns'][0]} without a translation: {counts}"
 
 
 def _describe_lengths(lengths: Counter[int]) -> dict[str, Any]:

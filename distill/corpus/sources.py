@@ -1,6 +1,7 @@
 """From a source of the config to raw strings, lazily and in a fixed order.
 
     file            path or glob -> the lines of .txt, or one field of .tsv .csv .jsonl .parquet
+    parallel        path or glob -> several fields of .tsv .csv .jsonl .parquet: a text and its translations
     huggingface     a dataset's name or folder -> one field, streaming
 
 A source that cannot be read raises ValueError naming the file, the line where there is one, and what to do.
@@ -15,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.corpus.rows import file_format, read_rows, rows_of
+from distill.corpus.rows import file_format, read_numbered_rows, read_rows, rows_of
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import DigestCache, fingerprint
 from distill.run.hub import dataset_commit
@@ -28,9 +29,15 @@ def read_source(source: SourceConfig) -> Iterator[str]:
     """The first `source.limit` raw strings of a source, in an order that depends on the source alone, in constant memory.
 
     A null in the data is an empty string, so that the n-th string belongs to the n-th row. Raises ValueError where
-    something cannot be read; a mistake in the config's own values is raised at the first string, not at the call.
+    something cannot be read; a mistake in the config's own values is raised at the first string, not at the call. Of
+    parallel text it is the teacher's column.
     """
-    readers = {"file": _read_files, "huggingface": _read_dataset}
+    return (texts[0] for texts in read_translated(source))
+
+
+def read_translated(source: SourceConfig) -> Iterator[tuple[str, ...]]:
+    """The same, each text with its translations, '' for one that is missing: the values of `source.columns`, if it has any."""
+    readers = {"file": _read_files, "parallel": _read_files, "huggingface": _read_dataset}
     return islice(readers[source.type](source), source.limit)
 
 
@@ -39,19 +46,22 @@ def check_source(source: SourceConfig) -> None:
 
     Raises the ValueError that reading it would. A Hugging Face dataset is not checked: opening it takes as long as reading.
     """
-    if source.type == "file":
+    if source.type != "huggingface":
         for path in _matching_files(source):
-            next(read_rows(str(path), _fields(source)), None)
+            next(_read_file(source, path), None)
 
 
-def _read_files(source: SourceConfig) -> Iterator[str]:
+def _read_files(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     for path in _matching_files(source):
-        for (text,) in read_rows(str(path), _fields(source)):
-            yield text
+        yield from _read_file(source, path)
 
 
-def _fields(source: SourceConfig) -> tuple[str, ...]:
-    return () if source.field is None else (source.field,)
+def _read_file(source: SourceConfig, path: Path) -> Iterator[tuple[str, ...]]:
+    """The rows of one file; of parallel text, an object of a .jsonl may lack translations."""
+    if source.columns is not None:
+        numbered = read_numbered_rows(str(path), source.columns, optional=source.columns[1:])
+        return (row for _, row in numbered)
+    return read_rows(str(path), () if source.field is None else (source.field,))
 
 
 def _matching_files(source: SourceConfig) -> list[Path]:
@@ -93,9 +103,8 @@ def _refuse_url(value: str, key: str) -> None:
         )
 
 
-def _read_dataset(source: SourceConfig) -> Iterator[str]:
-    rows = read_dataset(source.name or "", (source.field or "",), source.split, source.subset, source.revision)
-    return (text for (text,) in rows)
+def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, ...]]:
+    return read_dataset(source.name or "", (source.field or "",), source.split, source.subset, source.revision)
 
 
 def read_dataset(

@@ -11,9 +11,9 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from distill.corpus.chunks import as_line
 from distill.corpus.long_text import Limit, blocks
-from distill.corpus.sources import read_source, source_fingerprints
+from distill.corpus.sources import read_translated, source_fingerprints
 from distill.corpus.text import NORMAL_FORM, hash_of_form, normal_form, stored
-from distill.corpus.text_config import TextConfig
+from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import DigestCache, naming, read_json, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Spool:
     folder: Path
     num_buckets: int
     has_rows: bool
+    num_translations: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_buckets <= 256:
@@ -50,6 +51,11 @@ class Spool:
     @property
     def texts(self) -> Path:
         return self.folder / "texts"
+
+    @property
+    def translations(self) -> list[Path]:
+        """A file for each column, with a line for each text, empty where there is no translation."""
+        return [self.folder / f"translation.{column:02d}" for column in range(1, self.num_translations + 1)]
 
     @property
     def rows(self) -> Path:
@@ -87,12 +93,16 @@ class Spool:
 
 @dataclass
 class Progress:
-    """What has been read: the raw strings of each source, those of them that were spooled, and the counts of all sources."""
+    """What has been read: the raw strings of each source, those of them that were spooled, and the counts of all sources.
+
+    untranslated_of: of each source, the number of spooled texts without a translation, by column from 1.
+    """
 
     read_of: list[int]
     spooled_of: list[int]
     counts: Counter[str]
     complete: bool = False
+    untranslated_of: list[list[int]] = field(default_factory=list)
 
     @property
     def num_spooled(self) -> int:
@@ -110,7 +120,7 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache, limit: Limit | 
         "sources": source_fingerprints(config, digests),
         **limit_identity(limit),
     }
-    progress = _resume(spool, made_from, len(config.sources))
+    progress = _resume(spool, made_from, config.sources)
     if progress.complete:
         return progress
     with ExitStack() as stack:
@@ -120,21 +130,28 @@ def fill(config: TextConfig, spool: Spool, digests: DigestCache, limit: Limit | 
         bar = stack.enter_context(tqdm(desc="reading text", unit=" texts", unit_scale=True, disable=None, initial=total))
         num_blocks = 0  # of this call
         for number, source in enumerate(config.sources):
-            raw = islice(read_source(source), progress.read_of[number], None)
-            for block in blocks(raw, BLOCK_ROWS, BLOCK_CHARS):
+            raw = islice(read_translated(source), progress.read_of[number], None)
+            for rows_read in blocks(raw, BLOCK_ROWS, BLOCK_CHARS, lambda row: sum(map(len, row))):
+                block = [row[0] for row in rows_read]
                 forms = [normal_form(text) for text in block]
                 lengths = np.fromiter(map(len, forms), np.int64, len(forms))
                 is_long = lengths > (config.max_chars or np.iinfo(np.int64).max)
                 fits = (lengths >= config.min_chars) & ~is_long
                 texts = [stored(text) for text in compress(block, fits)]
                 forms = list(compress(forms, fits))
-                rows = progress.counts["read"] + np.flatnonzero(fits)
+                fitting = np.flatnonzero(fits)
                 if limit is not None:
                     texts, owners = _limited(texts, limit(texts, number), config.min_chars, progress.counts)
-                    forms, rows = [normal_form(text) for text in texts], rows[owners]
+                    forms, fitting = [normal_form(text) for text in texts], fitting[owners]
                 files[spool.texts].write("".join(map(as_line, texts)).encode())
+                for column, path in enumerate(spool.translations, start=1):
+                    beside = [row[column] if column < len(row) else "" for row in map(rows_read.__getitem__, fitting.tolist())]
+                    translated = [text if normal_form(text) else "" for text in beside]
+                    files[path].write("".join(as_line(stored(text)) for text in translated).encode())
+                    if source.columns is not None and column < len(source.columns):
+                        progress.untranslated_of[number][column - 1] += translated.count("")
                 if spool.has_rows:
-                    files[spool.rows].write(rows.astype(np.int64).tobytes())
+                    files[spool.rows].write((progress.counts["read"] + fitting).astype(np.int64).tobytes())
                 records = np.empty(len(forms), RECORD)
                 records["hash"] = np.fromiter(map(hash_of_form, forms), np.int64, len(forms)).view(np.uint64)
                 records["place"] = np.arange(progress.num_spooled, progress.num_spooled + len(forms))
@@ -176,17 +193,20 @@ def limit_identity(limit: Limit | None) -> dict[str, Any]:
     return {} if limit is None else {"limit": dict(limit.identity)}
 
 
-def _resume(spool: Spool, made_from: dict[str, Any], num_sources: int) -> Progress:
+def _resume(spool: Spool, made_from: dict[str, Any], sources: Sequence[SourceConfig]) -> Progress:
     """The journal's progress, with all files truncated to their sizes at that time; or no progress and an empty spool."""
     journal = read_json(spool.journal)
     problem = None if journal is None else _problem(spool, journal, made_from)
     if journal is not None and problem is None:
-        return Progress(journal["read_of"], journal["spooled_of"], Counter(journal["counts"]), journal["complete"])
+        counts, untranslated_of = Counter(journal["counts"]), journal.get("untranslated_of", [])
+        return Progress(journal["read_of"], journal["spooled_of"], counts, journal["complete"], untranslated_of)
     if problem is not None:
         logger.warning("text: %s; the sources are read again from the start", problem)
     shutil.rmtree(spool.folder, ignore_errors=True)
     spool.folder.mkdir(parents=True)
-    return Progress([0] * num_sources, [0] * num_sources, Counter(read=0, too_short=0, too_long=0))
+    zeros, untranslated_of = [0] * len(sources), [[0] * len((source.columns or [])[1:]) for source in sources]
+    counts = Counter(read=0, too_short=0, too_long=0)
+    return Progress(list(zeros), list(zeros), counts, untranslated_of=untranslated_of)
 
 
 def _problem(spool: Spool, journal: dict[str, Any], made_from: dict[str, Any]) -> str | None:
@@ -236,9 +256,9 @@ def _write_journal(spool: Spool, made_from: dict[str, Any], progress: Progress, 
         appended.flush()
     sizes = {path.name: appended.file.tell() for path, appended in files.items()}
     digests = {path.name: appended.sha256.hexdigest() for path, appended in files.items()}
-    state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete")}
+    state = {name: getattr(progress, name) for name in ("read_of", "spooled_of", "counts", "complete", "untranslated_of")}
     write_json(spool.journal, {"of": made_from, "sizes": sizes, "sha256": digests, **state})
 
 
 def _files(spool: Spool) -> list[Path]:
-    return [spool.texts, *([spool.rows] if spool.has_rows else []), *spool.buckets]
+    return [spool.texts, *spool.translations, *([spool.rows] if spool.has_rows else []), *spool.buckets]

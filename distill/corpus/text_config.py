@@ -9,12 +9,25 @@ from pydantic import field_validator, model_validator
 from distill.run.config import FileName, Section, result, settings
 from distill.run.prompts import Role
 
+MAX_COLUMNS = 100  # of a source of parallel text
+
 
 class SourceConfig(Section):
-    """Where texts come from: local files or a Hugging Face dataset."""
+    """Where texts come from: local files, files of texts with their translations, or a Hugging Face dataset."""
 
-    type: Literal["file", "huggingface"] = result(description="the kind of source")
-    path: FileName | None = result(None, description="file: a path or glob; .txt .tsv .csv .jsonl .parquet, plain, .gz or .zst")
+    type: Literal["file", "huggingface", "parallel"] = result(
+        description="the kind of source; parallel: texts and translations"
+    )
+    path: FileName | None = result(
+        None, description="file, parallel: a path or glob; .txt (file alone) .tsv .csv .jsonl .parquet, plain, .gz or .zst"
+    )
+    columns: list[str] | None = result(
+        None,
+        omit_default=True,
+        max_length=MAX_COLUMNS,
+        description="parallel: the columns or fields; the teacher embeds the first, and the student learns its vector for all,"
+        " with equal shares of the source's training samples; an empty text is no translation",
+    )
     name: FileName | None = result(None, description="huggingface: the dataset's name")
     subset: str | None = result(None, description="huggingface: the dataset's configuration")
     split: str = result("train", description="huggingface: the split")
@@ -46,9 +59,20 @@ class SourceConfig(Section):
     def _has_its_keys(self) -> SourceConfig:
         if self.type == "file" and not self.path:
             raise ValueError("a source of type file needs `path`")
+        if self.type == "parallel":
+            if not self.path or self.field is not None:
+                raise ValueError("a source of type parallel needs `path` and `columns`, and has no `field`")
+            if len(set(self.columns or [])) < 2 or len(set(self.columns or [])) < len(self.columns or []):
+                raise ValueError("columns must name the teacher's column and at least one other, each once")
+        elif self.columns is not None:
+            raise ValueError("`columns` is for a source of type parallel")
         if self.type == "huggingface" and not (self.name and self.field):
             raise ValueError("a source of type huggingface needs `name` and `field`")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides its texts, as JSON: not the weight, by which they are sampled in training."""
+        return settings(self, "result", overrides={"weight": "speed"})
 
 
 class TextConfig(Section):
@@ -97,11 +121,18 @@ class TextConfig(Section):
         return weights if len(weights) > 1 else []
 
     def identity(self) -> dict[str, Any]:
-        """All that decides which texts are prepared, as JSON: not the weights, by which they are sampled in training."""
-        return settings(self, "result", overrides={"sources.weight": "speed"})
+        """All that decides which texts are prepared, as JSON."""
+        return settings(self, "result") | {"sources": [source.identity() for source in self.sources]}
+
+    @property
+    def num_translations(self) -> int:
+        """The largest number of translations that a text of any source may have."""
+        return max(len(source.columns or [""]) - 1 for source in self.sources)
 
     @model_validator(mode="after")
     def _limits_leave_room(self) -> TextConfig:
         if self.max_chars is not None and self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}: no text can pass")
+        if self.long == "chunk" and self.num_translations:
+            raise ValueError("long is chunk, and a text's translations cannot be cut where it is: use drop, or truncate")
         return self

@@ -42,7 +42,9 @@ def collect(context: Context) -> Facts:
         sizes[triplets] = Path(triplets).stat().st_size
     for source in config.text.sources:
         with suppress(ValueError):
-            found = {str(path): path.stat().st_size for path in (matching_files(source) if source.type == "file" else [])}
+            found = {
+                str(path): path.stat().st_size for path in (matching_files(source) if source.type != "huggingface" else [])
+            }
             sizes |= found if len(found) <= MAX_OPENED else {str(source.path): sum(found.values())}
     summary = f"{len(sizes)} files and models, {format_bytes(sum(sizes.values()))}"
     return {"errors": errors, "sizes": sizes, "hub": hub, "offline": bool(constants.HF_HUB_OFFLINE), "summary": summary}

@@ -171,7 +171,7 @@ class _Preflight:
     def _text(self) -> None:
         for number, source in enumerate(self.config.text.sources):
             with self._problem_of(f"text.sources[{number}]"):
-                files = matching_files(source) if source.type == "file" else []
+                files = matching_files(source) if source.type != "huggingface" else []
                 patterns = [source.path] if len(files) <= MAX_OPENED else [str(files[0]), str(files[-1])]
                 for pattern in patterns:
                     check_source(source.model_copy(update={"path": pattern}))

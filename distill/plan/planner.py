@@ -253,7 +253,7 @@ def plan_stage(inputs: Inputs, name: str) -> StagePlan:
     paths = {each: Path(f"configs/deepspeed/{each}.json") for each in VARIANTS} | {chosen.stem: chosen}
     zeros = {stem: ZeroSettings.load(path) for stem, path in sorted(paths.items())}
     variants = {stem: _variant(inputs, shape, zero, micro_batches) for stem, zero in zeros.items()}
-    steps = _num_steps(train, text.num_texts)
+    steps = _num_steps(train, text)
     dev_texts = (steps // train.dev_every + 1) * config.evaluate.dev_sentences
     frozen_texts = 0 if shape.flops_factor else text.num_texts
     frozen_seconds = _forward_seconds(shape.forward_flops, frozen_texts, text, cluster)
@@ -303,14 +303,14 @@ def _rows_per_rank(train: TrainConfig, cluster: Cluster) -> int:
     return -(-train.global_batch // cluster.ranks)
 
 
-def _num_steps(train: TrainConfig, num_texts: int) -> int:
+def _num_steps(train: TrainConfig, text: TextEstimate) -> int:
     """Steps of the training loop. Raises ValueError if the rows do not fill one global batch, or their number is not known."""
-    rows = num_texts
+    rows = text.num_samples
     if isinstance(train, FinetuneConfig):
         if train.triplets:
             rows = sum(1 for _ in islice(read_rows(train.triplets, train.fields), train.limit))
         elif train.dataset is None:
-            rows = min(train.num_mined, num_texts)
+            rows = min(train.num_mined, text.num_texts)
         elif train.limit is None:
             raise ValueError(f"how many triplets {train.dataset} has is not known here: give finetune.limit=N")
         else:

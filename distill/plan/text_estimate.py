@@ -30,13 +30,20 @@ GAMMA_SHAPE = 4.0  # of the distribution of assumed lengths, whose standard devi
 @dataclass(frozen=True)
 class TextEstimate:
     """Texts to train on and held-out texts, which are embedded too; lengths: tokens of a sample, not truncated, int64, sorted;
-    estimated_from: the source of num_texts, tokens_per_text and bytes_per_text, in words."""
+    estimated_from: the source of num_texts, tokens_per_text and bytes_per_text, in words; samples_per_text: 1, and of parallel
+    text the number of translations more."""
 
     num_texts: int
     num_held_out: int
     bytes_per_text: float
     lengths: np.ndarray
     estimated_from: dict[str, str]
+    samples_per_text: float = 1.0
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples of an epoch."""
+        return int(self.num_texts * self.samples_per_text)
 
     @property
     def tokens_per_text(self) -> float:
@@ -87,7 +94,15 @@ def estimate_text(
         lengths = np.clip(np.rint(draws), 3, LONGEST).astype(np.int64)
         sources["tokens_per_text"] = "given" if tokens_per_text else "assumed"
     num_held_out = min(config.text.held_out, num_texts // HELD_OUT_MODULUS)
-    return TextEstimate(num_texts, num_held_out, bytes_per_text, np.sort(lengths), sources)
+    samples_per_text = _samples_per_text(config, bytes_per_text) if reader is None else reader.num_samples / len(reader)
+    return TextEstimate(num_texts, num_held_out, bytes_per_text, np.sort(lengths), sources, samples_per_text)
+
+
+def _samples_per_text(config: RunConfig, bytes_per_text: float) -> float:
+    """At most: as if no translation were missing."""
+    columns = [len(source.columns or [""]) for source in config.text.sources]
+    counts = [raw_count(source, bytes_per_text) for source in config.text.sources] if max(columns) > 1 else [1] * len(columns)
+    return float(np.average(columns, weights=[count or 0 for count in counts])) if any(counts) else float(max(columns))
 
 
 def _load_tokenizer(folder: Path | None) -> Any:
@@ -105,7 +120,7 @@ def _sample(config: RunConfig, reader: ShardReader | None) -> list[str]:
         return reader.texts(np.linspace(0, len(reader) - 1, min(SAMPLE_TEXTS, len(reader))).astype(np.int64))
     found: list[str] = []
     for source in config.text.sources:
-        if source.type == "file" and matching_files(source):
+        if source.type != "huggingface" and matching_files(source):
             found += islice(read_source(source), SAMPLE_TEXTS // len(config.text.sources))
     limits = config.text
     return [text for text in map(str.strip, found) if limits.min_chars <= len(text) <= (limits.max_chars or sys.maxsize)]
@@ -130,14 +145,14 @@ def _estimate_num_texts(config: RunConfig, assumed: Assumptions, bytes_per_text:
 
 def raw_count(source: SourceConfig, bytes_per_text: float) -> int | None:
     """About how many texts of `bytes_per_text` bytes a source has; None if that is not known without reading a dataset."""
-    if source.type != "file":
+    if source.type == "huggingface":
         return source.limit
-    lines = 0.0
+    lines, bytes_per_row = 0.0, (bytes_per_text + 1) * len(source.columns or [""])
     for path in matching_files(source):
         if path.suffix == ".parquet":
             lines += parquet.read_metadata(path).num_rows
         else:
-            lines += path.stat().st_size * _compression_ratio(path) / (bytes_per_text + 1)
+            lines += path.stat().st_size * _compression_ratio(path) / bytes_per_row
     return int(min(lines, source.limit or lines)) or source.limit
 
 

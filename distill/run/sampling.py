@@ -92,8 +92,8 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 class SampleSource:
     """A source of a mixture. weight: its share of the samples, relative to the other sources'.
 
-    shard_rows: its rows in each shard, int64 [num_shards]. rows: the number of a shard -> the numbers of these rows, int64
-    [shard_rows[shard]].
+    shard_rows: its rows in each shard, int64 [num_shards]. rows: the number of a shard -> what `GlobalOrder.batch` gives for
+    these rows, their numbers, int64 [shard_rows[shard]].
     """
 
     name: str
@@ -113,7 +113,8 @@ class GlobalOrder:
     are dropped (`dropped_rows`). Raises ValueError if the set is smaller than one global batch.
 
     sources: of a mixture. An epoch has the same number of steps, filled by `quotas` of samples of each source in proportion to
-    their weights: a source's rows are repeated or thinned out, and none are dropped.
+    their weights: a source's rows are repeated or thinned out, and none are dropped. A row of the set may be a row of several
+    sources, under other numbers.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class GlobalOrder:
         sources: Sequence[SampleSource] = (),
     ) -> None:
         self.shard_rows = np.asarray(shard_rows, dtype=np.int64)
-        self.num_rows = int(self.shard_rows.sum())
+        self.num_rows = sum(source.num_rows for source in sources) if sources else int(self.shard_rows.sum())
         self.global_batch = global_batch
         self.seed = seed
         self.steps_per_epoch = self.num_rows // global_batch
@@ -240,6 +241,10 @@ class _Passes:
 
     def _shuffled(self, number: int, shard: int) -> np.ndarray:
         rows = self._source.rows(shard)
+        if len(rows) != self._source.shard_rows[shard]:
+            raise ValueError(
+                f"source {self._source.name}: shard {shard} has {len(rows)} of its rows, not those that are counted"
+            )
         return rows[permutation(len(rows), self._seed, number, shard + 1)]
 
 

@@ -11,6 +11,9 @@
       000000-000000.hash.npy        int64 [n]        text hashes
       000000-000000.json            rows, shard, sha256 of the other members, fingerprints of teacher and text, sha256 of itself
       000000-000000.offset.npy      uint32 [n + 1]   text i is txt[offset[i] : offset[i + 1] - 1]
+      000000-000000.source.npy      uint16 [n]       the number of each text's source, where there are several
+      000000-000000.translation01.offset.npy, .txt   of parallel text, each column's translations, as texts are; an empty one is
+      ...                                            none, and a column without any in a block is left out
       000000-000000.txt             UTF-8            one text per line
       000000-000001.embedding.npy   ...              all blocks are full but a shard's last
 

@@ -61,9 +61,11 @@ def _info(directory: Path) -> bool:
     reader = ShardReader(directory, verify=False)
     manifest = reader.manifest
     stored = sum(entry.bytes for entry in manifest.shards)
+    blocks = [np.arange(start, min(start + CHUNK_ROWS, len(reader))) for start in range(0, len(reader), CHUNK_ROWS)]
     text = sum(
-        int(reader.lengths(np.arange(start, min(start + CHUNK_ROWS, len(reader)))).sum())
-        for start in tqdm(range(0, len(reader), CHUNK_ROWS), disable=None, leave=False)
+        int(reader.lengths(rows, np.full(len(rows), column)).sum())
+        for rows in tqdm(blocks, disable=None, leave=False)
+        for column in range(reader.num_columns)
     )
     raw = text + 2 * manifest.dim * manifest.count
     lines = {

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,7 @@ from distill.shards.format import ShardError, tar_name
 MEMBERS = ("embedding.npy", "hash.npy", "json", "offset.npy", "source.npy", "txt")
 DIGESTED = ("embedding.npy", "hash.npy", "offset.npy", "source.npy", "txt")
 SOURCE = "source.npy"  # only where there are several sources, or one with a role
+TRANSLATION = re.compile(r"translation([0-9]{2})\.(?:offset\.npy|txt)")  # between SOURCE and txt, of columns with any text
 NPY_HEADER = 128
 Int64 = NDArray[np.int64]
 
@@ -35,7 +38,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The layout of one tar. Arrays are [num_blocks] byte positions of the data, behind any npy header; sources: or None."""
+    """The layout of one tar. Arrays are [num_blocks] byte positions of the data, behind any npy header; sources: or None.
+
+    translations: of each column, the positions of its offsets and of its texts, -1 in blocks that have none.
+    """
 
     rows: int
     dim: int
@@ -47,6 +53,7 @@ class ShardIndex:
     offsets: Int64
     texts: Int64
     sources: Int64 | None
+    translations: dict[int, tuple[Int64, Int64]]
 
 
 class _Block(NamedTuple):
@@ -63,35 +70,33 @@ def encode_block(
     hashes_n: Int64,
     vectors_nd: NDArray[np.float16],
     sources_n: NDArray[np.uint16] | None = None,
+    translations: Sequence[Sequence[str]] = (),
     *,
     teacher_fingerprint: str,
     text_fingerprint: str,
 ) -> bytes:
-    """The tar bytes of one block, its members in MEMBERS' order."""
-    lines = [_line(text, f"{tar_name(shard)}: block {block}, text {row}") for row, text in enumerate(texts)]
-    ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
-    if ends[-1] >= 2**32:
-        raise ValueError(f"a block of {len(texts)} texts has {ends[-1]} bytes of text; use a smaller shards.block_rows")
-    data = {
-        "embedding.npy": _npy("<f2", vectors_nd),
-        "hash.npy": _npy("<i8", hashes_n),
-        "offset.npy": _npy("<u4", ends),
-        "txt": b"".join(lines),
-    }
+    """The tar bytes of one block, its members in the order of their names.
+
+    translations: [n] for each column from 1 on, '' for a text without one; a column without any takes no bytes.
+    """
+    where = f"{tar_name(shard)}: block {block}"
+    data = {"embedding.npy": _npy("<f2", vectors_nd), "hash.npy": _npy("<i8", hashes_n)}
+    data["offset.npy"], data["txt"] = _text_members(texts, where)
+    for column, translated in enumerate(translations, start=1):
+        if any(translated):
+            data[_offset_name(column)], data[_text_name(column)] = _text_members(translated, where)
     if sources_n is not None:
         data[SOURCE] = _npy("<u2", sources_n)
     about = {
         "rows": len(texts),
-        "sha256": {member: hashlib.sha256(data[member]).hexdigest() for member in DIGESTED if member in data},
+        "sha256": {member: hashlib.sha256(content).hexdigest() for member, content in data.items()},
         "shard": shard,
         "teacher": teacher_fingerprint,
         "text": text_fingerprint,
     }
     data["json"] = seal(about)
     parts: list[bytes] = []
-    for member in MEMBERS:
-        if member not in data:
-            continue
+    for member in sorted(data):
         size = len(data[member])
         parts += [_tar_header(_name(shard, block, member), size), data[member], bytes(-size % tarfile.BLOCKSIZE)]
     return b"".join(parts)
@@ -127,7 +132,7 @@ def scan(data: mmap.mmap, index: int) -> ShardIndex:
             raise ShardError(
                 f"{_where(index, number, 'json')}: {rows[number]} rows of {block.dim}, unlike the blocks before it"
             )
-        if block.spans.keys() != first.spans.keys():
+        if (SOURCE in block.spans) != (SOURCE in first.spans):
             raise ShardError(f"{_where(index, number, SOURCE)}: it is in some blocks and not in others")
         if any(block.about[key] != first.about[key] for key in ("teacher", "text")):
             raise ShardError(f"{_where(index, number, 'json')}: made by another teacher or from another text than block 0")
@@ -135,6 +140,10 @@ def scan(data: mmap.mmap, index: int) -> ShardIndex:
     def starts(member: str, header: int) -> Int64:
         return np.array([block.spans[member].start + header for block in blocks], dtype=np.int64)
 
+    def starts_if_any(member: str, header: int) -> Int64:
+        return np.array([block.spans[member].start + header if member in block.spans else -1 for block in blocks], np.int64)
+
+    columns = sorted({int(match[1]) for block in blocks for member in block.spans if (match := TRANSLATION.fullmatch(member))})
     return ShardIndex(
         rows=sum(rows),
         dim=first.dim,
@@ -146,6 +155,10 @@ def scan(data: mmap.mmap, index: int) -> ShardIndex:
         offsets=starts("offset.npy", NPY_HEADER),
         texts=starts("txt", 0),
         sources=starts(SOURCE, NPY_HEADER) if SOURCE in first.spans else None,
+        translations={
+            column: (starts_if_any(_offset_name(column), NPY_HEADER), starts_if_any(_text_name(column), 0))
+            for column in columns
+        },
     )
 
 
@@ -157,6 +170,23 @@ def inspect(data: mmap.mmap, index: int) -> ShardIndex:
             if hashlib.sha256(memoryview(data)[span.start : span.stop]).hexdigest() != block.about["sha256"][member]:
                 raise ShardError(f"{_where(index, number, member)}: its bytes are not those that were written (sha256)")
     return scan(data, index)
+
+
+def count_translations(data: mmap.mmap, index: ShardIndex) -> dict[tuple[int, int], int]:
+    """(number of a source, column) -> the number of its texts that have a translation there."""
+    counts: Counter[tuple[int, int]] = Counter()
+    lengths = np.diff([*range(0, index.rows, index.block_rows), index.rows]).tolist()
+    for column, (offsets, _) in index.translations.items():
+        for block, length in enumerate(lengths):
+            if offsets[block] < 0:
+                continue
+            has_text = np.diff(np.frombuffer(data, "<u4", length + 1, offsets[block])) > 1  # than its line break
+            sources = np.zeros(length, "<u2")
+            if index.sources is not None:
+                sources = np.frombuffer(data, "<u2", length, index.sources[block])
+            found = np.bincount(sources[has_text])
+            counts.update({(number, column): int(found[number]) for number in np.flatnonzero(found).tolist()})
+    return dict(counts)
 
 
 def block_vectors(data: mmap.mmap, index: ShardIndex) -> list[NDArray[np.float16]]:
@@ -179,20 +209,22 @@ def _walk(data: mmap.mmap, index: int) -> Iterator[_Block]:
 
 
 def _read_block(data: mmap.mmap, index: int, number: int, position: int) -> _Block:
-    spans = {}
+    spans: dict[str, Span] = {}
     for member in MEMBERS:
         if member == SOURCE and not _is_named(data, index, number, member, position):
             continue
-        spans[member] = span = _read_header(data, index, number, member, position)
-        position = span.stop + -span.stop % tarfile.BLOCKSIZE
-        if any(data[span.stop : position]):
-            raise ShardError(f"{_where(index, number, member)}: the padding behind it is not zero")
+        while member == "txt" and TRANSLATION.fullmatch(name := _name_at(data, index, number, position)):
+            if name <= max(spans):
+                raise ShardError(f"{_where(index, number, name)}: it is there twice, or in the wrong place")
+            spans[name], position = _read_member(data, index, number, name, position)
+        spans[member], position = _read_member(data, index, number, member, position)
     about = _read_about(data[slice(*spans["json"])], _where(index, number, "json"), index)
     if about["sha256"].keys() != spans.keys() - {"json"}:
         raise ShardError(f"{_where(index, number, 'json')}: it describes other members than the block has")
     rows = about["rows"]
     dim = (spans["embedding.npy"].stop - spans["embedding.npy"].start - NPY_HEADER) // (2 * rows)
-    shapes = {"embedding.npy": ("<f2", (rows, dim)), "hash.npy": ("<i8", (rows,)), "offset.npy": ("<u4", (rows + 1,))}
+    shapes = {"embedding.npy": ("<f2", (rows, dim)), "hash.npy": ("<i8", (rows,))}
+    shapes |= {member: ("<u4", (rows + 1,)) for member in spans if member.endswith("offset.npy")}
     if SOURCE in spans:
         shapes[SOURCE] = ("<u2", (rows,))
     for member, (dtype, shape) in shapes.items():
@@ -202,10 +234,32 @@ def _read_block(data: mmap.mmap, index: int, number: int, position: int) -> _Blo
             raise ShardError(
                 f"{_where(index, number, member)}: not a plain {dtype} array of shape {shape} (pickled or foreign)"
             )
-    edges = np.frombuffer(data, "<u4", rows + 1, spans["offset.npy"].start + NPY_HEADER)[[0, -1]].tolist()
-    if edges != [0, spans["txt"].stop - spans["txt"].start]:
-        raise ShardError(f"{_where(index, number, 'offset.npy')}: it does not span the text")
+    texts = {member.removesuffix("txt") for member in spans if member.endswith("txt")}
+    if texts != {member.removesuffix("offset.npy") for member in spans if member.endswith("offset.npy")}:
+        raise ShardError(f"{_where(index, number, 'txt')}: a column of translations lacks its offsets or its texts")
+    for column in texts:
+        offset, text = spans[f"{column}offset.npy"], spans[f"{column}txt"]
+        edges = np.frombuffer(data, "<u4", rows + 1, offset.start + NPY_HEADER)[[0, -1]].tolist()
+        if edges != [0, text.stop - text.start]:
+            raise ShardError(f"{_where(index, number, f'{column}offset.npy')}: it does not span the text")
+        if column and edges[-1] == rows:
+            raise ShardError(f"{_where(index, number, f'{column}txt')}: it has no text, and is left out then")
     return _Block(spans, about, dim, position)
+
+
+def _read_member(data: mmap.mmap, index: int, number: int, member: str, position: int) -> tuple[Span, int]:
+    """The content of the member at `position`, and the position of the next one."""
+    span = _read_header(data, index, number, member, position)
+    end = span.stop + -span.stop % tarfile.BLOCKSIZE
+    if any(data[span.stop : end]):
+        raise ShardError(f"{_where(index, number, member)}: the padding behind it is not zero")
+    return span, end
+
+
+def _name_at(data: mmap.mmap, index: int, number: int, position: int) -> str:
+    """The name in the header at `position`, without the block's; '' for a name of another block."""
+    name, prefix = data[position : position + 100].partition(b"\0")[0], _name(index, number, "").encode()
+    return name.removeprefix(prefix).decode("ascii", "replace") if name.startswith(prefix) else ""
 
 
 def _is_named(data: mmap.mmap, index: int, number: int, member: str, position: int) -> bool:
@@ -245,13 +299,30 @@ def _read_about(raw: bytes, where: str, index: int) -> dict[str, Any]:
         and type(about["rows"]) is int
         and about["rows"] > 0
         and isinstance(digests, dict)
-        and digests.keys() | {SOURCE} == set(DIGESTED)
+        and {member for member in digests if not TRANSLATION.fullmatch(member)} | {SOURCE} == set(DIGESTED)
     )
     if not well_formed:
         raise ShardError(f"{where}: not the description of a block")
     if about["shard"] != index:
         raise ShardError(f"{where}: it belongs to shard {about['shard']}: a renamed shard")
     return about
+
+
+def _text_members(texts: Sequence[str], where: str) -> tuple[bytes, bytes]:
+    """The members of a block's texts: offsets, and the texts as lines."""
+    lines = [_line(text, f"{where}, text {row}") for row, text in enumerate(texts)]
+    ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+    if ends[-1] >= 2**32:
+        raise ValueError(f"a block of {len(texts)} texts has {ends[-1]} bytes of text; use a smaller shards.block_rows")
+    return _npy("<u4", ends), b"".join(lines)
+
+
+def _offset_name(column: int) -> str:
+    return f"translation{column:02d}.offset.npy"
+
+
+def _text_name(column: int) -> str:
+    return f"translation{column:02d}.txt"
 
 
 def _line(text: str, where: str) -> bytes:

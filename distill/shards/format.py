@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from distill.run.files import unseal, write_json
 from distill.run.prompts import Role
@@ -43,9 +53,22 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class ShardEntry(_StrictModel):
-    """A shard in the manifest. rows: its texts. text_fingerprint: the text chunk's sha256. moments_sha256: the sha256 of
-    NNNNNN.moments.npz, the sums over the shard's vectors from which the PCA follows."""
+class _Extended(_StrictModel):
+    """A model whose `later` field is left out where it is empty: earlier versions did not have it."""
+
+    later: ClassVar[str]
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value or name != self.later}
+
+
+class ShardEntry(_Extended):
+    """A shard in the manifest. rows: its texts. text_fingerprint: of the text chunk. moments_sha256: the sha256 of
+    NNNNNN.moments.npz, the sums over the shard's vectors from which the PCA follows. translations: [number of a source, column,
+    number of its texts that have a translation there] for each."""
+
+    later = "translations"
 
     name: str
     rows: PositiveInt
@@ -53,13 +76,18 @@ class ShardEntry(_StrictModel):
     sha256: Sha256
     text_fingerprint: str
     moments_sha256: Sha256
+    translations: list[list[int]] = []
 
 
-class SourceEntry(_StrictModel):
-    """A source of the texts. role: what they are in retrieval."""
+class SourceEntry(_Extended):
+    """A source of the texts. role: what they are in retrieval. columns: of parallel text, the names of the teacher's column and
+    of the translations, which are numbered from 1."""
+
+    later = "columns"
 
     name: str
     role: Role | None = None
+    columns: list[str] = []
 
 
 class Manifest(_StrictModel):

@@ -60,11 +60,14 @@ class _OpenShard:
             return np.zeros(len(rows), np.uint16)
         return self._uint16[self.index.sources[blocks] // 2 + rows]
 
-    def spans(self, blocks: Int64, rows: Int64) -> tuple[Int64, Int64]:
-        """Start and stop positions of the texts in `data`, without their line breaks."""
-        at = self.index.offsets[blocks] // 4 + rows
-        base = self.index.texts[blocks]
-        return base + self._uint32[at], base + self._uint32[at + 1] - 1
+    def spans(self, blocks: Int64, rows: Int64, columns: Int64) -> tuple[Int64, Int64]:
+        """Start and stop positions of the texts in `data`, without their line breaks; 0 and 0 for a missing translation."""
+        starts, stops = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        for column, (offsets, texts) in {0: (self.index.offsets, self.index.texts), **self.index.translations}.items():
+            wanted = np.flatnonzero((columns == column) & (offsets[blocks] >= 0))
+            at, base = offsets[blocks[wanted]] // 4 + rows[wanted], texts[blocks[wanted]]
+            starts[wanted], stops[wanted] = base + self._uint32[at], base + self._uint32[at + 1] - 1
+        return starts, stops
 
 
 class ShardReader:
@@ -118,11 +121,23 @@ class ShardReader:
         """Opens and verifies a shard by its number."""
         self._shard(number)
 
-    def texts(self, indices: Int64 | list[int]) -> list[str]:
-        """The texts, in the order of `indices` [n]."""
+    @property
+    def num_columns(self) -> int:
+        """1, and of parallel text as many more as a text may have translations."""
+        return max([1, *(len(source.columns) for source in self.manifest.sources)])
+
+    @property
+    def num_samples(self) -> int:
+        """The texts of the set with all their translations."""
+        return len(self) + sum(count for entry in self.manifest.shards for *_, count in entry.translations)
+
+    def texts(self, indices: Int64 | list[int], columns: Int64 | None = None) -> list[str]:
+        """The texts, in the order of `indices` [n]. columns [n]: 0, as without them, for what the teacher has read;
+        else the number of a translation, '' where there is none."""
+        columns = np.zeros(len(indices), np.int64) if columns is None else columns
         texts = [""] * len(indices)
         for positions, shard, blocks, rows in self._locate(indices):
-            starts, stops = shard.spans(blocks, rows)
+            starts, stops = shard.spans(blocks, rows, columns[positions])
             data = shard.data
             for position, start, stop in zip(positions.tolist(), starts.tolist(), stops.tolist(), strict=True):
                 texts[position] = data[start:stop].decode()
@@ -150,12 +165,6 @@ class ShardReader:
                 sources_n[positions] = shard.sources(blocks, rows)
         return sources_n
 
-    @property
-    def source_names(self) -> list[str]:
-        """The names of the texts' sources, by their numbers; [] where there are not several, or they are not recorded."""
-        names = [source.name for source in self.manifest.sources]
-        return names if len(names) > 1 else []
-
     @cached_property
     def source_starts(self) -> Int64:
         """The first row of each source, and the end of the last, int64 [num_sources + 1]: a set has one source after the other.
@@ -177,11 +186,12 @@ class ShardReader:
             return [None] * len(indices)
         return [roles[number] for number in self.sources(indices).tolist()]
 
-    def lengths(self, indices: Int64 | list[int]) -> Int64:
-        """The UTF-8 bytes of each text, [n] int64."""
+    def lengths(self, indices: Int64 | list[int], columns: Int64 | None = None) -> Int64:
+        """The UTF-8 bytes of each text, [n] int64; 0 of a translation that is missing. columns [n]: as in `texts`."""
+        columns = np.zeros(len(indices), np.int64) if columns is None else columns
         lengths_n = np.empty(len(indices), dtype=np.int64)
         for positions, shard, blocks, rows in self._locate(indices):
-            starts, stops = shard.spans(blocks, rows)
+            starts, stops = shard.spans(blocks, rows, columns[positions])
             lengths_n[positions] = stops - starts
         return lengths_n
 

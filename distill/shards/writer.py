@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.run.files import publish, sha256_of, sweep
-from distill.shards.blocks import block_vectors, encode_block, inspect, open_map, scan, tar_end
+from distill.shards.blocks import block_vectors, count_translations, encode_block, inspect, open_map, scan, tar_end
 from distill.shards.format import (
     HELD_OUT,
     MAX_SHARDS,
@@ -61,13 +61,17 @@ def write_shard(
     block_rows: int,
     teacher_fingerprint: str,
     text_fingerprint: str,
+    translations: Sequence[Sequence[str]] = (),
 ) -> None:
     """Publishes the moments' sidecar and then the tar of shard `index`, replacing any that are there.
 
-    hashes [n] int64, vectors [n, d] float16, L2-normalised, sources [n] uint16 or None. The same input gives the same bytes.
+    hashes [n] int64, vectors [n, d] float16, L2-normalised, sources [n] uint16 or None; translations: [n] for each column, ''
+    for a text without one. The same input gives the same bytes.
     Raises ValueError for invalid input, OSError if it cannot be written; neither leaves a tar behind.
     """
     _demand_fit(index, texts, hashes, vectors, block_rows)
+    if bad := [len(translated) for translated in translations if len(translated) != len(texts)]:
+        raise ValueError(f"a column of translations has {bad[0]} entries for {len(texts)} texts")
     starts = range(0, len(texts), block_rows)
     digest, size = hashlib.sha256(), 0
     with publish(directory / tar_name(index)) as file:
@@ -80,6 +84,7 @@ def write_shard(
                 hashes[rows],
                 vectors[rows],
                 None if sources is None else sources[rows],
+                [translated[rows] for translated in translations],
                 teacher_fingerprint=teacher_fingerprint,
                 text_fingerprint=text_fingerprint,
             )
@@ -188,6 +193,7 @@ def _check_finished(
         sha256=sha256,
         text_fingerprint=text_fingerprint,
         moments_sha256=sha256_of(sidecar),
+        translations=[[*pair, count] for pair, count in sorted(count_translations(data, shard).items())],
     )
     return entry, moments
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from distill.corpus import TextChunk, read_listed_chunk, text_hashes
+from distill.corpus.chunks import chunk_fingerprint
 from distill.run.collectives import from_rank_0, is_distributed, rank
 from distill.run.throughput import Timing
 from distill.shards import missing, write_shard
@@ -34,13 +35,14 @@ class Source(Protocol):
 
 
 class Chunk(NamedTuple):
-    """A text chunk whose shard is missing, read and tokenized. sources: as for `write_shard`."""
+    """A text chunk whose shard is missing, read and tokenized. sources, translations: as for `write_shard`."""
 
     folder: Path
     number: int
     claim: Path
     texts: list[str]
     sources: np.ndarray | None
+    translations: Sequence[list[str]]
     fingerprint: str
     read: Any
 
@@ -84,6 +86,7 @@ def encode_missing(
                 block_rows=block_rows,
                 teacher_fingerprint=teacher_fingerprint,
                 text_fingerprint=chunk.fingerprint,
+                translations=chunk.translations,
             )
             claims.release(chunk.claim)
 
@@ -137,7 +140,7 @@ def _read_chunks(
         with timing.of("tokenize"):
             read = source.read(content)
         sources = content.sources if numbers_sources else None
-        yield Chunk(folder, index, claim, content.texts, sources, entry["sha256"], read)
+        yield Chunk(folder, index, claim, content.texts, sources, content.translations, chunk_fingerprint(entry), read)
 
 
 def _claimed_by_rank_0(claims: Claims, sets: list[ShardSet]) -> Iterator[tuple[Path, int, Path]]:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from distill.corpus import TextChunk, can_resume, prepare_text
-from distill.corpus.chunks import read_listed_chunk
+from distill.corpus.chunks import chunk_fingerprint, read_listed_chunk
 from distill.corpus.prepare import source_names, text_identity
 from distill.corpus.sources import pinned, source_fingerprints
 from distill.corpus.text_config import TextConfig
@@ -440,12 +440,13 @@ class PrecomputeStage(Stage):
 
     @property
     def source_entries(self) -> list[dict[str, Any]]:
-        """The sources in the shards' manifest; none where there is one, without a role, which every text is of."""
+        """The sources in the shards' manifest; none where there is one, without role and columns, which every text is of."""
         sources = self.context.section(TextConfig).sources
-        if len(sources) == 1 and sources[0].role is None:
+        if len(sources) == 1 and sources[0].role is None and sources[0].columns is None:
             return []
         names = source_names([source.model_dump() for source in sources])
-        return [{"name": name, "role": source.role} for name, source in zip(names, sources, strict=True)]
+        pairs = zip(names, sources, strict=True)
+        return [{"name": name, "role": source.role, "columns": source.columns or []} for name, source in pairs]
 
     def finish_set(self, text: dict[str, Any], identity: dict[str, Any], timing: Timing) -> bool:
         """Writes the manifests and DONE.json once no shard is missing; False if some are."""
@@ -460,7 +461,7 @@ class PrecomputeStage(Stage):
                     teacher=identity,
                     teacher_fingerprint=fingerprint(identity),
                     text_fingerprint=text["fingerprint"],
-                    text_fingerprints=[entry["sha256"] for entry in entries],
+                    text_fingerprints=[chunk_fingerprint(entry) for entry in entries],
                     rows=max(config.rows, max(entry["rows"] for entry in entries)),  # the held-out set is one shard
                     block_rows=config.block_rows,
                     sources=self.source_entries,

@@ -7,7 +7,7 @@ teacher_keys.py     tasks that compare the student's vectors with the teacher's,
 contrast.py         tasks that compare the student's vectors with each other (finetune, simcse)
 keys.py             the teacher's vectors of a step and of the queue, which may be sharded over ranks
 batches.py          a step's rows: those of this rank, tokenized ahead of time;  encoded_cache.py  vectors of a frozen encoder
-mixture.py          weighted sources of the texts, for the order of steps
+samples.py          texts and their translations by number;  mixture.py  their weighted sources, for the order of steps
 projection.py       linear maps between the student's and the teacher's space
 engine.py           DeepSpeed: its JSON, ZeRO, precision, parameter groups, the learning rate of a step
 loop.py             step, log, dev evaluation, checkpoint;  student_store.py  the best student, merged if asked

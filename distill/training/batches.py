@@ -21,6 +21,7 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.student import Chunk, PooledVectors, Tokens
 from distill.training.encoded_cache import Encoded
+from distill.training.samples import Samples
 
 logger = logging.getLogger(__name__)
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
@@ -67,11 +68,11 @@ class Tokenized:
     """Tokens, of texts that are read and tokenized as they are needed."""
 
     def __init__(self, reader: ShardReader, student: Student) -> None:
-        self._reader = reader
+        self._samples = Samples(reader)
         self._student = student
 
-    def read(self, rows: np.ndarray) -> list[list[int]]:
-        return self._student.token_ids(self._reader.texts(rows), self._reader.roles(rows))
+    def read(self, samples: np.ndarray) -> list[list[int]]:
+        return self._student.token_ids(self._samples.texts(samples), self._samples.roles(samples))
 
     def pad(self, read: list[list[int]]) -> Tokens:
         return self._student.pad(read or self._student.token_ids([PLACEHOLDER]))
@@ -96,6 +97,7 @@ class ShardBatches:
         encoded: Encoded | None = None,
     ) -> None:
         self.reader = reader
+        self.samples = Samples(reader)
         self.order = order
         self._inputs = encoded or Tokenized(reader, student)
         self._assign = partial(assign_rows, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
@@ -108,13 +110,13 @@ class ShardBatches:
         return len(self._assign(np.zeros(self.order.global_batch)))
 
     def rows(self, step: int) -> np.ndarray:
-        """Rows of global batch `step` in length-sorted order, the same on every rank."""
-        rows = self.order.batch(step)
-        return rows[length_order(self.reader.lengths(rows))]
+        """Samples of global batch `step` in length-sorted order, the same on every rank: rows, but for translations."""
+        samples = self.order.batch(step)
+        return samples[length_order(self.samples.lengths(samples))]
 
     def __call__(self, step: int) -> list[MicroBatch]:
         batch = self.rows(step)
-        parts = self._assign(self.reader.lengths(batch))
+        parts = self._assign(self.samples.lengths(batch))
         sizes = [[len(chunk) for chunk in chunks] for chunks in parts]
         # rows are assigned by their length in bytes, which every rank knows; a rank then sorts its own by their tokens
         own = np.concatenate([chunk for chunks in parts for chunk in chunks])
@@ -129,16 +131,16 @@ class ShardBatches:
     def _micro_batch(
         self, index: int, batch: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int]
     ) -> MicroBatch:
-        rows = batch[positions]
+        samples = batch[positions]
         starts = np.cumsum([0, *chunks]).tolist()
         return MicroBatch(
             [self._inputs.pad(read[start:stop]) for start, stop in pairwise(starts)],
             torch.from_numpy(positions),
-            torch.from_numpy(self.reader.vectors(rows)),
-            torch.from_numpy(self.reader.hashes(rows)),
+            torch.from_numpy(self.samples.vectors(samples)),
+            torch.from_numpy(self.samples.hashes(samples)),
             self._most_rows[index],
             index,
-            source_numbers(self.reader, rows),
+            self.samples.sources(samples),
         )
 
     def keys(self, first_step: int, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -147,12 +149,7 @@ class ShardBatches:
         batches, within = np.divmod(numbers, self.order.global_batch)
         rows = [self.rows(first_step + int(batch))[within[batches == batch]] for batch in np.unique(batches)]
         flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(self.reader.vectors(flat)), torch.from_numpy(self.reader.hashes(flat))
-
-
-def source_numbers(reader: ShardReader, rows: np.ndarray) -> Tensor | None:
-    """The number of each row's source, [n] int64; None where the set has one source."""
-    return torch.from_numpy(reader.sources(rows).astype(np.int64)) if reader.source_names else None
+        return torch.from_numpy(self.samples.vectors(flat)), torch.from_numpy(self.samples.hashes(flat))
 
 
 def report_order(order: GlobalOrder) -> None:

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from distill.corpus import text_hash
 from distill.objectives.in_batch_contrast import contrast_losses, reference_loss, same_text
 from distill.objectives.loss_terms.cosine import cosine_losses
 from distill.run.collectives import add_over_ranks, gather_rows, gather_with_gradient, rank, world_size
@@ -37,6 +36,7 @@ from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.student.student import Tokens, load_projection
 from distill.training.batches import PLACEHOLDER, MicroBatch, gather_in_order, report_order
+from distill.training.samples import Samples
 from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 from distill.training.training_stage import Setup, TrainingStage
@@ -61,6 +61,10 @@ class Rows(Protocol):
 
     def views(self, rows: np.ndarray) -> list[list[str]]:
         """The texts of the rows: V lists of n, the first of them the anchors."""
+        ...
+
+    def hashes(self, rows: np.ndarray) -> np.ndarray:
+        """What identifies them, int64 [n, V]: texts of one hash are no negatives of each other."""
         ...
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
@@ -246,7 +250,7 @@ class ContrastTask(Task):
         self.depends_on_ranks = dropout > 0
         self.view_rows = view_rows
         self.rows = rows
-        self.replay = replay
+        self.replay = None if replay is None else Samples(replay)
         self.seed = seed
         total = module.config.global_batch
         self.order = GlobalOrder(rows.shard_rows, global_batch=total, seed=seed, sources=rows.mixture)
@@ -283,8 +287,7 @@ class ContrastTask(Task):
         if self.replay is not None:
             tokens += self._chunks(self.replay.texts(replayed), self.replay.roles(replayed), most)
             teacher = self.replay.vectors(replayed)
-        hashes = np.array([[text_hash(text) for text in view] for view in views], dtype=np.int64).T
-        rows_of = torch.from_numpy(positions), torch.from_numpy(teacher), torch.from_numpy(hashes.copy())
+        rows_of = torch.from_numpy(positions), torch.from_numpy(teacher), torch.from_numpy(self.rows.hashes(rows))
         return MicroBatch(tokens, *rows_of, most, index, self.rows.sources(rows))
 
     def _chunks(self, texts: list[str], roles: list[Role | None], most: int) -> list[Tokens]:

@@ -20,6 +20,7 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
+from distill.corpus.text_config import TextConfig
 from distill.run.collectives import world_size
 from distill.run.files import read_json
 from distill.run.session_log import device_name, versions
@@ -64,7 +65,8 @@ def describe_run(
     """Markdown by name, and summaries. Of a sweep, the hparams columns that differ are the fields that were swept."""
     teacher = context.value("teacher.model")
     row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
-    has_sources = len(context.value("text.sources")) > 1
+    sources = context.section(TextConfig).sources
+    has_sources = len(sources) > 1 or sources[0].columns is not None
     charts = charts_of(settings.get(stage, {}), has_sts=context.value("evaluate.sts") is not None, has_sources=has_sources)
     return description(context.run_dir, device), [layout(charts), settings_row(row, f"{context.name}/{stage}")]
 

@@ -1,4 +1,4 @@
-"""Weighted sources of training texts: `text.sources[].weight` and a shard set -> the sources of a GlobalOrder."""
+"""Weighted sources and languages: a shard set and `text.sources[].weight` -> the sources of a GlobalOrder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from distill.corpus.prepare import source_names
 from distill.corpus.text_config import TextConfig
 from distill.run.sampling import SampleSource
 from distill.shards import Manifest, ShardError, ShardReader
+from distill.training.samples import Samples
 
 
 def check_mixture(text: TextConfig, manifest: Manifest) -> None:
@@ -30,29 +31,52 @@ def check_mixture(text: TextConfig, manifest: Manifest) -> None:
 
 
 def mixture_of(reader: ShardReader, text: TextConfig) -> list[SampleSource]:
-    """The sources with their weights; [] where each text is seen once an epoch. Raises ValueError as `check_mixture` does, and
-    for a source without a training text."""
+    """The sources of the samples with their shares; [] where each text is a sample once an epoch, in one language.
+
+    Each column of parallel text is a source, with an equal part of the weight of its own, or without weights of its number of
+    samples. Raises ValueError as `check_mixture` does, and for a source without a training text.
+    """
     check_mixture(text, reader.manifest)
-    if not text.weights:
+    if not text.weights and reader.num_columns == 1:
         return []
-    shard_starts = np.concatenate([[0], np.cumsum(reader.shard_rows)])
-    starts = reader.source_starts
-    sources = []
-    for number, (source, weight) in enumerate(zip(reader.manifest.sources, text.weights, strict=True)):
-        first, end = starts[number : number + 2].tolist()
-        if first == end:
+    names, counts, sources = Samples(reader).names, _count_samples(reader), []
+    for number, source in enumerate(reader.manifest.sources):
+        columns = [column for of_source, column in counts if of_source == number]
+        if not columns and text.weights:
             raise ValueError(f"text.sources[{number}].weight: source {source.name} has no training text: leave the source out")
-        inside = np.clip(shard_starts, first, end)  # where each shard's rows of the source begin
-        rows = partial(_rows_of, reader, number, inside)
-        sources.append(SampleSource(source.name, weight, np.diff(inside), rows))
+        num_samples = sum(int(counts[number, column].sum()) for column in columns)
+        weight = text.weights[number] if text.weights else num_samples / reader.num_samples
+        for column in columns:
+            samples = partial(_samples_of, reader, number, column)
+            sources.append(SampleSource(names[number][column], weight / len(columns), counts[number, column], samples))
     return sources
 
 
-def _rows_of(reader: ShardReader, number: int, starts: np.ndarray, shard: int) -> np.ndarray:
-    rows = np.arange(starts[shard], starts[shard + 1])
+def _edges(reader: ShardReader, number: int) -> np.ndarray:
+    """Where each shard's rows of a source begin, and where the last end, int64 [num_shards + 1]."""
+    shard_starts = np.concatenate([[0], np.cumsum(reader.shard_rows)])
+    return np.clip(shard_starts, *reader.source_starts[number : number + 2])
+
+
+def _count_samples(reader: ShardReader) -> dict[tuple[int, int], np.ndarray]:
+    """(number of a source, column) -> its samples in each shard, int64 [num_shards]."""
+    num_shards, sources = len(reader.shard_rows), reader.manifest.sources
+    counts = {(number, 0): np.diff(_edges(reader, number)) for number in range(len(sources))}
+    for shard, entry in enumerate(reader.manifest.shards):
+        for number, column, count in entry.translations:
+            counts.setdefault((number, column), np.zeros(num_shards, np.int64))[shard] = count
+    return {pair: shard_rows for pair, shard_rows in sorted(counts.items()) if shard_rows.any()}
+
+
+def _samples_of(reader: ShardReader, number: int, column: int, shard: int) -> np.ndarray:
+    """The numbers of a shard's samples of a source's column."""
+    edges = _edges(reader, number)
+    rows = np.arange(edges[shard], edges[shard + 1])
     if np.any(reader.sources(rows) != number):
         raise ShardError(
             f"{reader.directory}: shard {shard} has texts in another order than that of their sources, so that they cannot be"
             " weighted: leave text.sources[].weight out"
         )
-    return rows
+    if column:
+        rows = rows[reader.lengths(rows, np.full(len(rows), column)) > 0]
+    return rows + column * len(reader)

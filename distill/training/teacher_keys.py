@@ -304,7 +304,7 @@ class TeacherKeysTask(Task):
 
     def prepare_step(self, step: int, micro: list[MicroBatch], *, is_logged: bool) -> StepContext:
         """Two collectives for the keys, where any term needs them, and those of the first pass."""
-        context = StepContext(step, is_logged, source_names=self.batches.reader.source_names)
+        context = StepContext(step, is_logged, source_names=self.batches.samples.source_names)
         if self.module.batch_terms and len(micro) > 1:
             context.first_pass = self.module.first_pass(micro)
         if self.module.config.needs_keys:

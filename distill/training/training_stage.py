@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ from distill.training.engine import build_engine
 from distill.training.loop import Trainer
 from distill.training.mixture import check_mixture, mixture_of
 from distill.training.projector import write_projector
+from distill.training.samples import Samples
 from distill.training.shard_verification import open_verified
 from distill.training.step_metrics import StepMetrics
 from distill.training.task import Task
@@ -339,7 +340,9 @@ class TrainingStage(Stage):
     def _trim_vocabulary(self, student: Student, config: VocabularyConfig, reader: ShardReader, check_stop: CheckStop) -> None:
         """Leaves the student the tokens that rank 0 selects, once for a stage: a resumed one reads the same list."""
         path, held_out = self.directory / VOCABULARY, self.context.shards_dir / "held_out"
-        selecting = write_kept(path, config, student, reader) if rank() == 0 and read_kept(path) is None else iter(())
+        selecting: Iterator[int] = iter(())
+        if rank() == 0 and read_kept(path) is None:
+            selecting = write_kept(path, config, student, Samples(reader))
         while any_rank(next(selecting, None) is not None):  # so that no rank waits longer than for a block
             check_stop()
         kept = read_kept(path)

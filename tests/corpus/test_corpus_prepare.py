@@ -25,11 +25,11 @@ from distill.corpus import (
     prepare_text,
     read_chunk,
     read_listed_chunk,
-    read_source,
     spool,
     text_hash,
 )
 from distill.corpus.deduplication import deduplicate
+from distill.corpus.sources import read_translated
 from distill.corpus.text import stored
 from distill.corpus.text_config import SourceConfig, TextConfig
 from distill.run.files import read_json
@@ -281,18 +281,18 @@ def test_a_killed_call_continues_from_its_journal_and_writes_the_same_chunks(tmp
     read = []
 
     def counting(source):
-        for text in read_source(source):
+        for text in read_translated(source):
             if len(read) == cut_after * 50:
                 raise KeyboardInterrupt
             read.append(text)
             yield text
 
-    monkeypatch.setattr(spool, "read_source", counting)
+    monkeypatch.setattr(spool, "read_translated", counting)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tmp_path / "cut", keep_row_numbers=True)
     assert can_resume(tmp_path / "cut") is (cut_after >= 7)
     normalised = []
-    monkeypatch.setattr(spool, "read_source", read_source)
+    monkeypatch.setattr(spool, "read_translated", read_translated)
     monkeypatch.setattr(spool, "normal_form", lambda text: normalised.append(text) or normal_form(text))
     prepare(config, tmp_path / "cut", keep_row_numbers=True)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
@@ -309,7 +309,7 @@ def cut_off(config, out, monkeypatch, *, after):
     """A `prepare_text` that ends after `after` raw texts, with a journal."""
 
     def failing(source):
-        for number, text in enumerate(read_source(source)):
+        for number, text in enumerate(read_translated(source)):
             if number == after:
                 raise KeyboardInterrupt
             yield text
@@ -317,7 +317,7 @@ def cut_off(config, out, monkeypatch, *, after):
     with monkeypatch.context() as patch:
         patch.setattr(spool, "BLOCK_ROWS", 50)
         patch.setattr(spool, "JOURNAL_EVERY", 7)
-        patch.setattr(spool, "read_source", failing)
+        patch.setattr(spool, "read_translated", failing)
         with pytest.raises(KeyboardInterrupt):
             prepare(config, out, keep_row_numbers=True, num_buckets=4)
     assert can_resume(out)

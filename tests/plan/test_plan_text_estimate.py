@@ -18,6 +18,6 @@ def test_text_is_counted_in_bytes_and_not_in_characters(tmp_path, tiny_encoder):
     prepare_text(config.text, text, rows_per_chunk=200)
     estimate = estimate_text(config, load_devices().assumed)
     kept = [line for file in sorted(text.glob("0*.txt")) for line in file.read_bytes().split(b"\n")[:-1]]
-    assert estimate.num_texts == len(kept)
+    assert estimate.num_texts == estimate.num_samples == len(kept)
     assert estimate.bytes_per_text == pytest.approx(sum(map(len, kept)) / len(kept))
     assert estimate.bytes_per_text > sum(len(line.decode()) for line in kept) / len(kept) + 3

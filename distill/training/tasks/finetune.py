@@ -15,7 +15,7 @@ import torch
 from pydantic import model_validator
 from transformers import PretrainedConfig
 
-from distill.corpus import read_dataset
+from distill.corpus import read_dataset, text_hash
 from distill.corpus.rows import read_numbered_rows
 from distill.corpus.sources import dataset_fingerprint
 from distill.run.collectives import any_rank, rank
@@ -88,6 +88,11 @@ class Triplets:
 
     def views(self, rows: np.ndarray) -> list[list[str]]:
         return [[self.triplets[row][view] for row in rows] for view in range(self.num_views)]
+
+    def hashes(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([[text_hash(text) for text in self.triplets[row]] for row in rows], np.int64).reshape(
+            -1, self.num_views
+        )
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
         return [[self._roles[row % len(self._roles)][view] for row in rows] for view in range(self.num_views)]

@@ -119,6 +119,13 @@ class HpdStage(TrainingStage):
         if teacher_dim is not None and dim > teacher_dim:
             raise ValueError(f"hpd.dim {dim} is above the width of the teacher's vectors, {teacher_dim}; lower it")
 
+    def check(self, reader: ShardReader) -> None:
+        if self.section(HpdConfig).freeze_encoder and reader.num_columns > 1:
+            raise ValueError(
+                "hpd.freeze_encoder keeps one vector per text of the shards, and they have translations: set"
+                " hpd.freeze_encoder=false"
+            )
+
     def build(self, setup: Setup) -> TeacherKeysTask:
         config, student, reader = self.section(HpdConfig), setup.student, setup.reader
         if config.dim > min(reader.dim, len(reader) - 1):

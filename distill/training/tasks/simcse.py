@@ -13,8 +13,8 @@ from distill.run.config import result
 from distill.run.prompts import Role
 from distill.run.sampling import SampleSource
 from distill.shards import ShardReader
-from distill.training.batches import source_numbers
 from distill.training.contrast import ContrastConfig, ContrastTask, build_contrast_task, check_contrast, own_dropout
+from distill.training.samples import Samples
 from distill.training.training_stage import Setup, TrainingStage
 
 
@@ -36,30 +36,30 @@ class SimcseConfig(ContrastConfig):
 
 
 class TextPairs:
-    """Each text of a shard set, twice."""
+    """Each text of a shard set and each translation, twice; those of one row are no negatives of each other."""
 
     num_views = 2
 
     def __init__(self, reader: ShardReader, mixture: Sequence[SampleSource] = ()) -> None:
-        self.reader = reader
+        self.samples = Samples(reader)
+        self.shard_rows: np.ndarray = reader.shard_rows
         self.mixture = mixture
-        self.source_names: Sequence[str] = reader.source_names
-
-    @property
-    def shard_rows(self) -> np.ndarray:
-        return self.reader.shard_rows
+        self.source_names: Sequence[str] = self.samples.source_names
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        return self.reader.lengths(rows)
+        return self.samples.lengths(rows)
 
     def views(self, rows: np.ndarray) -> list[list[str]]:
-        return [self.reader.texts(rows)] * self.num_views
+        return [self.samples.texts(rows)] * self.num_views
+
+    def hashes(self, rows: np.ndarray) -> np.ndarray:
+        return np.repeat(self.samples.hashes(rows)[:, None], self.num_views, axis=1)
 
     def roles(self, rows: np.ndarray) -> list[list[Role | None]]:
-        return [self.reader.roles(rows)] * self.num_views
+        return [self.samples.roles(rows)] * self.num_views
 
     def sources(self, rows: np.ndarray) -> Tensor | None:
-        return source_numbers(self.reader, rows)
+        return self.samples.sources(rows)
 
 
 class SimcseStage(TrainingStage):
