@@ -12,7 +12,7 @@ from distill.run.precision import Precision
 
 OF_A_MODEL = (
     *("revision", "pooling", "max_length", "prompt_name", "concat"),
-    *("vectors_field", "precision", "tokens_per_batch", "placement", "max_memory"),
+    *("vectors_field", "precision", "placement", "max_memory"),
 )  # keys of the teacher that mean nothing to a server
 
 
