@@ -27,6 +27,8 @@ PROBES = (
 )
 """In several scripts; the longest has about 100 tokens, since some servers refuse a text that exceeds their longest input."""
 
+GIVEN = "given"  # the precision of a server's model: it is the server's
+
 MIN_COSINE = 0.999
 """Between vectors of one text by one model. Measured on three encoders, 1 - cosine is 1e-7 by rounding to float16, up to 3e-5
 by other batches in bf16, up to 9e-5 by bf16 instead of fp32; another prompt makes it 1e-2, and int8 weights at least as much.
@@ -68,7 +70,7 @@ class EndpointTeacher:
         vectors = [base64.b64encode(vector.astype("<f2").tobytes()).decode() for vector in self.probe(texts)]
         probes = [{"text": text, "float16": vector} for text, vector in zip(texts, vectors, strict=True)]
         host = self.client.config.host
-        return named_settings(self.config) | {"precision": "given", "host": host, "probes": probes}
+        return named_settings(self.config) | {"precision": GIVEN, "host": host, "probes": probes}
 
     def read(self, chunk: TextChunk) -> list[str]:
         """The texts of a chunk, each with the prompt of its source before it."""

@@ -18,7 +18,7 @@ NAMED = (
     *("model", "revision", "pooling", "max_length", "prompt", "prompt_name"),
     *("dimensions", "weight", "vectors", "vectors_field", "concat", "endpoint"),
 )
-ENCODER = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name", "dimensions")
+ENCODER = ("model", "revision", "pooling", "max_length", "prompt", "prompt_name", "dimensions", "endpoint")
 
 
 def teacher_identity(config: TeacherConfig, precision: str, digests: DigestCache) -> dict[str, Any]:

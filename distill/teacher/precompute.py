@@ -42,7 +42,7 @@ from distill.shards import HELD_OUT, Manifest, finish, verify_all
 from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
-from distill.teacher.endpoint import EndpointTeacher, check_probes
+from distill.teacher.endpoint import GIVEN, EndpointTeacher, check_probes
 from distill.teacher.identity import check_teacher, named_settings, teacher_identity
 from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.reused_rows import ReusedRows, look_up
@@ -346,14 +346,23 @@ class PrecomputeStage(Stage):
         text = read_json(self.directory / "text" / "manifest.json") if names else None
         if not names or (text is not None and not all_missing(self.shard_sets(text))):
             return []
-        identity = named_settings(self.teacher) | {"precision": precision}
-        if digests is not None:
-            identity = teacher_identity(self.teacher, precision, digests)
         try:
+            identity = self._compared(precision, digests)
             runs = [open_reused(run_directory(self.context.run_dir.parent, name), identity) for name in names]
+            if digests is not None and (endpoint := self.endpoint) is not None:
+                for run in runs:
+                    self._check_server(endpoint, run.readers[0].manifest.teacher, run.directory)
         except ValueError as error:
             raise ValueError(f"shards.reuse: {error}; or leave it out, and its texts are embedded again") from None
         return sorted(runs, key=lambda run: -len(run.encoders))
+
+    def _compared(self, precision: str, digests: DigestCache | None) -> dict[str, Any]:
+        """What a reused run's teacher is compared with: this one's identity, as far as it is known without a request."""
+        if self.teacher.endpoint is not None:
+            return named_settings(self.teacher) | {"precision": GIVEN}
+        if digests is None:
+            return named_settings(self.teacher) | {"precision": precision}
+        return teacher_identity(self.teacher, precision, digests)
 
     def _look_up(self, runs: list[ReusedRun], text: dict[str, Any]) -> Path:
         """The folder of the rows of this text in the runs."""
@@ -386,6 +395,11 @@ class PrecomputeStage(Stage):
                 write_json(path, identity)
         return identity
 
+    @staticmethod
+    def _check_server(endpoint: EndpointTeacher, recorded: dict[str, Any], where: Path) -> None:
+        """Raises ValueError unless the server's model is the one whose identity was recorded."""
+        check_probes(recorded, endpoint.identity([probe["text"] for probe in recorded["probes"]]), where)
+
     def _identify_endpoint(self, endpoint: EndpointTeacher, path: Path) -> dict[str, Any]:
         """The identity as it was recorded: a server's vectors vary in their last bits."""
         with self._locked():
@@ -394,15 +408,13 @@ class PrecomputeStage(Stage):
                 recorded = endpoint.identity()
                 write_json(path, recorded)
             else:
-                check_probes(recorded, endpoint.identity([probe["text"] for probe in recorded["probes"]]), self.shards_dir)
+                self._check_server(endpoint, recorded, self.shards_dir)
         for line in endpoint.describe():
             logger.info("precompute: %s", line)
         return recorded
 
     def open_source(self, device: torch.device, amp: torch.dtype | None, text: dict[str, Any]) -> Source:
         """The teacher, or its precomputed vectors."""
-        if self.endpoint is not None:
-            return self.endpoint
         if self.teacher.vectors is not None:
             imported = ImportedVectors(self.teacher)
             if len(imported) != text["counts"]["read"]:
@@ -416,7 +428,9 @@ class PrecomputeStage(Stage):
 
         sources = self.context.section(TextConfig).sources
 
-        def load(only: int | None) -> Teacher:
+        def load(only: int | None) -> Teacher | EndpointTeacher:
+            if self.endpoint is not None:
+                return self.endpoint
             teacher = Teacher(self.teacher, device, amp, sources=sources, offload=self.directory / "offload", only=only)
             if rank() == 0:
                 for line in describe_prompts(teacher, sources):

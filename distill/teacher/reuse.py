@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill.corpus import TextChunk
-from distill.teacher.encoder import Read, Teacher, Work
+from distill.teacher.encoder import Teacher, Work
+from distill.teacher.endpoint import EndpointTeacher
 from distill.teacher.reused_rows import ReusedRows, missing_vectors
 from distill.teacher.reused_run import ReusedRun
 
@@ -28,7 +29,7 @@ class Unread(NamedTuple):
 
     encoder: int
     places: np.ndarray
-    read: list[Read]
+    read: Any  # by the encoder's teacher
 
 
 class PartlyRead(NamedTuple):
@@ -43,13 +44,16 @@ class ReusingTeacher:
     load: the part of the teacher that is one encoder, by its number; called when the encoder is needed. rows: those of `runs`.
     """
 
-    def __init__(self, load: Callable[[int], Teacher], num_encoders: int, runs: Sequence[ReusedRun], rows: ReusedRows) -> None:
+    def __init__(
+        self, load: Callable[[int], Teacher | EndpointTeacher], num_encoders: int, runs: Sequence[ReusedRun], rows: ReusedRows
+    ) -> None:
         self.work = Work()
         self._num_encoders, self._runs, self._rows = num_encoders, runs, rows
 
-        def part_of(number: int) -> Teacher:
+        def part_of(number: int) -> Teacher | EndpointTeacher:
             teacher = load(number)
-            teacher.work = self.work
+            if isinstance(teacher, Teacher):
+                teacher.work = self.work
             return teacher
 
         self.part_of = cache(part_of)

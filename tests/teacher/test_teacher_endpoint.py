@@ -123,6 +123,24 @@ def test_another_address_of_the_same_model_continues_and_another_model_is_refuse
             stage(path, "teacher.endpoint.model=other").run(CPU)
 
 
+def test_a_grown_text_is_sent_where_no_reused_run_has_its_vectors(tmp_path, tiny_encoder, caplog):
+    texts = sentences(300)
+    with serving() as server, serving(model="changed") as changed, caplog.at_level(logging.INFO):
+        path = config_file(tmp_path, tiny_encoder, server, texts=texts[:240])
+        assert stage(path).run(CPU)
+        before = len(server.texts)
+        config_file(tmp_path, tiny_encoder, server, texts=texts)
+        with pytest.raises(ValueError, match=r"shards.reuse: tiny at 127.* gives other vectors than those that .*runs/tiny"):
+            stage(path, "name=grown", "shards.reuse=[tiny]", f"teacher.endpoint.url={changed.url}").run(CPU)
+        with pytest.raises(ValueError, match=r"shards.reuse: .*made by another teacher \(endpoint: .*'tiny'.*'other'"):
+            stage(path, "name=grown", "shards.reuse=[tiny]", "teacher.endpoint.model=other").run(CPU)
+        assert stage(path, "name=grown", "shards.reuse=[tiny]").run(CPU)
+    sent = set(server.texts[before:]) & set(texts)
+    assert sent - {max(texts, key=len)} == {*texts[240:]} - {max(texts, key=len)}  # is the longest text read to its end?
+    assert_embedded(tmp_path / "runs/grown")
+    assert "240 vectors are reused, 60 texts are to be embedded" in caplog.text
+
+
 def test_probes_may_differ_by_rounding_alone(tmp_path, tiny_encoder):
     with serving() as server:
         identity = stage(config_file(tmp_path, tiny_encoder, server)).endpoint.identity()
