@@ -6,7 +6,7 @@ text.py            a raw string        -> what is stored of it, its normal form 
 prepare.py         all of it           -> runs/NAME/precompute/text/{000000.txt, ..., held_out.txt, manifest.json}
 spool.py           texts of the right length -> working files, from which a killed call continues
 deduplication.py   text hashes         -> a status for each text: kept, duplicate, held out, not sampled
-chunks.py          texts               -> text chunks, complete or absent; and reads them back
+chunks.py          texts, translations -> text chunks, complete or absent; and reads them back
 """
 
 from distill.corpus.chunks import TextChunk, read_chunk, read_listed_chunk
