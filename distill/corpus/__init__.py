@@ -7,7 +7,7 @@ prepare.py         all of it           -> runs/NAME/precompute/text/{000000.txt,
 spool.py           texts of the right length -> working files, from which a killed call continues
 long_text.py       a text that is longer than the teacher reads -> parts that are not
 deduplication.py   text hashes         -> a status for each text: kept, duplicate, held out, not sampled
-chunks.py          texts               -> text chunks, complete or absent; and reads them back
+chunks.py          texts, translations -> text chunks, complete or absent; and reads them back
 """
 
 from distill.corpus.chunks import TextChunk, read_chunk, read_listed_chunk

@@ -113,7 +113,9 @@ def _make_run(inputs: Inputs, name: str, folder: Path) -> RunConfig:
         made.shards_dir.symlink_to(config.shards_dir.resolve(), target_is_directory=True)
     else:
         sources = [source.model_copy(update={"weight": None}) for source in config.text.sources]
-        made = made.model_copy(update={"text": config.text.model_copy(update={"sources": sources})})  # of which none is made up
+        made = made.model_copy(
+            update={"text": config.text.model_copy(update={"sources": sources})}
+        )  # made-up texts have no sources
         _write_shards(made, inputs, num_texts=max(2048, 2 * train.global_batch))
     return made
 
