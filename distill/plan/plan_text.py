@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.config import RunConfig
-from distill.plan.planner import Plan, StagePlan, Variant
+from distill.plan.planner import Plan, StagePlan, Variant, longest_rows
 from distill.run.formatting import format_bytes, format_duration, format_table
 
 
@@ -60,10 +60,10 @@ def _stage(plan: Plan, config: RunConfig, name: str, stage: StagePlan) -> str:
             f" vectors take {format_bytes(stage.frozen_encoder_bytes)} of disk until the stage is finished"
         )
     parts = ", ".join(f"{activity} {seconds / total:.0%}" for activity, seconds in step.items())
-    rows = min(train.micro_batch, -(-train.global_batch // plan.cluster.ranks))
+    rows = longest_rows(train, plan.cluster.ranks, plan.student_length)
     lines += [
         f"one step: {format_duration(total)}: {parts}",
-        f"memory of a rank with micro_batch {rows} and {plan.student_length:,} tokens in every text; > marks the config's:",
+        f"memory of a rank with a micro-batch of {rows} texts of {plan.student_length:,} tokens; > marks the config's:",
     ]
     marked = {f"{'>' if key == stage.deepspeed else ' '} {key}": _columns(variant) for key, variant in stage.variants.items()}
     header = ["deepspeed", *_columns(stage.chosen)]

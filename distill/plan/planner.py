@@ -21,7 +21,7 @@ from distill.plan.step_cost import HALF, bytes_received, collectives_per_step, r
 from distill.plan.text_estimate import TextEstimate, estimate_text
 from distill.plan.zero_partition import ZeroSettings
 from distill.run.files import read_json
-from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, assign_rows, length_order
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, TokenBudget, assign_rows, length_order
 from distill.student.initial import pooling_and_length
 from distill.student.student import PAD_TO
 from distill.teacher.endpoint import EndpointTeacher, recorded_dim
@@ -277,8 +277,24 @@ def typical_batch(text: TextEstimate, train: TrainConfig, ranks: int, chunk_rows
     places = (np.arange(train.global_batch) + 0.5) * len(text.lengths) / train.global_batch
     lengths = text.lengths[places.astype(np.int64)]
     lengths = lengths[length_order(lengths)]
-    micro_batches = assign_rows(lengths, rank=0, world_size=ranks, micro_batch=train.micro_batch, chunk_rows=chunk_rows)
+    size: int | TokenBudget = train.micro_batch
+    if (tokens := token_limit(train)) is not None:
+        exact = np.array([1, lengths[0]])  # the lengths are tokens already
+        size = TokenBudget(tokens, exact, exact)
+    micro_batches = assign_rows(lengths, rank=0, world_size=ranks, micro_batch=size, chunk_rows=chunk_rows)
     return [[(len(c), float(-(-lengths[c].max() // PAD_TO) * PAD_TO)) for c in chunks if len(c)] for chunks in micro_batches]
+
+
+def token_limit(train: TrainConfig) -> int | None:
+    """The tokens of a micro-batch, where they decide instead of micro_batch."""
+    return None if getattr(train, "freeze_encoder", False) else getattr(train, "tokens_per_batch", None)
+
+
+def longest_rows(train: TrainConfig, ranks: int, student_length: int) -> int:
+    """The largest number of rows in a micro-batch of texts that are all as long as possible."""
+    tokens = token_limit(train)
+    rows = train.micro_batch if tokens is None else max(1, tokens // student_length)
+    return min(rows, -(-train.global_batch // ranks))
 
 
 def _variant(inputs: Inputs, shape: TaskShape, zero: ZeroSettings, micro_batches: list[Chunks]) -> Variant:
@@ -292,7 +308,11 @@ def _variant(inputs: Inputs, shape: TaskShape, zero: ZeroSettings, micro_batches
     largest = bisect_right(candidates, cluster.usable_memory, key=lambda rows: memory(rows)["device"])
     sent = collectives_per_step(shape, zero, cluster.ranks, len(micro_batches))
     return Variant(
-        memory_bytes=memory(sum(rows for rows, _ in micro_batches[0])),
+        memory_bytes=memory(
+            sum(rows for rows, _ in micro_batches[0])
+            if token_limit(shape.train) is None
+            else longest_rows(shape.train, cluster.ranks, inputs.student_length)
+        ),
         bytes_received_per_step=bytes_received(sent, cluster.ranks_per_node, cluster.nodes),
         largest_micro_batch=largest,
         seconds_per_step=step_time(shape, zero, cluster, sent, micro_batches),
@@ -341,7 +361,8 @@ def _stage_advice(inputs: Inputs, name: str, stage: StagePlan) -> list[str]:
     seconds = {key: each.seconds_per_step["total"] for key, each in variants.items()}
     checkpointing = "" if inputs.config.engine.activation_checkpointing else "engine.activation_checkpointing=true"
     share = _rows_per_rank(train, inputs.cluster)
-    fitting = [key for key, each in variants.items() if each.largest_micro_batch >= min(train.micro_batch, share)]
+    wanted = longest_rows(train, inputs.cluster.ranks, inputs.student_length)
+    fitting = [key for key, each in variants.items() if each.largest_micro_batch >= wanted]
     if fitting:
         best = min(fitting, key=lambda key: seconds[key])
         ratio = seconds[best] / seconds[chosen]
@@ -355,10 +376,14 @@ def _stage_advice(inputs: Inputs, name: str, stage: StagePlan) -> list[str]:
         remedies = [remedy for remedy in (checkpointing, "larger devices") if remedy]
         return [f"{name}: not even one row fits under any ZeRO stage: {', or '.join(remedies)}"]
     advice = [f"engine.deepspeed=configs/deepspeed/{best}.json for {name}: {reason}"] if best != chosen else []
-    if rows > train.micro_batch:
-        advice.append(f"{name}.micro_batch={rows}: it fits; micro-batches per step: {-(-share // rows)}")
+    by_tokens = token_limit(train) is not None
+    size = f"{name}.tokens_per_batch={rows * inputs.student_length}" if by_tokens else f"{name}.micro_batch={rows}"
+    if rows > wanted and by_tokens:
+        advice.append(f"{size}: it fits")
+    elif rows > wanted:
+        advice.append(f"{size}: it fits; micro-batches per step: {-(-share // rows)}")
     elif not fitting:
-        advice.append(f"{name}.micro_batch={rows}: more does not fit")
+        advice.append(f"{size}: more does not fit")
         if rows < FEW_ROWS and checkpointing:
             advice.append(f"{checkpointing}: activations are computed again layer by layer, and many more rows fit")
     return advice

@@ -44,4 +44,6 @@ PRIVATE_APIS = (
     PrivateApi("torch", "2.13.0", "torch._subclasses.fake_tensor:FakeTensorMode", "plan/"),
     PrivateApi("transformers", "5.23.0", "transformers.initialization:no_init_weights", "plan/architectures.py"),
     PrivateApi("transformers", "5.23.0", "transformers.integrations:HfDeepSpeedConfig", "teacher/load.py"),
+    PrivateApi("transformers", "5.23.0", "transformers:PreTrainedModel._supports_sdpa", "student/encoder.py"),
+    PrivateApi("transformers", "5.23.0", "transformers:PreTrainedModel._can_set_attn_implementation", "student/encoder.py"),
 )

@@ -253,22 +253,46 @@ def length_order(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
 
 
+@dataclass(frozen=True)
+class TokenBudget:
+    """Micro-batches of at most `limit` tokens with padding, which are estimated from bytes.
+
+    num_bytes, num_tokens [n]: of a sample of the texts, each ascending. A rank sorts its rows again, by tokens, so that the
+    k-th longest by tokens takes the place of the k-th longest by bytes: so it does in the sample, which gives the estimate.
+    """
+
+    limit: int
+    num_bytes: np.ndarray
+    num_tokens: np.ndarray
+
+    def split(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """The rows of each micro-batch, from lengths in bytes, descending; one row where the limit is less."""
+        widths = np.interp(lengths, self.num_bytes, self.num_tokens)
+        starts = [0]
+        while starts[-1] < len(lengths):
+            starts.append(starts[-1] + max(1, int(self.limit // widths[starts[-1]])))
+        return np.split(np.arange(len(lengths)), starts[1:-1])
+
+
 def assign_rows(
-    lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int, chunk_rows: int = CHUNK_ROWS
+    lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int | TokenBudget, chunk_rows: int = CHUNK_ROWS
 ) -> list[list[np.ndarray]]:
     """One rank's rows of a global batch: their positions in length-sorted order, for each chunk of each micro-batch.
 
     lengths [G]: in length-sorted order, descending. Rank r takes every W-th row, so that the ranks' work is similar; numbers of
-    rows differ by at most one. A micro-batch (at most `micro_batch` rows, one backward pass) consists of neighbours, cut into
-    chunks (one forward pass each) where the length has decreased enough to save padding. The cuts are the same on all ranks,
-    and so are the numbers of micro-batches and chunks. A chunk can be empty only on a rank with one row fewer, and is then the
-    only one of its micro-batch.
+    rows differ by at most one. A micro-batch (at most `micro_batch` rows or tokens, one backward pass) consists of neighbours,
+    cut into chunks (one forward pass each) where the length has decreased enough to save padding. The cuts are the same on all
+    ranks, and so are the numbers of micro-batches and chunks. A chunk can be empty only on a rank with one row fewer, and is
+    then the only one of its micro-batch.
     """
     global_batch = len(lengths)
     most_rows = -(-global_batch // world_size)
-    num_micro = -(-most_rows // micro_batch)
+    if isinstance(micro_batch, TokenBudget):
+        split = micro_batch.split(lengths[::world_size])
+    else:
+        split = np.array_split(np.arange(most_rows), -(-most_rows // micro_batch))
     assigned: list[list[np.ndarray]] = []
-    for rows in np.array_split(np.arange(most_rows), num_micro):
+    for rows in split:
         cuts = _cut_by_length(lengths[rows * world_size], chunk_rows)
         positions = [chunk * world_size + rank for chunk in np.split(rows, cuts)]
         assigned.append([chunk[chunk < global_batch] for chunk in positions])

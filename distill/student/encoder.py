@@ -23,6 +23,7 @@ from transformers import (
 from distill.run.model_folders import first_module
 from distill.student.student_config import StudentConfig
 
+EAGER_TOKENS = 1024  # up to this length, eager attention is the faster one on a CPU
 NO_LIMIT = 1 << 20  # tokens, of an encoder without a table of positions
 FROM_PADDING = {  # families that number positions from the padding token's id
     "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -192,6 +193,18 @@ def longest_input(config: PretrainedConfig) -> int:
     if positions is None:
         return NO_LIMIT
     return int(positions) - ((config.pad_token_id or 0) + 1 if config.model_type in FROM_PADDING else 0)
+
+
+def set_cpu_attention(encoder: PreTrainedModel, num_tokens: int) -> None:
+    """The attention of an encoder on a CPU for inputs of this length: eager for short ones.
+
+    Eager attention holds a score for each pair of tokens, in every head. For long inputs it is the fused one, as for all on a
+    GPU, where the architecture has it and the encoder can be switched to it.
+    """
+    can_be_fused = encoder._supports_sdpa and encoder._can_set_attn_implementation()
+    chosen = "sdpa" if num_tokens > EAGER_TOKENS and can_be_fused else "eager"
+    if encoder.config._attn_implementation != chosen:
+        encoder.set_attn_implementation(chosen)
 
 
 def set_padding_side(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from distill.corpus import TextChunk
 from distill.corpus.prepare import source_names
@@ -20,6 +21,7 @@ from distill.corpus.text_config import SourceConfig
 from distill.run.collectives import add_over_ranks, rank, world_size
 from distill.run.precision import autocast_dtype
 from distill.run.prompts import ROLE_PROMPTS, Role, role_prompt
+from distill.student.encoder import set_cpu_attention
 from distill.teacher.batching import Batch, Tokens, can_tokenise, cut, pad, tokenise
 from distill.teacher.load import load_model, packed_flops
 from distill.teacher.teacher_config import ModelConfig, TeacherConfig
@@ -255,6 +257,9 @@ class _Encoder:
             name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in features.items()
         }
+        encoder = getattr(self.model[0], "model", None)
+        if self.device.type == "cpu" and isinstance(encoder, PreTrainedModel):
+            set_cpu_attention(encoder, features["attention_mask"].shape[1])
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             vectors = self.model(features)["sentence_embedding"]
         return torch.nn.functional.normalize(vectors[:, : self.model.truncate_dim].float(), dim=-1)

@@ -44,7 +44,7 @@ def load_model(
     dtype = amp or torch.float32 if placed else _stored_dtype(path, config.revision, amp)
     arguments = {"use_safetensors": True, "dtype": dtype} | placement
     if device.type == "cpu":
-        arguments["attn_implementation"] = "eager"  # faster than the fused kernel on short texts
+        arguments["attn_implementation"] = "eager"  # for short texts; `set_cpu_attention` chooses for each batch
     with _split_over_ranks(dtype) if zero3 else nullcontext() as settings:
         model = _load(path, config, arguments, None if placed else "cpu")
     if settings is not None:

@@ -16,14 +16,22 @@ import torch
 from torch import Tensor
 
 from distill.run.collectives import gather_rows, rank
-from distill.run.sampling import CHUNK_ROWS, GlobalOrder, assign_rows, length_order
+from distill.run.sampling import (
+    CHUNK_ROWS,
+    GlobalOrder,
+    TokenBudget,
+    assign_rows,
+    first_of_permutation,
+    length_order,
+)
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.student import Chunk, PooledVectors, Tokens
+from distill.student.student import PAD_TO, Chunk, PooledVectors, Tokens
 from distill.training.encoded_cache import Encoded
 from distill.training.samples import Samples
 
 logger = logging.getLogger(__name__)
+LENGTH_SAMPLE = 2000  # texts
 PLACEHOLDER = "."  # the one sentence of an empty micro-batch: a rank with a row less still joins every collective
 
 
@@ -90,24 +98,24 @@ class ShardBatches:
         order: GlobalOrder,
         student: Student,
         *,
-        micro_batch: int,
+        micro_batch: int | TokenBudget,
         rank: int,
         world_size: int,
         chunk_rows: int = CHUNK_ROWS,
         encoded: Encoded | None = None,
     ) -> None:
+        """micro_batch: rows, of which every step has the same number of micro-batches, or tokens, of which it may not."""
         self.reader = reader
         self.samples = Samples(reader)
         self.order = order
         self._inputs = encoded or Tokenized(reader, student)
-        self._assign = partial(assign_rows, rank=rank, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
-        most = -(-order.global_batch // world_size)
-        self._most_rows = [len(rows) for rows in np.array_split(np.arange(most), -(-most // micro_batch))]
+        self._rank = rank
+        self._assign = partial(assign_rows, world_size=world_size, micro_batch=micro_batch, chunk_rows=chunk_rows)
 
     @property
     def num_micro(self) -> int:
-        """Micro-batches a step: it follows from sizes alone."""
-        return len(self._assign(np.zeros(self.order.global_batch)))
+        """Micro-batches a step, which follow from sizes alone; by tokens, those of a step of short texts."""
+        return len(self._assign(np.zeros(self.order.global_batch), rank=self._rank))
 
     def rows(self, step: int) -> np.ndarray:
         """Samples of global batch `step` in length-sorted order, the same on every rank: rows, but for translations."""
@@ -116,20 +124,22 @@ class ShardBatches:
 
     def __call__(self, step: int) -> list[MicroBatch]:
         batch = self.rows(step)
-        parts = self._assign(self.samples.lengths(batch))
+        lengths = self.samples.lengths(batch)
+        parts, longest = (self._assign(lengths, rank=rank) for rank in (self._rank, 0))
         sizes = [[len(chunk) for chunk in chunks] for chunks in parts]
+        most_rows = [sum(map(len, chunks)) for chunks in longest]  # no rank has more than rank 0
         # rows are assigned by their length in bytes, which every rank knows; a rank then sorts its own by their tokens
         own = np.concatenate([chunk for chunks in parts for chunk in chunks])
         read = self._inputs.read(batch[own])
         falling = length_order(np.array([len(row) for row in read], dtype=np.int64))
         ends = np.cumsum([sum(chunks) for chunks in sizes])
         return [
-            self._micro_batch(index, batch, own[rows], [read[row] for row in rows], chunks)
+            self._micro_batch(index, batch, own[rows], [read[row] for row in rows], chunks, most_rows[index])
             for index, (rows, chunks) in enumerate(zip(np.split(falling, ends[:-1]), sizes, strict=True))
         ]
 
     def _micro_batch(
-        self, index: int, batch: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int]
+        self, index: int, batch: np.ndarray, positions: np.ndarray, read: list[Any], chunks: list[int], most_rows: int
     ) -> MicroBatch:
         samples = batch[positions]
         starts = np.cumsum([0, *chunks]).tolist()
@@ -138,7 +148,7 @@ class ShardBatches:
             torch.from_numpy(positions),
             torch.from_numpy(self.samples.vectors(samples)),
             torch.from_numpy(self.samples.hashes(samples)),
-            self._most_rows[index],
+            most_rows,
             index,
             self.samples.sources(samples),
         )
@@ -150,6 +160,21 @@ class ShardBatches:
         rows = [self.rows(first_step + int(batch))[within[batches == batch]] for batch in np.unique(batches)]
         flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         return torch.from_numpy(self.samples.vectors(flat)), torch.from_numpy(self.samples.hashes(flat))
+
+
+def token_budget(limit: int, reader: ShardReader, student: Student) -> TokenBudget:
+    """Micro-batches of about `limit` tokens of the student's tokenizer, with padding; the same on every rank.
+
+    Longer texts than those of the sample are taken to have as many tokens a byte as its longest, up to the student's limit.
+    """
+    rows = first_of_permutation(len(reader), min(LENGTH_SAMPLE, len(reader)), 0)
+    num_bytes = np.sort(reader.lengths(rows))
+    read = student.token_ids(reader.texts(rows), reader.roles(rows))
+    num_tokens = np.sort([-(-len(ids) // PAD_TO) * PAD_TO for ids in read])
+    end = -(-student.max_length // PAD_TO) * PAD_TO
+    is_last = np.append(np.diff(num_bytes) > 0, True)  # of its length
+    longest = num_bytes[-1] * (end / num_tokens[-1]) + 1
+    return TokenBudget(limit, np.append(num_bytes[is_last], longest), np.append(num_tokens[is_last], end))
 
 
 def report_order(order: GlobalOrder) -> None:

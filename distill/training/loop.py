@@ -1,7 +1,8 @@
 """Step, log, dev evaluation, checkpoint; from the first step or from the last checkpoint.
 
 The loss of a step is the mean over the global batch's rows, however they are assigned to ranks: each micro-batch gives the sum
-over its rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again.
+over its rows x W x accumulation steps / G, which the engine divides by W and by the accumulation steps again (those that it was
+built with: the number of a step's micro-batches may be another).
 """
 
 from __future__ import annotations
@@ -177,9 +178,10 @@ class Trainer:
 
     def _forward_and_backward(self, micro: list[MicroBatch], context: StepContext) -> dict[str, Tensor]:
         """Accumulates the gradients of all micro-batches; returns this rank's sums over rows, float64."""
-        factor = world_size() * len(micro) / self.train.global_batch
+        factor = world_size() * self.engine.gradient_accumulation_steps() / self.train.global_batch
         sums: dict[str, Tensor] = {}
         for index, part in enumerate(micro):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro) - 1)  # steps may differ in their number
             with self.metrics.clock.of("forward and backward", on_device=True):
                 loss, logged = self.engine(part, context)
                 self.engine.backward(loss * factor)

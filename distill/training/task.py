@@ -95,7 +95,8 @@ class TrainingModule(nn.Module):
 class Task(ABC):
     """A task's module and data on this rank, as the training loop uses them.
 
-    num_micro: micro-batches of a step, the same on every rank; steps_per_epoch: global batches of an epoch.
+    num_micro: micro-batches of a step, the same on every rank; steps whose number differs are taken as they are loaded.
+    steps_per_epoch: global batches of an epoch.
     """
 
     module: TrainingModule

@@ -56,6 +56,12 @@ class KeysConfig(TrainConfig):
     )
     teacher_temperature: float = result(0.05, gt=0, description="congen: softness of the teacher's labels")
     student_temperature: float = result(0.05, gt=0, description="congen: softness of the student's")
+    tokens_per_batch: int | None = speed(
+        None,
+        gt=0,
+        description="instead of micro_batch: largest number of tokens, with padding, in one forward and backward pass of one"
+        " rank, as estimated from the texts' bytes; null: micro_batch",
+    )
     tile: int = speed(4096, gt=0, description="keys that a micro-batch is compared with at a time")
 
     @property

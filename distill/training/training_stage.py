@@ -25,13 +25,13 @@ from distill.run.files import read_json, sha256_of
 from distill.run.hub import model_commit
 from distill.run.model_folders import model_fingerprint, resolve_model
 from distill.run.precision import autocast_dtype, describe_precision
-from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource, first_of_permutation
+from distill.run.sampling import CHUNK_ROWS, CHUNK_ROWS_ON_GPU, GlobalOrder, SampleSource, TokenBudget, first_of_permutation
 from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, checkpoint_steps, stage_fingerprint
 from distill.run.stopping import CheckStop, Stopped, never
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.encoder import set_dropout
+from distill.student.encoder import set_cpu_attention, set_dropout
 from distill.student.fingerprint import check_student, files_fingerprint, student_digests
 from distill.student.initial import build_student, describe_initial, initial_folder
 from distill.student.student_config import StudentConfig, VocabularyConfig
@@ -40,7 +40,7 @@ from distill.teacher.dev_score import read_dev_score
 from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
 from distill.teacher.long_text import characters_read
 from distill.teacher.teacher_config import TeacherConfig
-from distill.training.batches import ShardBatches, report_order
+from distill.training.batches import ShardBatches, report_order, token_budget
 from distill.training.checkpoint import Checkpoints
 from distill.training.dashboard import describe_run
 from distill.training.dev_evaluation import DevEvaluation
@@ -77,11 +77,16 @@ class Setup:
     def chunk_rows(self) -> int:
         return CHUNK_ROWS if self.device.type == "cpu" else CHUNK_ROWS_ON_GPU
 
-    def shard_batches(self, train: TrainConfig, encoded: Encoded | None = None) -> ShardBatches:
-        """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens."""
+    def shard_batches(
+        self, train: TrainConfig, encoded: Encoded | None = None, *, tokens_per_batch: int | None = None
+    ) -> ShardBatches:
+        """The steps over the shards. encoded: a frozen encoder's vectors, instead of tokens; they are cut by `micro_batch`."""
         order = GlobalOrder(self.reader.shard_rows, global_batch=train.global_batch, seed=self.seed, sources=self.mixture)
         report_order(order)
-        part: dict[str, Any] = {"micro_batch": train.micro_batch, "rank": rank(), "world_size": world_size()}
+        micro_batch: int | TokenBudget = train.micro_batch
+        if tokens_per_batch is not None and encoded is None:
+            micro_batch = token_budget(tokens_per_batch, self.reader, self.student)
+        part: dict[str, Any] = {"micro_batch": micro_batch, "rank": rank(), "world_size": world_size()}
         return ShardBatches(self.reader, order, self.student, **part, chunk_rows=self.chunk_rows, encoded=encoded)
 
 
@@ -255,10 +260,15 @@ class TrainingStage(Stage):
         )
 
     def _out_of_memory(self) -> str:
-        size, name = self.train.micro_batch, self.name
-        smaller = f"set {name}.micro_batch={size // 2}, " if size > 1 else ""
+        tokens: int | None = getattr(self.train, "tokens_per_batch", None)
+        key, size = (
+            (f"{self.name}.micro_batch", self.train.micro_batch)
+            if tokens is None
+            else (f"{self.name}.tokens_per_batch", tokens)
+        )
+        smaller = f"set {key}={size // 2}, " if size > 1 else ""
         return (
-            f"{name}: out of device memory with {name}.micro_batch {size}: {smaller}engine.activation_checkpointing=true, or a"
+            f"{self.name}: out of device memory with {key} {size}: {smaller}engine.activation_checkpointing=true, or a"
             " higher ZeRO stage"
         )
 
@@ -299,7 +309,7 @@ class TrainingStage(Stage):
             student.encoder.gradient_checkpointing_enable({"use_reentrant": False})
         student.to(device)
         if device.type == "cpu":
-            student.encoder.set_attn_implementation("eager")  # a third faster than the fused one in bf16 there
+            set_cpu_attention(student.encoder, student.max_length)
         if rank() == 0:
             self._report_truncated(student, reader)
         mixture = mixture_of(reader, self.section(TextConfig))

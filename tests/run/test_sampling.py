@@ -13,6 +13,7 @@ from distill.run import sampling
 from distill.run.sampling import (
     GlobalOrder,
     SampleSource,
+    TokenBudget,
     apportion,
     assign_rows,
     first_of_permutation,
@@ -255,3 +256,39 @@ def test_little_is_padded(world_size):
     chunks = [c for micro in assign_rows(by_length, rank=0, world_size=world_size, micro_batch=128) for c in micro]
     padded = sum(len(chunk) * by_length[chunk].max() for chunk in chunks)
     assert sum(by_length[chunk].sum() for chunk in chunks) / padded > 0.9
+
+
+def in_bytes(limit: int) -> TokenBudget:
+    """A budget for texts with a token a byte."""
+    return TokenBudget(limit, np.array([0, 1000]), np.array([0, 1000]))
+
+
+@pytest.mark.parametrize("global_batch", [4, 37, 254])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("limit", [1, 500, 4000, 10**6])
+def test_a_token_budget_assigns_every_row_once_in_the_same_micro_batches_on_all_ranks(global_batch, world_size, limit):
+    lengths = descending_lengths(global_batch)
+    assigned = [
+        assign_rows(lengths, rank=r, world_size=world_size, micro_batch=in_bytes(limit), chunk_rows=8)
+        for r in range(world_size)
+    ]
+    rows = [chunk for micro_batches in assigned for chunks in micro_batches for chunk in chunks]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(global_batch))
+    assert len({tuple(len(chunks) for chunks in micro_batches) for micro_batches in assigned}) == 1
+    for micro_batches in assigned:
+        for chunks, of_rank_0 in zip(micro_batches, assigned[0], strict=True):
+            num_rows = sum(map(len, chunks))
+            assert sum(map(len, of_rank_0)) - 1 <= num_rows <= sum(map(len, of_rank_0))
+            padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks if len(chunk))
+            assert padded <= limit or num_rows == 1
+    first = sum(map(len, assigned[0][0]))
+    if limit > 1 and first < -(-global_batch // world_size):
+        assert (first + 1) * lengths[0] > limit  # one row more would be too many
+
+
+def test_a_token_budget_gives_fewer_micro_batches_where_texts_are_short():
+    long_texts, short_texts = np.full(64, 400), np.full(64, 40)
+    counts = [
+        len(assign_rows(lengths, rank=0, world_size=2, micro_batch=in_bytes(1600))) for lengths in (long_texts, short_texts)
+    ]
+    assert counts == [8, 1]

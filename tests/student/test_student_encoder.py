@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from distill.student import Student
-from distill.student.encoder import keep_layers, load_encoder, set_dropout
+from distill.student.encoder import keep_layers, load_encoder, set_cpu_attention, set_dropout
 from distill.student.student_config import StudentConfig
 
 STACK = {"bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer", "distilbert": "transformer.layer",
@@ -253,3 +253,11 @@ def test_the_longest_sentence_fits_the_encoders_positions(family, tiny_encoder, 
     tokens = student.tokenize(["a " * 1000])
     assert int(tokens["attention_mask"].sum()) == student.max_length
     assert torch.isfinite(student(tokens)).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen2"])
+def test_on_a_cpu_attention_is_eager_for_short_inputs_alone(family):
+    encoder = make_family(family)
+    for num_tokens, expected in ((1024, "eager"), (1025, "sdpa"), (8, "eager")):
+        set_cpu_attention(encoder, num_tokens)
+        assert encoder.config._attn_implementation == expected

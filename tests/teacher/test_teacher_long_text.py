@@ -6,13 +6,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import sentences, write_config
 from encoders import save_sentence_transformer
 from engines import CPU
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from distill.config import load_config, stage_of
@@ -46,7 +50,7 @@ def without_space(text: str) -> str:
 
 
 @needs_miniatures
-@pytest.mark.parametrize("prompt", ["", "query: "])
+@pytest.mark.parametrize("prompt", [pytest.param("", marks=pytest.mark.slow), "query: "])
 @pytest.mark.parametrize("name", ["bge", "modernbert", "xlmr", "sentence-t5", "qwen3", "cased-lower"])
 def test_parts_lose_nothing_are_read_whole_and_no_sentence_more_would_fit(name, prompt):
     """Word pieces, byte-level BPE, a unigram model, padding on the left, and a model that lower-cases."""
@@ -249,3 +253,45 @@ def test_text_that_another_limit_cut_is_prepared_again(tmp_path, tiny_encoder):
     assert again.progress() == [again.directory / "text"]
     changed = new_run(tmp_path, tiny_encoder, "text.long=chunk", "teacher.max_length=24")
     assert stage_of(changed, "precompute").prepare()["counts"]["parts"] > before["counts"]["parts"]
+
+
+@needs_miniatures
+@pytest.mark.parametrize(("name", "attention"), [("modernbert", "sdpa"), ("deberta-v2", "eager")])
+def test_on_a_cpu_long_inputs_have_fused_attention_where_there_is_one_and_the_same_vectors(name, attention):
+    folder = MINIATURES / name
+    teacher = Teacher(TeacherConfig(model=str(folder), precision="fp32"), CPU, None)
+    encoder = teacher.encoders[0].model[0].model
+    peer = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    for text, expected in (("the teacher reads " * 400, attention), ("the teacher reads", "eager")):
+        (vector,), (reference,) = teacher([text]), peer.encode([text], normalize_embeddings=True)
+        assert encoder.config._attn_implementation == expected
+        assert vector @ reference > 0.99999 * np.linalg.norm(vector)  # stored in fp16
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+texts = ["word of the long document " * 1500]
+if sys.argv[2] == "peer":
+    from sentence_transformers import SentenceTransformer
+    model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": torch.float32})
+    model.max_seq_length = 4096
+    model.encode(texts)
+else:
+    from distill.teacher.encoder import Teacher
+    from distill.teacher.teacher_config import TeacherConfig
+    config = TeacherConfig(model=sys.argv[1], max_length=4096, precision="fp32", tokens_per_batch=4096)
+    Teacher(config, torch.device("cpu"), None)(texts)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+@pytest.mark.slow
+@needs_miniatures
+def test_a_document_of_4096_tokens_takes_no_more_memory_than_with_sentence_transformers():
+    peaks = {}
+    for who in ("peer", "ours"):
+        command = [sys.executable, "-c", PEAK, MINIATURES / "modernbert", who]
+        peaks[who] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert peaks["ours"] < 1.1 * peaks["peer"]  # of eager attention, eight take four times as much

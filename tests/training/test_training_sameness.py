@@ -18,7 +18,7 @@ from distill.shards import ShardReader
 from distill.student import Student
 from distill.student.encoder import set_dropout
 from distill.training import teacher_keys
-from distill.training.batches import ShardBatches
+from distill.training.batches import ShardBatches, token_budget
 from distill.training.projection import build_projection
 from distill.training.teacher_keys import TeacherKeysModule, TeacherKeysTask
 
@@ -28,8 +28,11 @@ def run(tmp_path_factory, tiny_encoder):
     return load_config(embed_text(write_config(tmp_path_factory.mktemp("run"), tiny_encoder)))
 
 
-def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, changes: dict):
-    """The losses of three steps; and of the third, the gradient as the engine averages it and what is observed of its rows."""
+def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, changes: dict, tokens: int | None = None):
+    """The losses of three steps; and of the third, the gradient as the engine averages it and what is observed of its rows.
+
+    tokens: instead of micro_batch, the tokens of a micro-batch.
+    """
     reader = ShardReader(config.run_dir / "shards")
     encoder, tokenizer = encoder_and_tokenizer(config.student, config.teacher.model, 0)
     student = Student(encoder, tokenizer, pooling="mean", max_length=32)
@@ -38,12 +41,14 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     torch.manual_seed(0)
     module = TeacherKeysModule(student, build_projection(student.width, reader.dim, ckd.projection), ckd, None)
     order = GlobalOrder(reader.shard_rows, global_batch=global_batch, seed=0)
-    batches = ShardBatches(reader, order, student, micro_batch=micro_batch, rank=rank(), world_size=world_size())
+    size = micro_batch if tokens is None else token_budget(tokens, reader, student)
+    batches = ShardBatches(reader, order, student, micro_batch=size, rank=rank(), world_size=world_size())
     task = TeacherKeysTask(module, batches, torch.device("cpu"))
-    losses = []
+    losses, rows_differ = [], False
     for step in range(3):
         module.zero_grad()
         micro = task.load(step)
+        rows_differ |= np.ptp([part.most_rows for part in micro]) > 1
         context = task.prepare_step(step, micro, is_logged=True)
         total = torch.zeros(())
         for part in micro:
@@ -56,6 +61,7 @@ def losses_and_gradient(config, global_batch: int, micro_batch: int, tile: int, 
     if dist.is_initialized():
         dist.all_reduce(gradient)
         gradient /= world_size()
+    assert bool(rows_differ) is (tokens is not None)
     observed = {name: rows.double().sum() for name, rows in context.observations().items()}
     return losses, gradient.numpy(), reduce_sums(observed)
 
@@ -86,6 +92,40 @@ def test_loss_and_gradient_are_the_same_on_1_2_and_3_ranks(run, monkeypatch, siz
         assert found.keys() == observed.keys()
         for name, value in observed.items():
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_loss_and_gradient_are_the_same_in_micro_batches_by_tokens(run, monkeypatch, size, placement):
+    monkeypatch.setattr(teacher_keys, "REFERENCE_ROWS", 10)
+    changes = {"queue_placement": placement, "queue": 129, "prefill": True, "same_meaning": 0.9}
+    losses, gradient, observed = losses_and_gradient(run, 33, 33, 4096, changes)
+    for found_losses, found_gradient, found in on_ranks(size, losses_and_gradient, run, 33, 33, 4096, changes, 80):
+        assert np.allclose(found_losses, losses, atol=1e-5, rtol=0)
+        assert np.abs(found_gradient - gradient).max() <= 1e-5
+        assert found == pytest.approx(observed, rel=1e-5, abs=1e-5)
+
+
+def test_micro_batches_have_about_as_many_padded_tokens_as_the_budget(run):
+    """Also where a byte is a token in some texts, and five are in others."""
+    reader = ShardReader(run.run_dir / "shards")
+    encoder, tokenizer = encoder_and_tokenizer(run.student, run.teacher.model, 0)
+    student = Student(encoder, tokenizer, pooling="mean", max_length=32)
+    words = student.token_ids
+
+    def mixed(texts, roles=None):  # of every other text, a token more for each
+        return [ids + ids if len(text) % 2 else ids for text, ids in zip(texts, words(texts, roles), strict=True)]
+
+    student.max_length, student.token_ids = 64, mixed
+    order = GlobalOrder(reader.shard_rows, global_batch=256, seed=0)
+    budget = token_budget(600, reader, student)
+    sizes = []
+    for number in range(2):
+        batches = ShardBatches(reader, order, student, micro_batch=budget, rank=number, world_size=2)
+        sizes += [sum(chunk["input_ids"].numel() for chunk in part.tokens) for part in batches(0)]
+    assert max(sizes) <= 1.15 * 600 and len(sizes) > 6
+    full = np.sort(sizes)[2:]  # the last one of each rank is what is left
+    assert full.min() >= 0.6 * 600
 
 
 def gathered(total: int):

@@ -52,6 +52,8 @@ def test_out_of_memory_names_a_smaller_micro_batch(embedded_copy):
     assert message.startswith("ckd: out of device memory with ckd.micro_batch 8: set ckd.micro_batch=4, engine.")
     (message,) = on_ranks(1, train_without_memory, embedded_copy[0], CkdStage, "build", "ckd.micro_batch=1")
     assert message.startswith("ckd: out of device memory with ckd.micro_batch 1: engine.activation_checkpointing=true")
+    (message,) = on_ranks(1, train_without_memory, embedded_copy[0], CkdStage, "build", "ckd.tokens_per_batch=900")
+    assert message.startswith("ckd: out of device memory with ckd.tokens_per_batch 900: set ckd.tokens_per_batch=450, engine.")
 
 
 @pytest.mark.parametrize("name", ["ckd", "simcse"])

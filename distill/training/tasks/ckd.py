@@ -55,4 +55,4 @@ class CkdStage(TrainingStage):
             fit_projection(projection, student, setup.reader, config.projection, setup.seed, setup.check_stop)
         student.is_aligned = projection is None
         module = TeacherKeysModule(student, projection, config, setup.amp, seed=setup.seed)
-        return TeacherKeysTask(module, setup.shard_batches(config), setup.device)
+        return TeacherKeysTask(module, setup.shard_batches(config, tokens_per_batch=config.tokens_per_batch), setup.device)

@@ -141,7 +141,8 @@ class HpdStage(TrainingStage):
         fit_head(student, sample, sample.vectors @ components.numpy().T, known=known, check_stop=setup.check_stop)
         whitening = fit_whitening(config, reader)
         module = HpdModule(student, components, config, setup.amp, whitening=whitening, seed=setup.seed)
-        return TeacherKeysTask(module, setup.shard_batches(config, encoded), setup.device)
+        batches = setup.shard_batches(config, encoded, tokens_per_batch=config.tokens_per_batch)
+        return TeacherKeysTask(module, batches, setup.device)
 
     def results(self) -> dict[str, Any]:
         return {"nested_sizes": self.section(HpdConfig).nested}
