@@ -49,6 +49,7 @@ class TextReader:
         model.max_seq_length = self.max_length + 1  # `lengths` need not be exact above the limit
 
     def prompt(self, source: SourceConfig) -> str:
+        """What is put before the texts of a source, as `Teacher.prompts` has it."""
         return self._prompts[source.role] if source.prompt is None else source.prompt
 
     def lengths(self, texts: Sequence[str], prompt: str) -> np.ndarray:
@@ -56,6 +57,7 @@ class TextReader:
         return tokenise(self._model, texts, prompt).lengths
 
     def readings(self, texts: Sequence[str], prompt: str) -> list[Reading]:
+        """Where the tokens of each text end, and how many of them are read."""
         room, found = self.room(prompt), []
         backend = self._model.tokenizer.backend_tokenizer
         backend.no_truncation()  # `lengths` sets it again
