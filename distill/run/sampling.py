@@ -112,9 +112,9 @@ class GlobalOrder:
     shard_rows: rows of each shard. Steps are numbered across epochs; the last rows of an epoch that do not fill a global batch
     are dropped (`dropped_rows`). Raises ValueError if the set is smaller than one global batch.
 
-    sources: of a mixture. An epoch has as many whole batches as the sources' rows fill, of `quotas` of each source in proportion
-    to their weights: a source's rows are repeated or thinned out, and none are dropped. A row of the set may be a row of several
-    sources, under other numbers.
+    sources: of a mixture. An epoch has as many whole batches as the sources' rows fill, of `quotas` of each source in
+    proportion to their weights: a source's rows are repeated or thinned out, and none are dropped. A row of the set may be a
+    row of several sources, under other numbers.
     """
 
     def __init__(

@@ -67,7 +67,10 @@ def test_parts_and_the_whitespace_between_them_are_the_text(text, limit, shift):
 
 @given(text=TEXTS, limit=st.integers(1, 12), shift=st.integers(0, 6))
 def test_a_reading_that_points_too_far_makes_no_difference(text, limit, shift):
-    assert parts_of(text, limit, shift=shift) == parts_of(text, limit)
+    exact, too_far = parts_of(text, limit), parts_of(text, limit, shift=shift)
+    assert [part.rstrip() for part in too_far] == [
+        part.rstrip() for part in exact
+    ]  # the last part may have the text's last blanks
 
 
 def test_an_end_of_a_sentence_that_is_far_away_is_not_tried():

@@ -61,7 +61,7 @@ def test_other_weights_make_nothing_again_but_the_training_stages(embedded):
     for config in (plain, weighted):
         precompute = stage_of(config, "precompute")
         assert precompute.reason_to_run() is None and precompute.progress() != []
-        assert "weight" not in str(precompute.settings("result"))
+        assert "weight" not in str(precompute.settings("result")["text"])
     for name in ("ckd", "hpd", "finetune", "simcse"):
         before, now = (stage_of(config, name).settings("result") for config in (plain, weighted))
         assert now == before | {"text": {"sources": [{"weight": 1.0}, {"weight": 3.0}]}} and "text" not in before
