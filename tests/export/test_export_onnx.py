@@ -32,7 +32,9 @@ class Exported(NamedTuple):
     agreements: dict[str, Agreement]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[each if each in ("bert", "t5") else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES]
+)
 def family(request, tmp_path_factory, tiny_encoder) -> Exported:
     """In all formats; T5's first layer is not the one that its bias was kept in."""
     work = tmp_path_factory.mktemp(request.param)

@@ -299,7 +299,7 @@ def set_up(config: Path, overrides: list[str]) -> tuple[str, int]:
     return digest_of(student), len(student.tokenizer)
 
 
-@pytest.mark.parametrize("size", [75, None])
+@pytest.mark.parametrize("size", [75, pytest.param(None, marks=pytest.mark.slow)])
 def test_all_ranks_and_a_second_start_have_the_same_student(size, embedded_copy, caplog):
     config, run = embedded_copy
     overrides = [f"student.vocabulary={{from: text, size: {'null' if size is None else size}}}"]
@@ -326,6 +326,7 @@ def test_a_list_of_tokens_is_an_input_of_the_stage(embedded_copy, tmp_path):
     assert [name for name, digest in stage.inputs().items() if digest != before[name]] == ["student.vocabulary.tokens"]
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_gives_the_same_student_as_one_that_was_not(embedded_copy):
     config, run = embedded_copy
     students = []

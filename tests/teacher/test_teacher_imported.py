@@ -266,6 +266,7 @@ print(most)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["npy", "safetensors", "parquet"])
 def test_memory_does_not_grow_with_the_rows(tmp_path, suffix):
     rows = np.random.default_rng(0).normal(size=(400_000, 64)).astype(np.float32)  # 102 MB
