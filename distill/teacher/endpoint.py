@@ -72,6 +72,10 @@ class EndpointTeacher:
         host = self.client.config.host
         return named_settings(self.config) | {"precision": GIVEN, "host": host, "probes": probes}
 
+    def check(self, recorded: dict[str, Any], where: object) -> None:
+        """Raises ValueError unless the server has the model whose identity was recorded for `where`, such as its shards."""
+        check_probes(recorded, self.identity([probe["text"] for probe in recorded["probes"]]), where)
+
     def read(self, chunk: TextChunk) -> list[str]:
         """The texts of a chunk, each with the prompt of its source before it."""
         if not self._sources:

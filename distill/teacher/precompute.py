@@ -42,14 +42,14 @@ from distill.shards import HELD_OUT, Manifest, finish, verify_all
 from distill.teacher.claims import claim_of
 from distill.teacher.dev_score import lacks_dev_score, write_dev_score
 from distill.teacher.encode_missing import ShardSet, Source, all_missing, encode_missing
-from distill.teacher.endpoint import GIVEN, EndpointTeacher, check_probes
+from distill.teacher.endpoint import GIVEN, EndpointTeacher
 from distill.teacher.identity import check_teacher, named_settings, teacher_identity
 from distill.teacher.imported import ImportedVectors, vector_files
 from distill.teacher.reused_rows import ReusedRows, look_up
 from distill.teacher.reused_run import Prompting, ReusedRun, open_reused
 from distill.teacher.teacher_config import ShardsConfig, TeacherConfig
 from distill.teacher.token_log import FOLDER, TokenLog
-from distill.teacher.truncation import Truncation, find_truncation
+from distill.teacher.truncation import recorded_truncation
 
 if TYPE_CHECKING:
     from distill.teacher.long_text import LongTexts
@@ -187,16 +187,10 @@ class PrecomputeStage(Stage):
 
     def _report_truncation(self, endpoint: EndpointTeacher, text: dict[str, Any]) -> None:
         """Warns of texts that the server does not read to their end. What one task has found holds for all."""
-        path, key = self.directory / "truncation.json", {"host": endpoint.client.config.host, "text": text["fingerprint"]}
+        entries = [entry for shards in self.shard_sets(text) for entry in shards.entries]
+        chunks = (endpoint.read(read_listed_chunk(self.directory / "text", entry)) for entry in entries)
         with self._locked():
-            record = read_json(path) or {}
-            if {name: record.get(name) for name in key} == key:
-                found = Truncation(**record["found"])
-            else:
-                entries = [entry for shards in self.shard_sets(text) for entry in shards.entries]
-                chunks = (endpoint.read(read_listed_chunk(self.directory / "text", entry)) for entry in entries)
-                found = find_truncation(endpoint, chunks)
-                write_json(path, key | {"found": found._asdict()})
+            found = recorded_truncation(self.directory / "truncation.json", endpoint, chunks, text["fingerprint"])
         if found.num_longer:
             logger.warning("precompute: %s", found)
 
@@ -351,7 +345,7 @@ class PrecomputeStage(Stage):
             runs = [open_reused(run_directory(self.context.run_dir.parent, name), identity) for name in names]
             if digests is not None and (endpoint := self.endpoint) is not None:
                 for run in runs:
-                    self._check_server(endpoint, run.readers[0].manifest.teacher, run.directory)
+                    endpoint.check(run.readers[0].manifest.teacher, run.directory)
         except ValueError as error:
             raise ValueError(f"shards.reuse: {error}; or leave it out, and its texts are embedded again") from None
         return sorted(runs, key=lambda run: -len(run.encoders))
@@ -395,11 +389,6 @@ class PrecomputeStage(Stage):
                 write_json(path, identity)
         return identity
 
-    @staticmethod
-    def _check_server(endpoint: EndpointTeacher, recorded: dict[str, Any], where: Path) -> None:
-        """Raises ValueError unless the server's model is the one whose identity was recorded."""
-        check_probes(recorded, endpoint.identity([probe["text"] for probe in recorded["probes"]]), where)
-
     def _identify_endpoint(self, endpoint: EndpointTeacher, path: Path) -> dict[str, Any]:
         """The identity as it was recorded: a server's vectors vary in their last bits."""
         with self._locked():
@@ -408,7 +397,7 @@ class PrecomputeStage(Stage):
                 recorded = endpoint.identity()
                 write_json(path, recorded)
             else:
-                self._check_server(endpoint, recorded, self.shards_dir)
+                endpoint.check(recorded, self.shards_dir)
         for line in endpoint.describe():
             logger.info("precompute: %s", line)
         return recorded

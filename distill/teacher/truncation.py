@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from distill.run.files import read_json, write_json
 from distill.teacher.endpoint import EndpointTeacher
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -38,6 +40,19 @@ class Truncation(NamedTuple):
             f"the server reads about {self.characters or self.longest:,} characters{tokens} of a text:"
             f" {self.num_longer:,} texts are longer, and it ignores the rest of them (text.max_chars drops them)"
         )
+
+
+def recorded_truncation(
+    path: Path, teacher: EndpointTeacher, chunks: Iterable[Sequence[str]], text_fingerprint: str
+) -> Truncation:
+    """That in the JSON file `path`, if it is of this server and text; else that of `find_truncation`, which is then written."""
+    key = {"host": teacher.client.config.host, "text": text_fingerprint}
+    record = read_json(path) or {}
+    if {name: record.get(name) for name in key} == key:
+        return Truncation(**record["found"])
+    found = find_truncation(teacher, chunks)
+    write_json(path, key | {"found": found._asdict()})
+    return found
 
 
 def find_truncation(teacher: EndpointTeacher, chunks: Iterable[Sequence[str]]) -> Truncation:

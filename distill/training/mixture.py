@@ -74,8 +74,8 @@ def _samples_of(reader: ShardReader, number: int, column: int, shard: int) -> np
     rows = np.arange(edges[shard], edges[shard + 1])
     if np.any(reader.sources(rows) != number):
         raise ShardError(
-            f"{reader.directory}: shard {shard} has texts in another order than that of their sources, so that they cannot be"
-            " weighted: leave text.sources[].weight out"
+            f"{reader.directory}: shard {shard} has texts in another order than that of their sources, so that these cannot be"
+            " mixed: leave text.sources[].weight out, or use another name= to make the shards again"
         )
     if column:
         rows = rows[reader.lengths(rows, np.full(len(rows), column)) > 0]
