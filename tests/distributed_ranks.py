@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import socket
 import traceback
@@ -41,7 +42,8 @@ def _work(
     log_to_terminal()
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
-        pipe.send((True, function(*arguments)))
+        # by value: tensors that Connection.send shares would be gone where this process ends before they are received
+        pipe.send_bytes(pickle.dumps((True, function(*arguments))))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
