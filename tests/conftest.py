@@ -20,9 +20,11 @@ from commands import launch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from transformers.utils import logging
 
+from distill.evaluation.model_encoder import throughput
 from distill.run.model_folders import resolve_model
 
 logging.disable_progress_bar()
+throughput.__defaults__ = (0.1,)  # seconds of measuring, in this process and those it forks
 os.environ["DS_ACCELERATOR"] = "cpu"  # of ranks in forked processes, also where there is a GPU
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 WORDS = (  # noqa: SIM905

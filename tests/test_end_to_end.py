@@ -159,6 +159,7 @@ def test_search_answers_from_the_runs_text(finished, tmp_path):
     assert question in done.stdout.split("-----")[-1] and "ms with the student" in done.stdout
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     """Imported vectors replace the teacher, whose weights are not needed."""

@@ -28,6 +28,7 @@ from distill.corpus.sources import check_source, matching_files
 from distill.evaluation.index_types import index_types
 from distill.evaluation.tasks import read_measurable, set_names
 from distill.export.formats import require_packages
+from distill.export.onnx import check_convertible
 from distill.export.sentence_transformers import check_pooling
 from distill.plan.architectures import Architecture, cached_folder, full_width, vector_width
 from distill.run.files import LFS_POINTER, is_lfs_pointer
@@ -269,7 +270,12 @@ class _Preflight:
             with self._problem_of("student.pooling"):
                 if "export" in self.pending:
                     check_pooling(pooling)
-            return student.width if len(self.found) == before else None
+            width = student.width if len(self.found) == before else None
+            if "export" in self.pending and self.config.export.formats:
+                with self._problem_of("export.formats"):
+                    require_packages(self.config.export.formats)
+                    check_convertible(student)
+            return width
         return None
 
     def _needed_stages(self) -> None:

@@ -14,17 +14,23 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.student import Student
+from distill.student.encoder import keep_layers
 from distill.student.student import PooledVectors
 
 OPSET = 18
 OUTPUTS = ["sentence_embedding", "last_hidden_state"]
+TESTED = {  # model types of which the tests compare a graph's vectors with the student's
+    "bert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma3_text", "gpt2", "llama", "mistral", "modernbert", "mpnet",
+    "nomic_bert", "qwen3", "roberta", "t5", "umt5", "xlm-roberta",
+}  # fmt: skip
+TRIAL_LAYERS = 4  # the poolings need no more
 LARGEST = 2**31 - 2**26  # bytes of weights: a protobuf file is at most 2 GiB, of which the graph needs some
 
 
@@ -51,11 +57,7 @@ def onnx_graph(student: Student) -> Any:
             "export.formats: this student's pooling leaves out its prompts (include_prompt is false), which a graph of tokens"
             " cannot; leave export.formats empty"
         )
-    num_bytes = 4 * sum(parameter.numel() for parameter in student.parameters())
-    if num_bytes > LARGEST:
-        raise ValueError(
-            f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which has at most 2 GiB"
-        )
+    _check_size(student)
     example = torch.ones(2, 3, dtype=torch.int64)  # neither a batch nor a length of 1, which would be taken for constants
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _eager_attention(student.encoder), _quiet():
@@ -71,13 +73,34 @@ def onnx_graph(student: Student) -> Any:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error  # the error itself says how to report it
             family = student.encoder.config.model_type
             raise ValueError(
                 f"export.formats: torch {torch.__version__} cannot write a student of type {family} as ONNX"
-                f" ({str(error).splitlines()[0]}); leave export.formats empty"
+                f" ({type(cause).__name__}: {str(cause).splitlines()[0]}); leave export.formats empty"
             ) from error
     assert program is not None
     return _bare(program.model_proto)
+
+
+def check_convertible(student: Student) -> None:
+    """Raises ValueError for a student of which no graph can be written. A type that is not in TESTED is tried: some seconds.
+
+    student: on the meta device; on return of any values, and with a few of its layers.
+    """
+    _check_size(student)
+    if student.encoder.config.model_type not in TESTED:
+        with suppress(ValueError, NotImplementedError):  # layers that cannot be taken out: all are tried
+            keep_layers(student.encoder, list(range(min(TRIAL_LAYERS, student.encoder.config.num_hidden_layers))))
+        onnx_graph(student.to_empty(device="cpu"))
+
+
+def _check_size(student: Student) -> None:
+    num_bytes = 4 * sum(parameter.numel() for parameter in student.parameters())
+    if num_bytes > LARGEST:
+        raise ValueError(
+            f"export.formats: {num_bytes / 2**30:.1f} GiB of weights do not fit an ONNX file, which has at most 2 GiB"
+        )
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def launchers() -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("name", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_ranks_of_a_launcher_meet_and_rank_0_alone_prints(config, name):
     arguments = [*launchers()[name], "--config", str(config), "--timeout", "200"]
     done = subprocess.run(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from architectures import make_architecture
 from commands import call
 from conftest import make_encoder, write_config, write_pairs
 from encoders import encoder_and_tokenizer, save_family
@@ -320,6 +321,14 @@ def test_formats_whose_packages_are_not_installed(config, monkeypatch):
     spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else spec(name))
     assert only(config, *overrides).startswith("export.formats [onnx] needs the packages onnx: bash launcher/")
+
+
+def test_an_encoder_that_cannot_be_written_as_onnx(config, tiny_encoder, tmp_path):
+    model = make_architecture("longformer", tiny_encoder, tmp_path)
+    overrides = [f"teacher.model={model}", "teacher.pooling=null", "stages=[precompute, ckd, export]"]
+    assert found(config, *overrides) == []
+    line = only(config, *overrides, "export.formats=[onnx]")
+    assert "cannot write a student of type longformer as ONNX" in line and line.endswith("leave export.formats empty")
 
 
 def test_a_local_dataset_of_triplets_that_cannot_be_read(config, tmp_path):

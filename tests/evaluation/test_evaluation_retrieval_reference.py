@@ -121,7 +121,9 @@ def model_at_hand(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_documents"), [("minilm-l6", 400), ("me5-small", 100)])
+@pytest.mark.parametrize(
+    ("name", "num_documents"), [("minilm-l6", 400), pytest.param("me5-small", 100, marks=pytest.mark.soak)]
+)
 def test_cacm_gives_the_value_of_sentence_transformers_to_four_decimals(data, tmp_path, name, num_documents):
     given = part_of(data, "cacm", tmp_path, 30, num_documents)
     folder = model_at_hand(name)

@@ -33,7 +33,7 @@ class Exported(NamedTuple):
 
 
 @pytest.fixture(
-    scope="module", params=[each if each in ("bert", "t5") else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES]
+    scope="module", params=[each if each in ("bert", "t5") else pytest.param(each, marks=pytest.mark.soak) for each in FAMILIES]
 )
 def family(request, tmp_path_factory, tiny_encoder) -> Exported:
     """In all formats; T5's first layer is not the one that its bias was kept in."""

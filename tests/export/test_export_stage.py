@@ -47,6 +47,7 @@ def test_students_are_verified_on_the_shards_text_and_the_stage_is_then_done(run
     assert "## Results" not in (place / "ckd/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_other_formats_run_the_stage_again_and_change_what_it_made(run):
     pytest.importorskip("onnxscript")
     export(run())

@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def make_encoder(folder: Path, *, width: int, seed: int) -> None:
     model.save_pretrained(folder)
 
 
-def collect(tree: Path, python: str = sys.executable) -> Values:
-    """The values of the code in `tree`; takes about two minutes."""
+def collect(tree: Path, python: str = sys.executable, setups: Collection[str] = tuple(SETUPS)) -> Values:
+    """The values of the code in `tree`; takes about two minutes. setups: of SETUPS, the first among them."""
     with tempfile.TemporaryDirectory(prefix="golden-") as name:
         folder = Path(name)
         make_inputs(folder)
@@ -134,8 +134,8 @@ def collect(tree: Path, python: str = sys.executable) -> Values:
         config.write_text((HERE / "golden.yaml").read_text().replace("FOLDER", ".").replace("GOLDEN", str(HERE)))
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        for setup, overrides in SETUPS.items():
-            command = [python, str(tree / "launcher/pipeline.py"), "--config", str(config), f"name={setup}", *overrides]
+        for setup in setups:
+            command = [python, str(tree / "launcher/pipeline.py"), "--config", str(config), f"name={setup}", *SETUPS[setup]]
             done = subprocess.run(
                 command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
@@ -143,7 +143,7 @@ def collect(tree: Path, python: str = sys.executable) -> Values:
                 raise SystemExit(f"{setup}: {' '.join(command)} ended with {done.returncode}:\n{done.stdout}")
         runs = folder / "runs"
         values = dict(shard_values(runs / "shared/shards"))
-        for setup in SETUPS:
+        for setup in setups:
             for stage in STAGES:
                 values |= curves(runs / setup / "tensorboard" / stage, f"{setup}/{stage}/curves")
                 values |= weights(runs / setup / stage / "student", f"{setup}/{stage}/weights")

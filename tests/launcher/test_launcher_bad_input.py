@@ -180,6 +180,7 @@ def test_disk_full_while_writing_a_shard(tmp_path, tiny_encoder):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.soak
 def test_ctrl_c_in_training_and_a_later_run_continues(embedded_copy):
     config, directory = embedded_copy
     started = ["--config", config, "stages=[ckd]", "ckd.max_steps=60", "ckd.epochs=99"]
@@ -225,6 +226,7 @@ def test_a_port_in_use(embedded_copy):
     assert time.monotonic() - started < starts(8)
 
 
+@pytest.mark.soak
 @pytest.mark.serial
 def test_one_rank_failing_ends_the_other_within_seconds(embedded_copy):
     config, directory = embedded_copy

@@ -39,12 +39,7 @@ def the_message(printed: str) -> str:
     return ours[0]
 
 
-CELLS = [
-    ("deepspeed", 2, signal.SIGKILL, 0),
-    ("pipeline", 2, signal.SIGSTOP, 0),
-    ("none", 3, signal.SIGKILL, 2),
-    ("torchrun", 2, signal.SIGSTOP, 1),
-]
+CELLS = [("pipeline", 2, signal.SIGSTOP, 0), ("deepspeed", 2, signal.SIGKILL, 1)]
 ALL_CELLS = [
     (launcher, size, signum, victim)
     for launcher in ("deepspeed", "pipeline", "none", "torchrun")
@@ -73,7 +68,9 @@ def test_a_rank_that_is_lost_ends_the_others_and_is_named(run, launcher, size, s
     assert step and (checkpoints / f"step-{int(step[1]):08d}/COMPLETE.json").exists(), message
 
 
-@pytest.mark.parametrize("launcher, size, victim, save_every", [("none", 3, 1, 1), ("deepspeed", 2, 0, 5)])
+@pytest.mark.parametrize(
+    "launcher, size, victim, save_every", [pytest.param("none", 3, 1, 1, marks=pytest.mark.soak), ("deepspeed", 2, 0, 5)]
+)
 def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, save_every):
     """A rank that may open no more files fails as its next checkpoint is written."""
     config, checkpoints = run

@@ -115,7 +115,7 @@ def estimate(config: RunConfig, dim: int) -> tuple[TaskShape, TextEstimate]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(4, marks=pytest.mark.soak)])
 def test_quickstart_and_a_zero3_run_hold_and_receive_what_was_planned(world_size, quickstart):
     configs = variants_of(quickstart, ("zero1", "zero3"))
     shape, text = estimate(quickstart, 384)
@@ -129,7 +129,7 @@ def test_quickstart_and_a_zero3_run_hold_and_receive_what_was_planned(world_size
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [8, 64, 512, 4096])
+@pytest.mark.parametrize("world_size", [8, *(pytest.param(size, marks=pytest.mark.soak) for size in (64, 512, 4096))])
 def test_one_of_many_ranks_holds_and_receives_what_was_planned(world_size, tiny_encoder, tmp_path):
     names = ALL_VARIANTS if world_size <= 64 else ("zero1", "zero3")
     total = max(256, world_size)

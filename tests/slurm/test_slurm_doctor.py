@@ -80,7 +80,7 @@ def ask(cluster: Cluster, config: Path, tmp_path: Path) -> Ask:
     return ask
 
 
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_two_healthy_nodes(ask, tasks):
     answer = ask(tasks=tasks)
     assert answer.code == 0 and answer.findings == set(), answer.printed
@@ -150,6 +150,7 @@ def late_clock(folder: Path) -> Path | None:
     return library
 
 
+@pytest.mark.soak
 def test_changed_code_and_host_names_that_resolve_to_loopback(ask, tmp_path):
     module = ROOT / "distill/run/sampling.py"
     (tmp_path / "changed.py").write_text(f"{module.read_text()}\nCHANGED = True\n")
@@ -182,6 +183,7 @@ def test_a_run_directory_that_one_node_cannot_write(ask, tmp_path):
     assert re.search(r"^FAULT  storage  n2: .*Read-only file system", answer.printed, re.MULTILINE), answer.printed
 
 
+@pytest.mark.soak
 def test_another_file_system_in_place_of_the_run_directory(ask, tmp_path):
     (tmp_path / "runs/tiny").mkdir(parents=True)
     answer = ask(n2=f"mount -t tmpfs elsewhere {tmp_path}/runs")
@@ -190,6 +192,7 @@ def test_another_file_system_in_place_of_the_run_directory(ask, tmp_path):
     assert "tmpfs elsewhere on n2" in answer.printed, answer.printed
 
 
+@pytest.mark.soak
 def test_a_node_whose_process_never_starts(ask):
     answer = ask(n2="exit 0", timeout=round(14 + starts(2)))
     assert answer.code == 1 and answer.findings == {("FAULT", "rendezvous", "n2")}, answer.printed
@@ -197,6 +200,7 @@ def test_a_node_whose_process_never_starts(ask):
     assert answer.seconds < PROMISED + starts(2)
 
 
+@pytest.mark.soak
 def test_a_port_that_is_taken_and_a_name_that_is_not_known(ask, tmp_path):
     port = free_port()
     listen = f"""

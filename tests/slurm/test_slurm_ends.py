@@ -54,6 +54,7 @@ def test_a_cancelled_job_is_not_requeued(cluster, embedded_copy):
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), ended
 
 
+@pytest.mark.soak
 def test_starts_that_outlast_their_time_limit_end_the_job_and_preemptions_do_not_count(cluster, tmp_path, tiny_encoder):
     """The tasks of the precompute stage make no progress. They stop on request; in the first start the signal kills them."""
     code = changed_code(tmp_path, {"__init__.py": ASLEEP + KILLED_BY_THE_FIRST_STOP, "teacher/precompute.py": ASLEEP + SLOW})

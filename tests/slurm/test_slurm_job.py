@@ -88,6 +88,7 @@ def test_after_a_node_failure_the_job_continues_on_the_remaining_nodes(cluster, 
     assert_same_losses(run, uninterrupted, 1e-4)
 
 
+@pytest.mark.soak
 def test_a_cut_network_delays_or_ends_all_ranks_and_the_job_finishes_once_it_is_repaired(cluster, embedded_copy, uninterrupted):
     config, run = embedded_copy
     job = Job(cluster, config, *LONG)
@@ -146,7 +147,9 @@ def test_each_task_of_an_array_comes_back_by_itself_and_killed_ones_are_made_up_
     np.testing.assert_allclose(made.vectors(rows), expected.vectors(rows), atol=2e-3)  # in other batches, of smaller chunks
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.soak), "srun"])
+@pytest.mark.parametrize(
+    "launcher", [*(pytest.param(name, marks=pytest.mark.soak) for name in ("deepspeed", "torchrun")), "srun"]
+)
 def test_ranks_of_a_job_may_be_started_by_any_launcher(cluster, embedded_copy, launcher):
     """One deepspeed or torchrun a node, or a task a rank."""
     config, run = embedded_copy

@@ -67,6 +67,7 @@ def peak_megabytes(folder, lines, count):
     return peak
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_text(tmp_path, request):
     try:
         data = request.getfixturevalue("data")

@@ -96,7 +96,7 @@ def count_opened(directory, cell):
     return sorted(set(opened))
 
 
-@pytest.mark.parametrize("cell", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("cell", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")), "zero3"])
 def test_a_rank_reads_its_own_file_and_that_of_rank_0_where_the_number_of_ranks_is_the_same(tmp_path, cell):
     on_ranks(3, save_one, tmp_path, cell)
     names = [f"rank-0000{number}.safetensors" for number in range(3)]

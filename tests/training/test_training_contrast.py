@@ -169,7 +169,9 @@ def references(shards, tiny_encoder):
     return {(k, r): reference(shards, tiny_encoder, k, r) for k in SETTINGS["kind"] for r in SETTINGS["replay"]}
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(2, marks=pytest.mark.slow), *(pytest.param(size, marks=pytest.mark.soak) for size in (1, 4))]
+)
 @pytest.mark.parametrize("choose", [every_pair, pytest.param(list, marks=pytest.mark.soak)], ids=["pairs", "all"])
 def test_every_cell_is_the_float64_reference_to_rounding(choose, world_size, shards, references, tiny_encoder):
     cells = [cell for cell in choose(CELLS) if cell.world_size == world_size]
@@ -246,6 +248,7 @@ def peak_of_step(task: ContrastTask) -> tuple[int, int]:
     return bytes_.peak, len(micro)
 
 
+@pytest.mark.slow
 def test_a_batch_of_4096_takes_the_memory_of_256(tmp_path, shards):
     encoder = make_encoder(tmp_path / "wider", layers=3, width=128)
 

@@ -85,7 +85,7 @@ def test_files_hold_every_element_once_and_no_padding(saved):
 
 
 @pytest.mark.parametrize(
-    "size, one_in", [(1, 1), (2, 1), pytest.param(4, 3, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.soak)]
+    "size, one_in", [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.soak)]
 )
 def test_any_number_of_ranks_and_any_stage_continues_from_any_other(saved, size, one_in):
     """Parameters, as masters and as the forward pass uses them, and Adam's state to the bit; further steps to rounding."""

@@ -60,6 +60,7 @@ def test_a_stage_in_micro_batches_by_tokens_learns_the_same_and_continues_where_
         on_ranks(2, train_stage, config, "ckd", overrides)
         found[name] = load_file(run.with_name(name) / "ckd/student/model.safetensors")
     for name, weights in found["rows"].items():
-        assert torch.allclose(found["tokens"][name], weights, atol=1e-4), name
+        if not name.endswith("key.bias"):  # without influence on attention: its gradient is rounding
+            assert torch.allclose(found["tokens"][name], weights, atol=1e-4), name
         assert torch.equal(found["stopped"][name], found["tokens"][name]), name
     assert any(not torch.equal(found["tokens"][name], weights) for name, weights in found["rows"].items())

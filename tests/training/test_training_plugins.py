@@ -55,6 +55,7 @@ def steps(stage: str) -> list[str]:
             f"{stage}.save_every=4", f"{stage}.dev_every=20", f"{stage}.lr=1e-3"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_package_adds_a_training_task(embedded_copy, site):
     config, run = embedded_copy
     with pytest.raises(ConfigError, match="no stage is called 'align'"):
@@ -67,6 +68,7 @@ def test_a_package_adds_a_training_task(embedded_copy, site):
     assert [point.step for point in events.Scalars("dev/score")] == [0, 20, 40]
 
 
+@pytest.mark.slow
 def test_a_package_adds_a_loss_term(embedded_copy, site):
     config, run = embedded_copy
     weights = "ckd.weights={ckd: 1.0, l1: 0.5}"

@@ -46,7 +46,7 @@ def train(config, asked_at, by_rank):
     return train_stage(config, "ckd", steps, lambda step: step == asked_at and rank() == by_rank)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.soak)])
 def test_all_ranks_stop_after_the_step_of_a_request_even_if_an_evaluation_is_due(embedded_copy, embedded_once, tmp_path, size):
     config, directory = embedded_copy
     (tmp_path / "whole").mkdir()
@@ -102,7 +102,7 @@ def stop(started: TrainingProcesses, how: str, directory) -> None:
     "launcher, size, how",
     [
         ("pipeline", 2, "SIGTERM"),
-        ("deepspeed", 2, "rank 1 SIGUSR1"),
+        pytest.param("deepspeed", 2, "rank 1 SIGUSR1", marks=pytest.mark.soak),
         pytest.param("none", 3, "rank 2 SIGUSR2", marks=pytest.mark.soak),
         pytest.param("none", 2, "file", marks=pytest.mark.soak),
     ],

@@ -27,7 +27,7 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.soak), "zero3"])
 def test_the_kept_weights_lie_between_where_training_began_and_ended_also_after_a_stop(embedded_copy, engine):
     config, run = embedded_copy
     kept = {}

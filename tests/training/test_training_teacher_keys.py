@@ -195,7 +195,7 @@ def references(sets, tiny_encoder):
     return {(r, o): reference(sets[r], tiny_encoder, o) for r in SETTINGS["repeated"] for o in SETTINGS["objective"]}
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("choose", [every_pair, pytest.param(list, marks=pytest.mark.soak)], ids=["pairs", "all"])
 def test_every_cell_is_the_float64_reference_to_rounding(choose, world_size, sets, references, tiny_encoder):
     """float32 against float64: the loss to 2e-6 of itself, a parameter to 1e-4 of its largest change so far.
