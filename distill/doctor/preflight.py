@@ -274,7 +274,7 @@ class _Preflight:
             if "export" in self.pending and self.config.export.formats:
                 with self._problem_of("export.formats"):
                     require_packages(self.config.export.formats)
-                    check_convertible(student)
+                    check_convertible(student, has_all_tokens=section.vocabulary is None)
             return width
         return None
 

@@ -167,10 +167,11 @@ class EvaluateStage(Stage):
         """Writes the search index of a student, and neighbours.json where texts were held out; returns the files' names."""
         encoder = encoder_of(self.context.run_dir / "export" / student, batch_size=self.section.batch_size)
         build_index(measurement.reader, encoder, self.directory, self.context.section(SearchConfig).max_sentences)
-        if not measurement.held_out:
+        held_out = measurement.held_out
+        if held_out is None:
             return [INDEX]
-        texts, vectors = measurement.held_out
-        found = neighbours([text for _, text in texts], encode_by_role(encoder, texts), vectors)
+        texts = [text for _, text in held_out.texts]
+        found = neighbours(texts, encode_by_role(encoder, held_out.texts), held_out.teacher)
         write_json(self.directory / NEIGHBOURS, {"model": student, **found})
         return [INDEX, NEIGHBOURS]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.evaluation.model_encoder import TextEncoder, throughput
 from distill.evaluation.tasks import Tasks
-from distill.metrics.fidelity import fidelity, rows_by_role
+from distill.metrics.fidelity import SMALLEST, fidelity, rows_by_role
 from distill.metrics.held_out import final_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
 from distill.metrics.vectors import EncodedTexts, RoleText, encode_by_role
@@ -44,6 +44,15 @@ class Model(NamedTuple):
         return [self.name, *nested, *(f"{self.name}-pca-{size}" for size in self.pca)]
 
 
+class HeldOut(NamedTuple):
+    """Held-out texts with their roles [n], the teacher's vectors of them [n, d], and of parallel text the translations by
+    column: the rows that have one, and these with their roles."""
+
+    texts: list[RoleText]
+    teacher: np.ndarray
+    translations: dict[str, tuple[list[int], list[RoleText]]]
+
+
 class Measurement:
     """Measures models on `tasks` and on the texts of a shard set: the held-out ones for fidelity, the others for speed, for the
     ranges of int8 and for the PCA."""
@@ -54,8 +63,8 @@ class Measurement:
         self.num_held_out, self.num_dev = num_held_out, num_dev
 
     @cached_property
-    def held_out(self) -> tuple[list[RoleText], np.ndarray] | None:
-        """Held-out texts with their roles, and the teacher's vectors of them; None if there are fewer than 3."""
+    def held_out(self) -> HeldOut | None:
+        """None if there are too few held-out texts."""
         path = self.reader.directory / HELD_OUT
         if not (path / "manifest.json").exists():
             return None
@@ -64,7 +73,14 @@ class Measurement:
         if len(rows) < min(self.num_held_out, len(reader)):
             logger.info("evaluate: fidelity is measured on %d of %d held-out texts", len(rows), len(reader))
         texts = list(zip(reader.roles(rows), reader.texts(rows), strict=True))
-        return (texts, reader.vectors(rows).astype(np.float32)) if len(rows) >= 3 else None
+        if len(rows) < SMALLEST:
+            return None
+        translations = {
+            column: (positions, [(texts[position][0], text) for position, text in zip(positions, translated, strict=True)])
+            for column, (positions, translated) in reader.translations(rows).items()
+            if len(positions) >= SMALLEST
+        }
+        return HeldOut(texts, reader.vectors(rows).astype(np.float32), translations)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -81,7 +97,11 @@ class Measurement:
         encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
         vectors = encode_by_role(encoder, texts) if texts else None
-        held_out_vectors = encode_by_role(encoder, held_out[0]) if held_out else None
+        held_out_vectors = encode_by_role(encoder, held_out.texts) if held_out else None
+        translated = {
+            column: (rows, encode_by_role(encoder, translations))
+            for column, (rows, translations) in (held_out.translations.items() if held_out else ())
+        }
         has_int8 = bool(self.tasks.sts) and "int8" in self.tasks.precisions
         calibration = encoder(self._training_texts(CALIBRATION_TEXTS)) if has_int8 else None
         results: dict[str, ModelResults] = {}
@@ -89,10 +109,14 @@ class Measurement:
         for name, size, project in zip(model.result_names, sizes, self._projections(model, encoder), strict=True):
             scores: dict[str, Any] = {"texts_per_second": speed}
             if held_out and held_out_vectors is not None:
-                own, rows_of = project(held_out_vectors), rows_by_role([role for role, _ in held_out[0]])
-                scores["fidelity"] = Fidelity(**fidelity(own, held_out[1]), texts=len(own))
+                own, expected = project(held_out_vectors), held_out.teacher
+                scores["fidelity"] = _fidelity(own, expected)
                 scores["fidelity_by_role"] = {
-                    role: Fidelity(**fidelity(own[rows], held_out[1][rows]), texts=len(rows)) for role, rows in rows_of.items()
+                    role: _fidelity(own[rows], expected[rows])
+                    for role, rows in rows_by_role([role for role, _ in held_out.texts]).items()
+                }
+                scores["fidelity_of_translations"] = {
+                    column: _fidelity(project(vectors_td), expected[rows]) for column, (rows, vectors_td) in translated.items()
                 }
             if vectors is not None:
                 ranges_from = None if calibration is None else project(calibration)
@@ -115,3 +139,7 @@ class Measurement:
 
     def _training_texts(self, count: int) -> list[str]:
         return self.reader.texts(np.arange(min(count, len(self.reader))))
+
+
+def _fidelity(student: np.ndarray, teacher: np.ndarray) -> Fidelity:
+    return Fidelity(**fidelity(student, teacher), texts=len(student))

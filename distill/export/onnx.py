@@ -52,12 +52,12 @@ def onnx_graph(student: Student) -> Any:
     Raises ValueError if the weights are too large for one file, if torch cannot convert the encoder, or if the pooling leaves
     out prompts, of which a graph does not know where they end.
     """
-    if not student.settings.include_prompt and any(student.settings.prompts.values()):
-        raise ValueError(
-            "export.formats: this student's pooling leaves out its prompts (include_prompt is false), which a graph of tokens"
-            " cannot; leave export.formats empty"
-        )
+    _check_prompts(student)
     _check_size(student)
+    return _convert(student)
+
+
+def _convert(student: Student) -> Any:
     example = torch.ones(2, 3, dtype=torch.int64)  # neither a batch nor a length of 1, which would be taken for constants
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _eager_attention(student.encoder), _quiet():
@@ -83,16 +83,27 @@ def onnx_graph(student: Student) -> Any:
     return _bare(program.model_proto)
 
 
-def check_convertible(student: Student) -> None:
+def check_convertible(student: Student, *, has_all_tokens: bool) -> None:
     """Raises ValueError for a student of which no graph can be written. A type that is not in TESTED is tried: some seconds.
 
-    student: on the meta device; on return of any values, and with a few of its layers.
+    student: on the meta device; on return of any values, and with a few of its layers. has_all_tokens: False for one whose
+    vocabulary will be smaller.
     """
-    _check_size(student)
+    _check_prompts(student)
+    if has_all_tokens:
+        _check_size(student)
     if student.encoder.config.model_type not in TESTED:
         with suppress(ValueError, NotImplementedError):  # layers that cannot be taken out: all are tried
             keep_layers(student.encoder, list(range(min(TRIAL_LAYERS, student.encoder.config.num_hidden_layers))))
-        onnx_graph(student.to_empty(device="cpu"))
+        _convert(student.to_empty(device="cpu"))
+
+
+def _check_prompts(student: Student) -> None:
+    if not student.settings.include_prompt and any(student.settings.prompts.values()):
+        raise ValueError(
+            "export.formats: this student's pooling leaves out its prompts (include_prompt is false), which a graph of tokens"
+            " cannot; leave export.formats empty"
+        )
 
 
 def _check_size(student: Student) -> None:

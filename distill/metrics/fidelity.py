@@ -10,14 +10,16 @@ from distill.metrics.spearman import spearman, spearman_rows
 from distill.metrics.vectors import unit
 from distill.run.prompts import Role
 
+SMALLEST = 3  # texts among which there is something to rank
+
 
 def rows_by_role(roles: Sequence[Role | None]) -> dict[str, list[int]]:
-    """The rows of each role that has at least 3 texts, if there are several roles; {} otherwise."""
+    """The rows of each role that has at least SMALLEST texts, if there are several roles; {} otherwise."""
     rows_of: dict[str, list[int]] = {}
     for row, role in enumerate(roles):
         if role is not None:
             rows_of.setdefault(role, []).append(row)
-    return {role: rows for role, rows in sorted(rows_of.items()) if len(rows) >= 3} if len(set(roles)) > 1 else {}
+    return {role: rows for role, rows in sorted(rows_of.items()) if len(rows) >= SMALLEST} if len(set(roles)) > 1 else {}
 
 
 def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
@@ -35,8 +37,8 @@ def fidelity(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     num_texts = len(student)
     if num_texts != len(teacher):
         raise ValueError(f"fidelity needs vectors of the same texts: the student has {num_texts}, the teacher {len(teacher)}")
-    if num_texts < 3:
-        raise ValueError(f"fidelity needs 3 texts or more, got {num_texts}")
+    if num_texts < SMALLEST:
+        raise ValueError(f"fidelity needs {SMALLEST} texts or more, got {num_texts}")
     if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
         raise ValueError("fidelity: the student or the teacher gives a vector that is not finite")
     cosines_s, cosines_t = cosines_between(student), cosines_between(teacher)

@@ -44,6 +44,8 @@ class ModelResults(BaseModel):
     dtype          that the model ran in: float32, bfloat16, float16
     fidelity_by_role
                    the same among the held-out queries and documents alone, where there are texts of several roles
+    fidelity_of_translations
+                   of parallel text, by the names of columns: translations, against the teacher's vectors of the texts
     sts            set -> Spearman x 100; AVG: the mean of the sets AVG_OF
     sts_quantised  float16, int8, binary -> the same with such vectors
     retrieval      set -> ndcg@10, recall@10, recall@100, mrr@10 of exact search, 0..1; index type -> the same and its costs
@@ -60,6 +62,7 @@ class ModelResults(BaseModel):
     texts_per_second: float | None = None
     fidelity: Fidelity | None = None
     fidelity_by_role: dict[str, Fidelity] = {}
+    fidelity_of_translations: dict[str, Fidelity] = {}
     sts: Scores = {}
     sts_ci: dict[str, Interval] = {}
     sts_quantised: dict[str, Scores] = {}

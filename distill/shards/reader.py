@@ -143,6 +143,19 @@ class ShardReader:
                 texts[position] = data[start:stop].decode()
         return texts
 
+    def translations(self, indices: Int64 | list[int]) -> dict[str, tuple[list[int], list[str]]]:
+        """Of parallel text, by the names of columns: the positions in `indices` that have a translation there, and these."""
+        found: dict[str, tuple[list[int], list[str]]] = {}
+        numbers = self.sources(indices)
+        for column in range(1, self.num_columns):
+            for position, text in enumerate(self.texts(indices, np.full(len(indices), column))):
+                if text:
+                    name = self.manifest.sources[numbers[position]].columns[column]
+                    positions, translations = found.setdefault(name, ([], []))
+                    positions.append(position)
+                    translations.append(text)
+        return found
+
     def vectors(self, indices: Int64 | list[int]) -> NDArray[np.float16]:
         """[n, d] float16, a copy."""
         vectors_nd = np.empty((len(indices), self.dim), dtype=np.float16)

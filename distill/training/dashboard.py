@@ -33,6 +33,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
     LOSSES: {"weighted sum, of all stages on one axis": ["loss", "reference_loss"]},
     DEV: {
         "fidelity on held-out text (the teacher's is 1)": ["dev/fidelity/.*", "teacher/fidelity"],
+        "fidelity by role and of translations": ["dev/fidelity_.*"],
         "score that chooses the student to keep": ["dev/score"],
     },
     "Similarity of positives and hardest negatives": {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.metrics.fidelity import fidelity, rows_by_role
+from distill.metrics.fidelity import SMALLEST, fidelity, rows_by_role
 from distill.metrics.sts import Pairs, dev_score
 from distill.run.collectives import gather_rows, rank, world_size
 from distill.run.prompts import Role
@@ -37,6 +37,7 @@ class DevEvaluation:
         teacher_sts: float | None = None,
     ) -> None:
         self.texts, self.roles = held_out.texts(rows), held_out.roles(rows)
+        self.translations = held_out.translations(rows)
         self.teacher = held_out.vectors(rows).astype(np.float32)
         self.sts = sts
         self.batch_size = batch_size
@@ -53,6 +54,10 @@ class DevEvaluation:
         metrics = {f"fidelity/{k}": v for k, v in fidelity(vectors, self.teacher).items()}
         for role, rows in rows_by_role(self.roles).items():
             metrics |= {f"fidelity_{role}/{k}": v for k, v in fidelity(vectors[rows], self.teacher[rows]).items()}
+        for column, (rows, texts) in self.translations.items():
+            if len(rows) >= SMALLEST:
+                translated = self._encode(student, texts, [self.roles[row] for row in rows])
+                metrics |= {f"fidelity_{column}/{k}": v for k, v in fidelity(translated, self.teacher[rows]).items()}
         if self.sts is not None:
             metrics["sts/STSB-dev"] = dev_score(lambda texts: self._encode(student, texts, [None] * len(texts)), self.sts)
         student.train(was_training)

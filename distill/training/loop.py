@@ -279,5 +279,8 @@ class Trainer:
     def _show(self, what: str, metrics: dict[str, float], end: str = "") -> None:
         if rank() == 0:
             named = {name.split("/")[1]: value for name, value in metrics.items() if not name.startswith("fidelity_")}
+            for name, value in metrics.items():  # of a role or a language
+                if name.startswith("fidelity_") and name.endswith("/spearman"):
+                    named[name.removeprefix("fidelity_").removesuffix("/spearman")] = value
             shown = "".join(f"  {name} {value:.3f}" for name, value in named.items())
             logger.info("%s: %s%s%s", self.name, what, shown, end)

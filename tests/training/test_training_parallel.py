@@ -17,8 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distill.config import load_config, stage_of
 from distill.corpus import text_hash
 from distill.corpus.text_config import TextConfig
+from distill.evaluation.measure import Measurement, Model
+from distill.evaluation.tasks import read_tasks
+from distill.metrics.fidelity import fidelity
 from distill.run.sampling import GlobalOrder
 from distill.shards import ShardReader, verify_all
+from distill.shards.format import HELD_OUT
+from distill.student import Student
 from distill.training.batches import ShardBatches
 from distill.training.mixture import mixture_of
 from distill.training.samples import Samples
@@ -142,13 +147,40 @@ def train(config: Path, runs_dir: Path, name: str, stop_at: int | None = None) -
 
 
 def test_a_student_learns_all_columns_on_two_ranks(embedded, reader, tmp_path):
-    found = scalars(train(embedded, tmp_path, "two"))
+    run = train(embedded, tmp_path, "two")
+    check_fidelity_of_translations(run, load_config(embedded).shards_dir)
+    found = scalars(run)
     order = GlobalOrder(reader.shard_rows, global_batch=32, seed=0, sources=mixture_of(reader, load_config(embedded).text))
     numbers = [Samples(reader).sources(order.batch(step)) for step in range(16)]
     for number, name in enumerate(NAMES):
         assert [count for _, count in found[f"source_texts/{name}"]] == [int((drawn == number).sum()) for drawn in numbers]
         losses = [loss for _, loss in found[f"source_loss/{name}"]]
         assert np.mean(losses[-4:]) < np.mean(losses[:4]), name
+
+
+class Encoder:
+    """A student as a TextEncoder."""
+
+    params, dtype = 1, "float32"
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.dim = student, student.dim
+
+    def __call__(self, texts, role=None):
+        return self.student.encode(list(texts))
+
+
+def check_fidelity_of_translations(run: Path, shards: Path) -> None:
+    """The dev evaluation's and the final one's are those of the translations' vectors and of the stored ones of their texts."""
+    found, student, held_out = scalars(run), Student.load(run / "ckd/student").eval(), ShardReader(shards / HELD_OUT)
+    measurement, rows = Measurement(read_tasks(), shards, len(held_out), 0), np.arange(len(held_out))
+    results = measurement.measure(Model("ckd", "id", lambda: Encoder(student)))["ckd"].fidelity_of_translations
+    assert results.keys() == {"de"}, "of fr, fewer than 3 are held out"
+    texts = held_out.texts(rows, np.ones(len(rows), np.int64))
+    present = [row for row, text in enumerate(texts) if text]
+    expected = fidelity(student.encode([texts[row] for row in present]), held_out.vectors(present).astype(np.float32))
+    assert results["de"].texts == len(present) and results["de"].spearman == pytest.approx(expected["spearman"], abs=1e-6)
+    assert {f"dev/fidelity_de/{metric}" for metric in expected} <= found.keys()
 
 
 @pytest.mark.slow
