@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -13,6 +12,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def spearman_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman of each row of x with the same row of y: [m, n], [m, n] -> [m]."""
+    from scipy.stats import rankdata  # half a second
+
     return _correlation(rankdata(x, axis=1), rankdata(y, axis=1))
 
 

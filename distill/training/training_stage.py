@@ -38,7 +38,6 @@ from distill.student.student_config import StudentConfig, VocabularyConfig
 from distill.student.vocabulary import read_kept, trim, trim_and_describe, write_kept
 from distill.teacher.dev_score import read_dev_score
 from distill.teacher.identity import check_teacher, check_weights, initial_student, pinned
-from distill.teacher.long_text import characters_read
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.batches import ShardBatches, report_order, token_budget
 from distill.training.checkpoint import Checkpoints
@@ -317,6 +316,8 @@ class TrainingStage(Stage):
 
     def _report_truncated(self, student: Student, reader: ShardReader) -> None:
         """Logs how many of the texts, by a sample, the student reads less of than the teacher did."""
+        from distill.teacher.long_text import characters_read  # imports sentence-transformers
+
         rows = first_of_permutation(len(reader), min(TRUNCATION_SAMPLE, len(reader)), self.context.seed)
         truncated = rows[student.is_truncated(reader.texts(rows), reader.roles(rows))]
         texts, roles = reader.texts(truncated), reader.roles(truncated)

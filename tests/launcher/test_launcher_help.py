@@ -33,12 +33,33 @@ def test_help_names_every_option_and_gives_an_example(script):
         assert re.search(described, done.stdout, re.MULTILINE), f"{option} is not described"
 
 
+def imported_by(modules: list[str], names: set[str]) -> list[str]:
+    """Which of `names` a new process has imported once it has imported `modules`."""
+    program = f"import sys, {', '.join(modules)}; print(*sorted({names} & sys.modules.keys()))"
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return printed.stdout.split()
+
+
 def test_launchers_import_no_large_library_at_their_top():
     """They restart their process with another allocator first (distill/run/allocator.py), and would import it twice."""
     modules = [f"launcher.{path.stem}" for path in LAUNCHER.glob("*.py")]
-    program = f"import sys, {', '.join(modules)}; print(*sorted({{'torch', 'numpy', 'transformers'}} & sys.modules.keys()))"
-    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert printed.stdout == "\n", printed.stdout
+    assert imported_by(modules, {"torch", "numpy", "transformers"}) == []
+
+
+def test_a_config_is_read_without_the_libraries_that_only_some_stages_need():
+    """Every process of every stage imports distill.config."""
+    names = {
+        "sentence_transformers",
+        "deepspeed",
+        "scipy.stats",
+        "sklearn",
+        "pandas",
+        "datasets",
+        "matplotlib",
+        "onnx",
+        "faiss",
+    }
+    assert imported_by(["distill.config"], names) == []
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "install.sh"])
