@@ -16,7 +16,7 @@ from conftest import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config import load_config
-from distill.training.dashboard import CHARTS, CLOSED, charts_of
+from distill.training.dashboard import CHARTS, CLOSED, SOURCES, STS, charts_of
 
 
 def test_every_stage_leaves_done_json_and_the_table_is_printed(finished):
@@ -71,7 +71,7 @@ def test_a_browser_shows_the_charts_the_settings_and_the_projectors_points(finis
     with tensorboard(run.parent) as address, browser() as page:
         page.goto(f"{address}/#custom_scalars")
         settings = load_config(run / "config.yaml").model_dump()
-        stages = [charts_of(settings[stage], has_sts=True, has_sources=True) for stage in ("ckd", "finetune", "hpd")]
+        stages = [charts_of(settings[stage], SOURCES, STS) for stage in ("ckd", "finetune", "hpd")]
         shown = {chart for groups in stages for title, charts in groups.items() if title not in CLOSED for chart in charts}
         titles = CHARTS.keys() | shown
 

@@ -26,14 +26,16 @@ from distill.run.files import read_json
 from distill.run.session_log import device_name, versions
 from distill.run.stage import RunContext
 
+Charts = dict[str, list[str]]
+"""The tags of each chart, as regular expressions, by its title."""
 LOSSES, DEV = "Loss and reference loss", "Dev evaluation, with the teacher's scores"
 STS = {"STS-B dev, student and teacher": ["dev/sts/.*", "teacher/sts/.*"]}
+PARTS = {"fidelity among queries and documents, and of translations": ["dev/fidelity_.*"]}
 SOURCES = {"mean loss of each source's texts": ["source_loss/.*"], "texts of each source in a step": ["source_texts/.*"]}
-CHARTS: dict[str, dict[str, list[str]]] = {
+CHARTS: dict[str, Charts] = {
     LOSSES: {"weighted sum, of all stages on one axis": ["loss", "reference_loss"]},
     DEV: {
         "fidelity on held-out text (the teacher's is 1)": ["dev/fidelity/.*", "teacher/fidelity"],
-        "fidelity by role and of translations": ["dev/fidelity_.*"],
         "score that chooses the student to keep": ["dev/score"],
     },
     "Similarity of positives and hardest negatives": {
@@ -68,18 +70,19 @@ def describe_run(
     row = {"stage": stage, "ranks": world_size(), "teacher": teacher, **inherited_settings(context, settings)}
     sources = context.section(TextConfig).sources
     has_sources = len(sources) > 1 or sources[0].columns is not None
-    charts = charts_of(settings.get(stage, {}), has_sts=context.value("evaluate.sts") is not None, has_sources=has_sources)
+    has_parts = len({source.role for source in sources}) > 1 or any(source.columns for source in sources)
+    dev = (STS if context.value("evaluate.sts") is not None else {}) | (PARTS if has_parts else {})
+    charts = charts_of(settings.get(stage, {}), SOURCES if has_sources else {}, dev)
     return description(context.run_dir, device), [layout(charts), settings_row(row, f"{context.name}/{stage}")]
 
 
-def charts_of(section: dict[str, Any], *, has_sts: bool, has_sources: bool) -> dict[str, dict[str, list[str]]]:
-    """The charts of a stage, by their group: CHARTS, one for each term of the loss, as they differ in size, STS and sources."""
+def charts_of(section: dict[str, Any], losses: Charts, dev: Charts) -> dict[str, Charts]:
+    """The charts of a stage, by their group: CHARTS, one for each term of the loss, as they differ in size, and more."""
     terms = [name for name, weight in section.get("weights", {}).items() if weight]
     if "teacher_weight" in section:
         terms = ["contrast", *(["teacher"] if section["teacher_weight"] else [])]
     of_terms = {f"{term} and its reference": [f"loss/{term}", f"reference_loss/{term}"] for term in terms or [".*"]}
-    losses = of_terms | CHARTS[LOSSES] | (SOURCES if has_sources else {})
-    return CHARTS | {LOSSES: losses, DEV: CHARTS[DEV] | (STS if has_sts else {})}
+    return CHARTS | {LOSSES: of_terms | CHARTS[LOSSES] | losses, DEV: CHARTS[DEV] | dev}
 
 
 def inherited_settings(context: RunContext, settings: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _block(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def layout(groups: dict[str, dict[str, list[str]]]) -> Summary:
+def layout(groups: dict[str, Charts]) -> Summary:
     """The layout of the custom-scalars page: charts, each of the tags that match wholly, in all runs."""
     categories = [
         Category(

@@ -22,7 +22,7 @@ from distill.run.files import write_json
 from distill.run.hub import model_commit
 from distill.run.stopping import Stopped
 from distill.student.fingerprint import student_fingerprint
-from distill.training.dashboard import describe_run
+from distill.training.dashboard import PARTS, describe_run
 from distill.training.loop import Trainer
 from distill.training.tasks.ckd import CkdStage
 
@@ -272,6 +272,9 @@ def test_terms_of_the_loss_have_charts_of_their_own_and_sts_only_where_it_is_eva
     assert "contrast and its reference" in shown("finetune") and "pca and its reference" in shown("hpd")
     sts = "STS-B dev, student and teacher"
     assert sts not in charts and sts in shown("ckd", f"evaluate.sts={tmp_path}")
+    parts, text = next(iter(PARTS)), tmp_path / "text.txt"
+    of_roles = f"text.sources=[{{type: file, path: {text}, role: query}}, {{type: file, path: {text}, role: document}}]"
+    assert parts not in charts and parts in shown("ckd", of_roles)
 
 
 @pytest.mark.parametrize(
