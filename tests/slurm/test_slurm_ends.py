@@ -78,6 +78,7 @@ def test_starts_that_outlast_their_time_limit_end_the_job_and_preemptions_do_not
     assert "failed" not in job.printed and "exit code" not in job.printed.replace("exit code 75", ""), job.printed
 
 
+@pytest.mark.soak
 def test_repeated_failures_end_the_job_and_each_is_reported(cluster, embedded_copy, tmp_path):
     """Rank 3 is killed before the first checkpoint, then again, and then raises what nobody expects."""
     config, run = embedded_copy

@@ -45,6 +45,7 @@ def uninterrupted(running_cluster, embedded_once, tmp_path_factory, tiny_encoder
     return job.run
 
 
+@pytest.mark.soak
 def test_two_nodes_train_the_student_that_one_node_trains(cluster, tmp_path, tiny_encoder):
     stages = "stages=[precompute,ckd,hpd,export,evaluate]"
     runs = []
