@@ -57,7 +57,7 @@ def rows(folder):
     return {row.name: row for row in read_rows(read_study(folder / "configs"))}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_size_of_every_stage_has_a_row_beside_the_alternatives_to_training(rows, folder):
     initial = {name: row.initial for name, row in rows.items()}
     assert initial == {
@@ -79,7 +79,7 @@ def test_every_size_of_every_stage_has_a_row_beside_the_alternatives_to_training
     assert read_results(folder / "runs/results.json") == {name: row.results for name, row in sorted(rows.items())}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_results_are_those_of_the_models(rows):
     fidelity = {name: row.results.fidelity.spearman for name, row in rows.items()}
     assert fidelity["teacher"] == pytest.approx(1, abs=1e-4)
@@ -90,7 +90,7 @@ def test_results_are_those_of_the_models(rows):
     assert rows["cosine"].minutes > 0 and rows["teacher"].minutes is None
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_differences_are_those_to_the_teacher_and_the_initial_model(rows):
     table = study_table(list(rows.values()))
     cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
@@ -107,7 +107,7 @@ def test_differences_are_those_to_the_teacher_and_the_initial_model(rows):
         assert abs(float(cells[name]["int8"]) - average) < 5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_same_command_again_trains_and_measures_nothing(folder, rows):
     watched = [*(folder / "runs").rglob("measured/*.json"), *(folder / "runs").rglob("*.safetensors")]
     assert len({path.name.split("-")[0] for path in watched}) > 3  # one file for the teacher, though three runs have it
@@ -118,7 +118,7 @@ def test_the_same_command_again_trains_and_measures_nothing(folder, rows):
     assert {path: path.stat().st_mtime_ns for path in watched} == before and len(before) > 8
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_table_and_the_charts_are_complete(folder, rows):
     lines = (folder / "runs/table.md").read_text().splitlines()
     assert len(lines) == len(rows) + 2 and len({line.count("|") for line in lines}) == 1

@@ -159,8 +159,8 @@ def test_a_second_ctrl_c_ends_at_once(embedded_copy):
 
 
 @pytest.mark.serial
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.soak), "file"])
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["SIGTERM", "file"])
 def test_precompute_stops_soon_leaves_nothing_half_written_and_continues(tmp_path, how):
     encoder = make_encoder(tmp_path / "encoder", layers=6, width=64)
     (tmp_path / "text.txt").write_text("\n".join(sentences(8000)) + "\n")
