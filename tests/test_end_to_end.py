@@ -160,7 +160,6 @@ def test_search_answers_from_the_runs_text(finished, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.slow
 def test_later_stages_run_from_shards_alone(finished, tmp_path, tiny_encoder):
     """Imported vectors replace the teacher, whose weights are not needed."""
     text = (finished[1].parents[1] / "text.txt").read_text().splitlines()

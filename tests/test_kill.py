@@ -68,7 +68,6 @@ def uninterrupted(tmp_path_factory, tiny_encoder):
 
 
 @pytest.mark.soak
-@pytest.mark.slow
 def test_killed_in_precompute_and_twice_in_ckd_ends_bit_for_bit_the_same(tmp_path, tiny_encoder, uninterrupted):
     config, run = write_config(tmp_path, tiny_encoder), tmp_path / "runs/tiny"
     pipeline = command("pipeline.py", "--config", config, *OVERRIDES)

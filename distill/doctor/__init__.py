@@ -5,6 +5,7 @@ would rendezvous too; rank 0 diagnoses the facts of all nodes. A rank that canno
 
     check.py        a rank's context, a check, a finding; nodes that differ from the others
     preflight.py    what pipeline.py checks too, before its first stage: models, widths, poolings, text, evaluation sets
+    encoder_files.py  an encoder's files, without its weights
     software.py, hardware.py, names.py, storage.py, inputs.py     the checks
     needs.py        estimates of the disk space and the parameters that a run needs
     rendezvous.py   the store, the ranks that did not come to it, and a timed all-reduce in a subprocess

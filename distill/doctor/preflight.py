@@ -7,32 +7,28 @@ of a teacher behind an endpoint is sent a few short texts.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from safetensors import SafetensorError
+from transformers import PretrainedConfig
 
 from distill.config import RunConfig
 from distill.corpus import evaluation_sets
 from distill.corpus.sources import check_source, matching_files
+from distill.doctor.encoder_files import ModelFolder, json_of, one_line
 from distill.evaluation.index_types import index_types
 from distill.evaluation.tasks import read_measurable, set_names
 from distill.export.formats import require_packages
 from distill.export.onnx import check_convertible
 from distill.export.sentence_transformers import check_pooling
-from distill.plan.architectures import Architecture, cached_folder, full_width, vector_width
-from distill.run.files import LFS_POINTER, is_lfs_pointer
-from distill.run.model_folders import check_kind, check_one_route, first_module, model_files, resolve_model
+from distill.plan.architectures import Architecture, full_width, vector_width
+from distill.run.model_folders import check_one_route
 from distill.run.precision import autocast_dtype
 from distill.run.stage import stage_fingerprint
 from distill.shards import Manifest
@@ -67,62 +63,6 @@ class Problem(NamedTuple):
 def problems(config: RunConfig) -> list[Problem]:
     """What would end one of the run's unfinished stages, in the order of the stages."""
     return _Preflight(config).run()
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """An encoder's files. encoder: the folder of its first module, which is `path` itself or inside it."""
-
-    path: Path
-    encoder: Path
-    is_transformer: bool
-    tensors: frozenset[str]
-    config: PretrainedConfig | None
-
-    @classmethod
-    def open(cls, name: str, revision: str | None) -> ModelFolder | None:
-        """None for a hub model that is still to be downloaded. Raises ValueError or OSError for files that cannot be read."""
-        place = resolve_model(name)
-        is_local = Path(place).is_dir()
-        path = Path(place) if is_local else cached_folder(place, revision)
-        encoder, is_transformer = first_module(path) if path is not None else (None, False)
-        if path is None or encoder is None or not (is_local or _is_downloaded(encoder)):
-            if constants.HF_HUB_OFFLINE:
-                raise ValueError(
-                    f"{name} is neither a folder nor in this machine's cache, and HF_HUB_OFFLINE is set: hf download {name}"
-                )
-            return None
-        if not is_local:
-            check_kind(path)
-        for file in model_files(path):
-            if is_lfs_pointer(file):
-                raise ValueError(f"{file} {LFS_POINTER}")
-        tensors = frozenset(tensor for file in encoder.glob("*.safetensors") for tensor in _tensor_names(file))
-        config = None
-        if is_transformer:
-            config = AutoConfig.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
-        return cls(path, encoder, is_transformer, tensors, config)
-
-    @property
-    def has_pooler(self) -> bool:
-        """Whether the weights have a pooler; true where they are not downloaded yet."""
-        return not self.tensors or any(name.endswith("pooler.dense.weight") for name in self.tensors)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self.encoder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever the tokenizer's own class raises
-            raise ValueError(f"{self.path}: its tokenizer cannot be read ({_one_line(error)})") from None
-
-    def check_tokens(self) -> None:
-        """Raises ValueError for a tokenizer that gives ids for which the encoder has no embedding."""
-        table = getattr(self.config, "vocab_size", None)
-        if table is not None and len(self.tokenizer) > table:
-            raise ValueError(
-                f"{self.path}: its tokenizer has {len(self.tokenizer):,} tokens, and its encoder embeds {table:,}:"
-                " they are not of one model; put its own tokenizer files there"
-            )
 
 
 class _Preflight:
@@ -162,7 +102,7 @@ class _Preflight:
         try:
             yield
         except (ValueError, OSError, SafetensorError) as error:
-            self.found.append(Problem(key, _one_line(error)))
+            self.found.append(Problem(key, one_line(error)))
 
     def _stage(self, name: str) -> TrainingStage:
         stage = self.config.stage_of(name)
@@ -356,7 +296,7 @@ def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder, width: 
     if model.pooling == "pooler" and not folder.has_pooler:
         yield Problem(f"{key}.pooling", f"pooler, but {path} has no weights of one; use cls or mean")
     if has_modules and model.prompt_name is not None:
-        prompts = _json_of(path / "config_sentence_transformers.json").get("prompts") or {}
+        prompts = json_of(path / "config_sentence_transformers.json").get("prompts") or {}
         if model.prompt_name not in prompts:
             yield Problem(f"{key}.prompt_name", f"{path} has no prompt {model.prompt_name!r}, but {sorted(prompts)}")
     if folder.config is not None:
@@ -372,39 +312,6 @@ def _teacher_problems(key: str, model: ModelConfig, folder: ModelFolder, width: 
         yield Problem(f"{key}.dimensions", what)
 
 
-def _tensor_names(file: Path) -> list[str]:
-    """Raises ValueError for a file that is cut off or not of safetensors."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); copy or download it again") from None
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder, {} if there is none. Raises ValueError naming it; the file stays as it is."""
-    try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy or download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object; copy or download it again")
-    return found
-
-
-def _is_downloaded(encoder: Path) -> bool:
-    """Whether a folder in the hub's cache has all files of its weights: a download may have been interrupted."""
-    index = _json_of(encoder / "model.safetensors.index.json")
-    files = set(index["weight_map"].values()) if "weight_map" in index else {"*.safetensors"}
-    return all(any(encoder.glob(file)) for file in files)
-
-
 def _num_bytes(folder: Path) -> int:
     """Of a folder's files; compressed ones count three times."""
     return sum(file.stat().st_size * (3 if file.suffix == ".gz" else 1) for file in folder.rglob("*") if file.is_file())
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())

@@ -86,8 +86,8 @@ def _convert(student: Student) -> Any:
 def check_convertible(student: Student, *, has_all_tokens: bool) -> None:
     """Raises ValueError for a student of which no graph can be written. A type that is not in TESTED is tried: some seconds.
 
-    student: on the meta device; on return of any values, and with a few of its layers. has_all_tokens: False for one whose
-    vocabulary will be smaller.
+    student: on the meta device; of no further use, since the trial takes layers out. has_all_tokens: False for one whose
+    vocabulary will be cut.
     """
     _check_prompts(student)
     if has_all_tokens:

@@ -144,7 +144,7 @@ class ShardReader:
         return texts
 
     def translations(self, indices: Int64 | list[int]) -> dict[str, tuple[list[int], list[str]]]:
-        """Of parallel text, by the names of columns: the positions in `indices` that have a translation there, and these."""
+        """Of parallel text: column -> (the m positions in `indices` that have a translation there, the m translations)."""
         found: dict[str, tuple[list[int], list[str]]] = {}
         numbers = self.sources(indices)
         for column in range(1, self.num_columns):

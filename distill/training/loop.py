@@ -278,9 +278,11 @@ class Trainer:
 
     def _show(self, what: str, metrics: dict[str, float], end: str = "") -> None:
         if rank() == 0:
-            named = {name.split("/")[1]: value for name, value in metrics.items() if not name.startswith("fidelity_")}
-            for name, value in metrics.items():  # of a role or a language
-                if name.startswith("fidelity_") and name.endswith("/spearman"):
-                    named[name.removeprefix("fidelity_").removesuffix("/spearman")] = value
-            shown = "".join(f"  {name} {value:.3f}" for name, value in named.items())
+            shown = ""
+            for name, value in metrics.items():
+                group, _, metric = name.rpartition("/")
+                if not group.startswith("fidelity_"):
+                    shown += f"  {metric} {value:.3f}"
+                elif metric == "spearman":  # of a role or of the translations of a column
+                    shown += f"  {group.removeprefix('fidelity_')} {value:.3f}"
             logger.info("%s: %s%s%s", self.name, what, shown, end)

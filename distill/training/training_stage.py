@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from distill.corpus import held_out_sources
 from distill.corpus.evaluation_sets import read_sts_dev
 from distill.corpus.text_config import TextConfig
+from distill.metrics.fidelity import SMALLEST
 from distill.metrics.held_out import dev_rows
 from distill.run.collectives import any_rank, barrier, rank, world_size
 from distill.run.config import Effect, Section
@@ -371,7 +372,7 @@ class TrainingStage(Stage):
             return None
         held_out, value = ShardReader(path), self.context.value
         rows = dev_rows(len(held_out), value("evaluate.dev_sentences"))
-        if len(rows) < 3:
+        if len(rows) < SMALLEST:
             return None
         sts: str | None = value("evaluate.sts")
         teacher_sts = read_dev_score(self.context.precompute_dir, sts)

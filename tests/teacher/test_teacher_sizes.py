@@ -243,7 +243,6 @@ def test_a_teacher_larger_than_memory_is_run_from_disk_by_accelerate(large, sent
 
 
 @pytest.mark.soak
-@pytest.mark.slow
 def test_a_teacher_spread_over_ranks_by_zero3_makes_the_shards_that_one_process_makes(tmp_path, sentence_t5):
     teacher, split = f"{{model: {sentence_t5}, precision: fp32}}", "teacher.placement=zero3"
     configs = {}

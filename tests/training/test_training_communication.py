@@ -31,7 +31,6 @@ def missing_for_namespaces() -> str | None:
 
 
 @pytest.mark.soak
-@pytest.mark.slow
 def test_a_rank_receives_the_bytes_of_the_formula_plus_at_most_five_percent(tmp_path):
     reason = missing_for_namespaces()
     if reason:
