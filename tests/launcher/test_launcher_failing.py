@@ -83,11 +83,12 @@ def test_an_error_on_one_rank_is_the_one_message(run, launcher, size, victim, sa
     assert message.startswith(f"rank {victim}: error: " if victim else "error: ") and "Too many open files" in message, message
 
 
-def test_what_all_ranks_find_wrong_is_reported_once_by_rank_0(run):
+def test_what_all_ranks_find_wrong_is_reported_once(run):
+    """By rank 0, or by another if rank 0 is later than RANK_0_FIRST."""
     config, _ = run
     with start_training("none", 3, config, "engine.deepspeed=none.json", *ENDLESS) as started:
         assert started.wait() == [2, 2, 2]
-        assert the_message(started.printed).startswith("error: engine.deepspeed: no DeepSpeed configuration at none.json")
+        assert "error: engine.deepspeed: no DeepSpeed configuration at none.json" in the_message(started.printed)
 
 
 def test_ranks_end_with_the_pipeline_that_started_them(run):
