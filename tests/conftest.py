@@ -138,7 +138,7 @@ teacher: {{model: {encoder}, pooling: mean, max_length: 32, precision: fp32}}
 shards: {{rows: 200, block_rows: 64}}
 student: {{layers: [0, 2], max_length: 32}}
 ckd: {{global_batch: 32, micro_batch: 8, queue: 128, max_steps: 12, dev_every: 4, save_every: 4, log_every: 1, lr: 1.0e-3,
-       weights: {{ckd: 1.0, cosine: 1.0, congen: 0.5}}}}
+       weights: {{ckd: 1.0, cosine: 1.0, congen: 0.5}}, temperature: {{scale: 20.0}}}}
 finetune: {{global_batch: 16, micro_batch: 16, num_mined: 64, positive_range: [-1, 1], negative_rank: 20, max_steps: 3,
             teacher_weight: 1.0}}
 hpd: {{dim: 16, nested: [8], global_batch: 32, micro_batch: 16, max_steps: 3}}

@@ -61,6 +61,12 @@ def permutation(size: int, *keys: int) -> np.ndarray:
     return np.argsort(ranks, kind="stable")
 
 
+def evenly_spread(total: int, limit: int) -> np.ndarray:
+    """int64: at most `limit` of the numbers below `total`, ascending."""
+    number = min(total, limit)
+    return np.arange(number, dtype=np.int64) * total // max(1, number)
+
+
 def first_of_permutation(size: int, count: int, *keys: int) -> np.ndarray:
     """`permutation(size, *keys)[:count]` without a sort of all: in memory for `count` rows and a block of SAMPLE_ROWS."""
     rows, ranks, key = np.empty(0, np.int64), np.empty(0, np.uint64), mix(*keys)

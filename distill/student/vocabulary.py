@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from distill.run.files import read_json, write_json
 from distill.run.prompts import Role
+from distill.run.sampling import evenly_spread
 from distill.student.encoder import FROM_PADDING, unlike_its_config
 from distill.student.student import Student
 from distill.student.student_config import VocabularyConfig
@@ -186,12 +187,6 @@ def count_tokens(student: Student, reader: Rows, limit: int = COUNTED_ROWS) -> I
         found[: len(counts)] += counts
         counts = found
         yield {int(token_id): int(counts[token_id]) for token_id in np.flatnonzero(counts)}
-
-
-def evenly_spread(total: int, limit: int) -> Int64:
-    """At most `limit` of the numbers below `total`, ascending."""
-    number = min(total, limit)
-    return np.arange(number, dtype=np.int64) * total // max(1, number)
 
 
 def _flat(token_ids: Sequence[list[int]]) -> Int64:

@@ -84,7 +84,7 @@ class ContrastConfig(TrainConfig):
 
     # dropout masks depend on it
     micro_batch: int = result(64, gt=0, description="as in the section ckd")
-    temperature: TemperatureConfig = result(TemperatureConfig(learnable=False), description="tau is 1 / scale")
+    temperature: TemperatureConfig = result(TemperatureConfig(scale=20.0, learnable=False), description="tau is 1 / scale")
     teacher_weight: float = result(
         0.0, ge=0, description="weight of 1 - cosine to the teacher, on as many texts of the shards per step: forgets less"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.objectives.scale import LOWEST_SCALE
 from distill.student import Student
 from distill.training.batches import MicroBatch
 from distill.training.keys import Keys
@@ -60,13 +61,20 @@ class StepContext:
 
 
 class Temperature(nn.Module):
-    """exp(logit_scale), never above `max_scale`; the clamp passes the gradient, so that it can come down again."""
+    """exp(logit_scale), never above `max_scale`; the clamp passes the gradient, so that it can come down again.
+
+    Begins at the config's scale, or at LOWEST_SCALE until `set_scale` is called.
+    """
 
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
         # shape (1,): DeepSpeed cannot partition a parameter without dimensions
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.scale)), requires_grad=config.learnable)
+        self.logit_scale = nn.Parameter(torch.zeros(1), requires_grad=config.learnable)
+        self.set_scale(min(LOWEST_SCALE, config.max_scale) if config.scale is None else config.scale)
         self.log_max = math.log(config.max_scale)
+
+    def set_scale(self, scale: float) -> None:
+        nn.init.constant_(self.logit_scale, math.log(scale))
 
     def forward(self) -> Tensor:
         above = (self.logit_scale - self.log_max).clamp(min=0).detach()

@@ -6,6 +6,7 @@ ckd compares in the teacher's space, hpd in the space of the teacher's first pri
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
@@ -25,15 +26,18 @@ from distill.objectives.loss_terms import (
     loss_terms,
 )
 from distill.objectives.queue import KeyQueue
+from distill.objectives.scale import LOWEST_SCALE, fitting_scale
 from distill.run.collectives import add_over_ranks, gather_rows, gather_with_gradient, rank, world_size
 from distill.run.config import result, speed
-from distill.run.sampling import seed_of
+from distill.run.sampling import evenly_spread, seed_of
 from distill.student import Student
 from distill.training.batches import MicroBatch, ShardBatches, gather_in_order
 from distill.training.keys import Keys
 from distill.training.task import StepContext, Task, Temperature, TrainingModule
 from distill.training.train_config import TemperatureConfig, TrainConfig
 
+logger = logging.getLogger(__name__)
+SCALE_ROWS = 4096  # of the teacher's vectors, by which the contrast's scale is chosen
 REFERENCE_ROWS = 128  # rows of a global batch that reference losses are measured on: a second pass over all keys is expensive
 
 
@@ -296,8 +300,20 @@ class TeacherKeysTask(Task):
         self.sharded = config.queue_placement == "sharded" and world_size() > 1 and capacity > 0
         part = {"rank": rank(), "world_size": world_size()} if self.sharded else {}
         self.queue = KeyQueue(capacity, module.key_width or batches.reader.dim, device, **part)
+        if config.weights.get("ckd") and config.temperature.scale is None:
+            self._fit_temperature(config.temperature.max_scale, batches.order.global_batch + capacity)
         self._first_step = -(-capacity // batches.order.global_batch) * -1 if config.prefill else 0
         self.restore(0)
+
+    def _fit_temperature(self, highest: float, num_keys: int) -> None:
+        reader, module = self.batches.reader, self.module
+        rows = evenly_spread(len(reader), SCALE_ROWS)
+        keys = module.as_keys(torch.from_numpy(reader.vectors(rows)))
+        scale = fitting_scale(keys, num_keys, highest, module.config.same_meaning)
+        module.temperature.set_scale(scale)
+        if scale > LOWEST_SCALE and rank() == 0:
+            why = "the teacher's vectors lie close together"
+            logger.info("%s: the contrast's scale is %g, not %g: %s", module.config.task, scale, LOWEST_SCALE, why)
 
     def load(self, step: int) -> list[MicroBatch]:
         return self.batches(step)

@@ -43,14 +43,19 @@ class TrainConfig(Section):
 class TemperatureConfig(Section):
     """Logits are exp(logit_scale) * cosine; `scale` is exp(logit_scale) at the start."""
 
-    scale: float = result(20.0, gt=0, description="the paper starts at e = 2.718, and 150 steps later is still at 2.80")
+    scale: float | None = result(
+        None,
+        gt=0,
+        description="1 / tau at the start; the paper's is e = 2.718. null: 20; where the teacher's vectors lie close together,"
+        " ckd and hpd take as much more, up to max_scale, that a copy of the teacher has a loss near 0",
+    )
     max_scale: float = result(100.0, gt=0, description="logit_scale is clamped here")
     learnable: bool = result(True, description="train logit_scale; else it stays at `scale`")
     lr: float | None = result(None, gt=0, description="its own learning rate; null takes the stage's")
 
     @model_validator(mode="after")
     def _starts_below_its_clamp(self) -> TemperatureConfig:
-        if self.scale > self.max_scale:
+        if (self.scale or 0.0) > self.max_scale:
             raise ValueError(f"scale {self.scale} is above max_scale {self.max_scale}")
         return self
 

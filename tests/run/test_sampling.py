@@ -16,6 +16,7 @@ from distill.run.sampling import (
     TokenBudget,
     apportion,
     assign_rows,
+    evenly_spread,
     first_of_permutation,
     length_order,
     permutation,
@@ -62,6 +63,10 @@ def test_the_order_never_changes():
 def test_the_first_of_a_permutation_are_found_without_sorting_all(monkeypatch, count):
     monkeypatch.setattr(sampling, "SAMPLE_ROWS", 64)
     assert first_of_permutation(1000, count, 3, 0).tolist() == permutation(1000, 3, 0)[:count].tolist()
+
+
+def test_evenly_spread_rows_are_all_of_them_where_there_are_few():
+    assert evenly_spread(10, 4).tolist() == [0, 2, 5, 7] and evenly_spread(3, 5).tolist() == [0, 1, 2]
 
 
 def test_the_first_of_a_permutation_need_no_memory_for_all(monkeypatch):

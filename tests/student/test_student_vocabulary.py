@@ -23,7 +23,7 @@ from distill.run.config import ConfigError, validate
 from distill.student import Student
 from distill.student.initial import build_student
 from distill.student.student_config import StudentConfig
-from distill.student.vocabulary import TokenTable, count_tokens, evenly_spread, parts_of_merges, trim, trim_and_describe
+from distill.student.vocabulary import TokenTable, count_tokens, parts_of_merges, trim, trim_and_describe
 
 MINIATURES = Path(os.environ.get("DISTILL_MODELS", ".")) / "miniatures"
 KINDS = ["bge", "mpnet", "qwen3", "modernbert", "gemma3", "xlmr", "sentence-t5"]
@@ -240,7 +240,6 @@ def test_a_size_without_room_for_special_tokens_and_characters_is_refused(tiny_e
 
 
 def test_texts_are_counted_evenly_over_the_set(tiny_encoder):
-    assert evenly_spread(10, 4).tolist() == [0, 2, 5, 7] and evenly_spread(3, 5).tolist() == [0, 1, 2]
     student = of(tiny_encoder)
     texts = [*["the model"] * 9_000, *["a teacher"] * 9_000]
     found = list(count_tokens(student, Texts(texts), limit=9_000))
