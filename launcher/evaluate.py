@@ -1,8 +1,9 @@
-"""Measures any sentence-transformers model or exported student: STS, retrieval, transfer, size. Or the evaluate stage of a run.
+"""Measures any sentence-transformers model or exported student: STS, retrieval, transfer, MTEB. Or a run's evaluate stage.
 
     python launcher/evaluate.py --model runs/quickstart/export/ckd --sts data/sts --out ckd.json
     torchrun --nproc-per-node 8 launcher/evaluate.py --model OWNER/NAME --retrieval hub:BeIR/scifact --out big.json
     python launcher/evaluate.py --model M --retrieval data/scifact --precision int8 binary --rescore 4 --out small.json
+    python launcher/evaluate.py --model M --mteb "MTEB(eng, v2)" --out mteb.json      needs launcher/install.sh quickstart,mteb
     python launcher/evaluate.py --compare teacher.json student.json
     python launcher/evaluate.py --config configs/quickstart.yaml [key=value ...]
 
@@ -26,8 +27,11 @@ from launcher.rank_log import RankLog
 from launcher.rendezvous import exiting_together, rank_from_environment, start_process_group
 
 if TYPE_CHECKING:
+    from distill.evaluation.model_encoder import ModelEncoder
+    from distill.evaluation.mteb_tasks import MtebTasks
     from distill.evaluation.tasks import Tasks
     from distill.metrics.results import ModelResults
+    from distill.metrics.vectors import RoleEncode
 
 TIMEOUT = 3600.0  # seconds that ranks wait for rank 0 to read the sets, which may be a download
 
@@ -71,6 +75,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folders with train.tsv and test.tsv (label, text), or hub:OWNER/NAME",
         **several,
     )
+    parser.add_argument(
+        "--mteb",
+        type=command.name,
+        metavar="TASK",
+        help="tasks and benchmarks of mteb by name; folders in BEIR's layout and .tsv files of STS pairs as its tasks. Its own"
+        " results go to the folder that --out names with the suffix .mteb; a task on the hub that is there is not run again",
+        **several,
+    )
     parser.add_argument("--index", choices=["exact", "hnsw"], help="retrieval also through these indices of faiss", **several)
     parser.add_argument(
         "--precision",
@@ -103,8 +115,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known to be wrong before the model is loaded; imports nothing heavy."""
     from distill.run.model_folders import resolve_model
 
-    if not (args.sts or args.retrieval or args.transfer):
-        raise ValueError("nothing to measure: give --sts DIR, --retrieval DIR, --transfer DIR or several of them")
+    if not (args.sts or args.retrieval or args.transfer or args.mteb):
+        raise ValueError("nothing to measure: give --sts DIR, --retrieval DIR, --transfer DIR, --mteb TASK or several of them")
     if (args.index or args.rescore is not None) and not args.retrieval:
         raise ValueError("--index and --rescore are options of --retrieval, which is not given")
     if args.precision and not (args.sts or args.retrieval):
@@ -121,46 +133,71 @@ def check(args: argparse.Namespace) -> None:
     resolve_model(args.model)
 
 
-def read(args: argparse.Namespace) -> Tasks:
+def read(args: argparse.Namespace) -> tuple[Tasks, MtebTasks | None]:
     from distill.evaluation.tasks import read_tasks
 
+    mteb = None
+    if args.mteb:
+        from distill.evaluation.mteb_tasks import MtebTasks
+
+        mteb = MtebTasks(args.mteb)
     options = {"searches": args.index, "precisions": args.precision, "rescore": args.rescore, "seed": args.seed}
-    return read_tasks(args.sts, args.retrieval, args.transfer, **options)
+    return read_tasks(args.sts, args.retrieval, args.transfer, **options), mteb
 
 
 def measure(args: argparse.Namespace) -> ModelResults | None:
     """The results; None on ranks other than 0, which only encode."""
-    from distill.evaluation.model_encoder import encode_over_ranks, encoder_of
-    from distill.metrics.results import ModelResults
-    from distill.metrics.vectors import EncodedTexts, encode_by_role
+    from distill.evaluation.model_encoder import encoder_of, work_over_ranks
 
     options = {"batch_size": args.batch_size, "truncate_dim": args.truncate_dim}
     if not command.is_one_of_many_ranks():
-        tasks = read(args)
+        tasks, mteb = read(args)
         encoder = encoder_of(args.model, device=args.device, progress=sys.stderr.isatty(), **options)
-        texts = tasks.texts
-        vectors = encode_by_role(encoder, texts)
-    else:
-        from distill.run.collectives import rank
+        return measure_tasks(args, tasks, mteb, encoder, encoder)
+    from distill.run.collectives import rank
 
-        device, first = start_process_group(TIMEOUT), rank() == 0
-        folder = args.out.with_name(f".{args.out.name}.ranks")
-        with (
-            RankLog(folder / "logs", "evaluate", rank()),
-            exiting_together(folder / "heartbeats", device, TIMEOUT, lambda: "the same command begins again"),
-        ):
-            read_here = read(args) if first else None
-            progress = first and sys.stderr.isatty()
-            encoder = encoder_of(args.model, device=args.device or str(device), progress=progress, **options)
-            texts = read_here.texts if read_here is not None else []
-            gathered = encode_over_ranks(encoder, texts, device)
-        if read_here is None or gathered is None:
-            return None
+    device, first = start_process_group(TIMEOUT), rank() == 0
+    folder = args.out.with_name(f".{args.out.name}.ranks")
+    with (
+        RankLog(folder / "logs", "evaluate", rank()),
+        exiting_together(folder / "heartbeats", device, TIMEOUT, lambda: "the same command begins again"),
+    ):
+        found = read(args) if first else None
+        encoder = encoder_of(args.model, device=args.device or str(device), progress=first and sys.stderr.isatty(), **options)
+
+        def work(encode: RoleEncode) -> ModelResults:
+            assert found is not None
+            return measure_tasks(args, *found, encoder, encode)
+
+        results = work_over_ranks(encoder, device, work)
+    if results is not None:
         shutil.rmtree(folder, ignore_errors=True)
-        tasks, vectors = read_here, gathered
-    scores = tasks.measure(EncodedTexts(texts, vectors), bootstrap=args.bootstrap, seed=args.seed)
+    return results
+
+
+def measure_tasks(
+    args: argparse.Namespace, tasks: Tasks, mteb: MtebTasks | None, encoder: ModelEncoder, encode: RoleEncode
+) -> ModelResults:
+    """encode: the encoder itself, or that of all ranks."""
+    from distill.metrics.results import ModelResults
+    from distill.metrics.vectors import EncodedTexts, encode_by_role
+
+    scores: dict[str, Any] = {}
+    if texts := tasks.texts:
+        vectors = EncodedTexts(texts, encode_by_role(encode, texts))
+        scores |= tasks.measure(vectors, bootstrap=args.bootstrap, seed=args.seed)
+    if mteb is not None:
+        from distill.evaluation.mteb_tasks import MtebModel
+
+        sizes = {"dim": encoder.dim, "params": encoder.params, "truncate_dim": args.truncate_dim}
+        scores["mteb"] = mteb.measure(MtebModel(encode, args.model, progress=encoder.progress, **sizes), mteb_folder(args))
     scores |= {"params": encoder.params, "dtype": encoder.dtype}
     return ModelResults(dim=encoder.dim, bytes_per_vector=4 * encoder.dim, **scores)
+
+
+def mteb_folder(args: argparse.Namespace) -> Path:
+    """Where mteb's own results go."""
+    return args.out.with_suffix(".mteb")
 
 
 def compare(first: str, second: str) -> str:
@@ -191,6 +228,8 @@ def evaluate(args: argparse.Namespace) -> int:
     print(format_results({args.model: results}))
     for warning in results.sts_warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if args.mteb:
+        print(f"results in mteb's format: {mteb_folder(args)}")
     print(f"results: {args.out}")
     return 0
 

@@ -4,6 +4,7 @@
     tasks.py           folders or hub names -> Tasks: the loaded evaluation sets, and the scores of vectors on them
     retrieval.py       RetrievalSet -> ndcg@10, ...; index_types.py: with quantised vectors and graphs, through faiss
     transfer.py        TransferSet -> accuracy of a logistic regression
+    mteb_tasks.py      tasks of the mteb library, by its names or from files
     compare.py         two results -> paired differences with intervals
     score_tables.py    results -> tables
     evaluate_stage.py  teacher and exports of a run -> evaluate/results.json, neighbours.json, index.npy

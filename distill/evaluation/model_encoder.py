@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from distill.student.initial import build_student
 from distill.student.student_config import StudentConfig
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 TEXTS_PER_BLOCK = 16_384  # gathered at once
 
 
@@ -149,6 +150,27 @@ def encode_over_ranks(encode: RoleEncode, texts: Sequence[RoleText], device: tor
         if rank() == 0:
             gathered.append(vectors.cpu().numpy())
     return np.concatenate(gathered) if rank() == 0 else None
+
+
+def work_over_ranks(encode: RoleEncode, device: torch.device, work: Callable[[RoleEncode], Result]) -> Result | None:
+    """What `work` returns on rank 0, which is given an encoder that all ranks share; None on the others.
+
+    The others encode their parts until it returns; where it raises, they fail in the collective that they wait in.
+    """
+    if rank() > 0:
+        while from_rank_0(None, device):
+            encode_over_ranks(encode, [], device)
+        return None
+
+    def shared(texts: Sequence[str], role: Role | None = None, /) -> np.ndarray:
+        from_rank_0(True, device)
+        vectors = encode_over_ranks(encode, [(role, text) for text in texts], device)
+        assert vectors is not None
+        return vectors
+
+    result = work(shared)
+    from_rank_0(False, device)
+    return result
 
 
 def throughput(encode: Encode, texts: Sequence[str], seconds: float = 3.0) -> float:

@@ -46,8 +46,8 @@ def format_results(models: Mapping[str, ModelResults]) -> str:
 
 
 def detail_tables(models: Mapping[str, ModelResults]) -> Iterator[Table]:
-    """Quantised STS, retrieval, its index types, and transfer, where they were measured; several models by name."""
-    for rows_of in (_quantised_rows, _retrieval_rows, _index_rows, _transfer_rows):
+    """Quantised STS, retrieval, its index types, transfer, mteb, where they were measured; several models by name."""
+    for rows_of in (_quantised_rows, _retrieval_rows, _index_rows, _transfer_rows, _mteb_rows):
         rows = [
             {"model": name if len(models) > 1 else None, **row} for name, results in models.items() for row in rows_of(results)
         ]
@@ -144,6 +144,11 @@ def _transfer_rows(results: ModelResults) -> Iterator[Row]:
             "labels": cell(scores["labels"]),
             "tested": cell(scores["test"], "{:,}"),
         }
+
+
+def _mteb_rows(results: ModelResults) -> Iterator[Row]:
+    for name, score in results.mteb.items():
+        yield {"mteb": name, "main score": cell(score, "{:.4f}")}
 
 
 def _to_float32(results: ModelResults, whole: str, quantised: str, form: str) -> Row:

@@ -49,6 +49,7 @@ class ModelResults(BaseModel):
     sts            set -> Spearman x 100; AVG: the mean of the sets AVG_OF
     sts_quantised  float16, int8, binary -> the same with such vectors
     retrieval      set -> ndcg@10, recall@10, recall@100, mrr@10 of exact search, 0..1; index type -> the same and its costs
+    mteb           task of the mteb library -> its main score as mteb has it, mostly 0..1
     transfer       set -> accuracy, majority, labels, train, test, C
     resamples      of each task, by the name of the score: "STS AVG", "scifact int8 ndcg@10", "sst2 accuracy"
     """
@@ -71,6 +72,7 @@ class ModelResults(BaseModel):
     retrieval: dict[str, dict[str, Number | dict[str, Number]]] = {}
     retrieval_ci: dict[str, dict[str, Interval | dict[str, Interval]]] = {}
     retrieval_resamples: dict[str, Resampled] = {}
+    mteb: dict[str, float] = {}
     transfer: dict[str, dict[str, Number]] = {}
     transfer_ci: dict[str, dict[str, Interval]] = {}
     transfer_resamples: dict[str, Resampled] = {}

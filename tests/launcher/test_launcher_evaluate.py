@@ -105,6 +105,18 @@ def test_results_are_written_whole_and_printed_as_tables(measured, data):
     assert [path.name for path in out.parent.iterdir()] == ["whole.json"]
 
 
+def test_tasks_of_mteb_are_measured_from_files_and_its_own_results_are_beside(measured, model, data, tmp_path):
+    out = tmp_path / "mteb.json"
+    sets = [data, data / "stsb_test.tsv.gz"]
+    done = call("evaluate.py", "--model", model, "--mteb", *sets, "--out", out, "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+    scores, ours = json.loads(out.read_text())["mteb"], json.loads(measured[0].read_text())
+    assert scores["stsb_test"] == pytest.approx(ours["sts"]["STSB"] / 100, abs=1e-4)
+    assert scores[data.name] == pytest.approx(ours["retrieval"][data.name]["ndcg@10"], abs=0.02)  # ties
+    assert "main score" in done.stdout
+    assert {path.name for path in (tmp_path / "mteb.mteb").rglob("*.json")} >= {"stsb_test.json", f"{data.name}.json"}
+
+
 def test_two_ranks_give_the_results_of_one_and_rank_0_alone_prints(measured, model, data, tmp_path):
     out = tmp_path / "shared.json"
     done = on_two_ranks(*everything(model, data, out))
