@@ -34,6 +34,14 @@ model = SentenceTransformer("this/folder")
 vectors = model.encode(["a text", "another, somewhat longer text"])
 cosines = model.similarity(vectors, vectors)"""
 
+PROMPTS_SNIPPET = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("this/folder")
+queries = model.encode_query(["a question"])
+documents = model.encode_document(["a text", "another, somewhat longer text"])
+cosines = model.similarity(queries, documents)"""
+
 ONNX_SNIPPET = """\
 import numpy as np
 import onnxruntime
@@ -81,13 +89,14 @@ def model_card(folder: Path, provenance: Provenance, model_index: Sequence[Mappi
     model_index: the measured results, in the hub's format.
     """
     about = read_json(folder / "export.json") or {}
+    prompts = _prompts(folder)
     formats = [name for name in FORMATS if (folder / FORMATS[name].file).is_file()]
     parts = [
         _front(provenance, formats, model_index),
         _summary(provenance, about),
         _files(folder, about),
-        _sentence_transformers(provenance.nested),
-        _onnxruntime(formats, about, provenance.nested),
+        _sentence_transformers(provenance.nested, prompts),
+        _onnxruntime(formats, about, provenance.nested, prompts),
         _other_clients(provenance, formats),
         _data(provenance.text),
         f"## Recipe\n\n```yaml\n{_dump(without_paths({**provenance.earlier, provenance.stage: provenance.recipe}))}```",
@@ -153,15 +162,34 @@ def _files(folder: Path, about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sentence_transformers(nested: list[int]) -> str:
+def _prompts(folder: Path) -> dict[str, str]:
+    """What sentence-transformers' encode_query, encode_document and encode put before a text of the exported folder, as JSON
+    strings, in which no character ends a line of Markdown; {} if all of them are empty."""
+    path = folder / "config_sentence_transformers.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    prompts = about.get("prompts", {})
+    found = {"encode_query": prompts.get("query"), "encode_document": prompts.get("document")}
+    found["encode"] = prompts.get(about.get("default_prompt_name"))
+    shown = {name: json.dumps(text or "", ensure_ascii=False).replace("`", "\\u0060") for name, text in found.items()}
+    return shown if any(found.values()) else {}
+
+
+def _sentence_transformers(nested: list[int], prompts: dict[str, str]) -> str:
+    if prompts:
+        snippet = PROMPTS_SNIPPET
+        put = "\n".join(f"- `{name}` puts `{text}` before a text." for name, text in prompts.items())
+        needs = f"It was trained with prompts, which other libraries may leave to you:\n\n{put}"
+    else:
+        snippet = SENTENCE_TRANSFORMERS_SNIPPET
+        needs = "It needs no prompts, neither for queries nor for documents."
     section = f"""\
 ## With sentence-transformers
 
 ```python
-{SENTENCE_TRANSFORMERS_SNIPPET}
+{snippet}
 ```
 
-It needs no prompts, neither for queries nor for documents."""
+{needs}"""
     if not nested:
         return section
     return f"""\
@@ -175,7 +203,7 @@ vectors = small.encode(["a text"], normalize_embeddings=True)  # a prefix is sho
 ```"""
 
 
-def _onnxruntime(formats: list[str], about: dict[str, Any], nested: list[int]) -> str:
+def _onnxruntime(formats: list[str], about: dict[str, Any], nested: list[int], prompts: dict[str, str]) -> str:
     graphs = [name for name in ("onnx", "onnx-int8") if name in formats]
     if not graphs:
         return ""
@@ -187,6 +215,8 @@ def _onnxruntime(formats: list[str], about: dict[str, Any], nested: list[int]) -
         "",
         f"```python\n{code}\n```",
     ]
+    if prompts:
+        lines += ["", "Put the prompt, as above, before each text."]
     if nested:
         lines += ["", "Normalise a prefix of a vector again."]
     if "onnx-int8" in graphs:
@@ -200,7 +230,8 @@ def _other_clients(provenance: Provenance, formats: list[str]) -> str:
     lines = [
         "## With other clients",
         "",
-        "- mteb stores results by a model's name, which a local folder does not have: set"
+        "- mteb stores results by a model's name, which a local folder does not have: measure it with distill's"
+        " `launcher/evaluate.py --mteb`, or set"
         f" `model.model_card_data.model_name = {json.dumps(f'{provenance.run}/{provenance.stage}')}` first.",
         "- llama.cpp and txtai pool the tokens alone: they leave out Dense modules, and give other vectors then.",
         '- `quantize_embeddings(..., precision="int8")` of sentence-transformers gives affine codes, with an offset for each'

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from conftest import write_config
+from encoders import save_sentence_transformer
 from huggingface_hub import ModelCard
 
 from distill.config import TRAINING_STAGES, load_config, stage_of
@@ -114,6 +115,22 @@ def test_the_base_model_is_a_name_on_the_hub_or_left_out_and_no_path_of_this_mac
     assert str(tiny_encoder) not in card and str(tmp_path) not in card
     assert "A student of `tiny`, trained by distill on 1,200 texts from text.txt." in card
     assert "Its weights descend from its teacher's and its text's: their licences apply." in card
+
+
+@pytest.mark.parametrize(
+    "options, encode",
+    [({}, '""'), ({"default_prompt_name": "query"}, '"find:\\n"')],
+)
+def test_prompts_are_named_and_the_snippet_uses_them(tmp_path, tiny_encoder, provenance, options, encode):
+    prompts = {"query": "find:\n", "document": "a `text`: "}
+    save_sentence_transformer(tiny_encoder, tmp_path / "model", prompts=prompts, **options)
+    card = model_card(tmp_path / "model", provenance("ckd"))
+    assert "model.encode_query(" in card and "needs no prompts" not in card
+    for name, text in (("encode_query", '"find:\\n"'), ("encode_document", '"a \\u0060text\\u0060: "'), ("encode", encode)):
+        assert f"- `{name}` puts `{text}` before a text." in card
+    save_sentence_transformer(tiny_encoder, tmp_path / "plain")
+    plain = model_card(tmp_path / "plain", provenance("ckd"))
+    assert "It needs no prompts" in plain and "encode_query" not in plain
 
 
 def test_the_stages_before_are_named_with_their_settings_and_data_and_no_path_of_the_users_files(tmp_path, provenance):
