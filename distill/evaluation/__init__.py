@@ -4,6 +4,7 @@
     tasks.py           folders or hub names -> Tasks: the loaded evaluation sets, and the scores of vectors on them
     retrieval.py       RetrievalSet -> ndcg@10, ...; index_types.py: with quantised vectors and graphs, through faiss
     transfer.py        TransferSet -> accuracy of a logistic regression
+    overlap.py         how many texts of the sets a run was trained on
     mteb_tasks.py      tasks of the mteb library, by its names or from files
     compare.py         two results -> paired differences with intervals
     score_tables.py    results -> tables

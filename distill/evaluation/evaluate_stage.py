@@ -15,6 +15,7 @@ from distill.evaluation.evaluate_config import EvaluateConfig, SearchConfig
 from distill.evaluation.measure import Measurement, Model
 from distill.evaluation.model_encoder import StudentEncoder, encoder_of, warn_of_unused_prompt
 from distill.evaluation.neighbours import neighbours
+from distill.evaluation.overlap import training_overlap
 from distill.evaluation.passage_index import INDEX, build_index
 from distill.evaluation.score_tables import format_results
 from distill.evaluation.tasks import read_tasks
@@ -98,13 +99,17 @@ class EvaluateStage(Stage):
             )
         self.begin()
         results: dict[str, ModelResults] = {}
+        overlap = training_overlap(tasks, measurement.reader) if students else {}
         with session(self.directory, "evaluate", device):
             for model in tqdm(models, desc="evaluate", unit="model", disable=None):
                 try:
-                    results |= self._measured(model, measurement, device)
+                    measured = self._measured(model, measurement, device)
                 except torch.OutOfMemoryError:
                     smaller = max(1, section.batch_size // 2)
                     raise ValueError(f"{model.name}: out of device memory: set evaluate.batch_size={smaller}") from None
+                for each in measured.values() if model.name in students else ():
+                    each.overlap = overlap
+                results |= measured
             files = self._write_search(students[-1], measurement) if students else []
         write_results(self.directory / RESULTS, results)
         with publish(self.directory / "table.txt") as file:

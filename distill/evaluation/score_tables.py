@@ -46,13 +46,15 @@ def format_results(models: Mapping[str, ModelResults]) -> str:
 
 
 def detail_tables(models: Mapping[str, ModelResults]) -> Iterator[Table]:
-    """Quantised STS, retrieval, its index types, transfer, mteb, where they were measured; several models by name."""
+    """Quantised STS, retrieval, its index types, transfer, mteb and overlap, where there are any; several models by name."""
     for rows_of in (_quantised_rows, _retrieval_rows, _index_rows, _transfer_rows, _mteb_rows):
         rows = [
             {"model": name if len(models) > 1 else None, **row} for name, results in models.items() for row in rows_of(results)
         ]
         if rows:
             yield table_of(rows)
+    if trained := next((results for results in models.values() if results.overlap), None):
+        yield table_of(list(_overlap_rows(trained)))
 
 
 def format_comparison(first: str, second: str, differences: Sequence[Difference]) -> str:
@@ -149,6 +151,13 @@ def _transfer_rows(results: ModelResults) -> Iterator[Row]:
 def _mteb_rows(results: ModelResults) -> Iterator[Row]:
     for name, score in results.mteb.items():
         yield {"mteb": name, "main score": cell(score, "{:.4f}")}
+
+
+def _overlap_rows(results: ModelResults) -> Iterator[Row]:
+    """The same for all students of a run."""
+    for name, parts in results.overlap.items():
+        for kind, overlap in parts.items():
+            yield {"set": f"{name} {kind}", "distinct": f"{overlap.texts:,}", "in the training text": f"{overlap.found:,}"}
 
 
 def _to_float32(results: ModelResults, whole: str, quantised: str, form: str) -> Row:

@@ -38,6 +38,13 @@ class Fidelity(BaseModel):
     texts: int
 
 
+class Overlap(BaseModel):
+    """Of the distinct texts of a part of an evaluation set, `texts`, those that a model was trained on, `found`."""
+
+    found: int
+    texts: int
+
+
 class ModelResults(BaseModel):
     """What was measured of one model at one size. Sets that were not measured are absent; *_ci are 95% intervals.
 
@@ -51,6 +58,7 @@ class ModelResults(BaseModel):
     retrieval      set -> ndcg@10, recall@10, recall@100, mrr@10 of exact search, 0..1; index type -> the same and its costs
     mteb           task of the mteb library -> its main score as mteb has it, mostly 0..1
     transfer       set -> accuracy, majority, labels, train, test, C
+    overlap        set -> texts, or queries and documents -> those among the training text, of a run's students
     resamples      of each task, by the name of the score: "STS AVG", "scifact int8 ndcg@10", "sst2 accuracy"
     """
 
@@ -76,6 +84,8 @@ class ModelResults(BaseModel):
     transfer: dict[str, dict[str, Number]] = {}
     transfer_ci: dict[str, dict[str, Interval]] = {}
     transfer_resamples: dict[str, Resampled] = {}
+
+    overlap: dict[str, dict[str, Overlap]] = {}
 
     @property
     def resamples(self) -> dict[str, Resampled]:

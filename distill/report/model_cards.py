@@ -82,12 +82,24 @@ def _cell(cell: Cell) -> str:
     return (cell.text + interval).replace(MINUS, "-")
 
 
+def _overlap(models: Collection[ModelResults]) -> str:
+    """STS12: 3 of 2,812 texts, scifact: none of 300 queries, ..."""
+    parts = next((results.overlap for results in models if results.overlap), {})
+    return ", ".join(
+        f"{name}: {f'{each.found:,}' if each.found else 'none'} of {each.texts:,} {kind}"
+        for name, kinds in parts.items()
+        for kind, each in kinds.items()
+    )
+
+
 def _notes(models: Collection[ModelResults]) -> list[str]:
     notes = []
     if texts := [results.fidelity.texts for results in models if results.fidelity]:
         notes.append(f"Fidelity is agreement with the teacher's cosines on {max(texts):,} held-out texts.")
     if averaged := next((results.at("sts", "AVG_OF") for results in models if results.sts), None):
         notes.append(f"STS is Spearman x 100; the average is of {', '.join(averaged)}.")
+    if overlap := _overlap(models):
+        notes.append(f"Texts of these sets that are in the training text: {overlap}.")
     if any(results.sts_ci or results.retrieval_ci or results.transfer_ci for results in models):
         notes.append("In brackets: 95% bootstrap intervals.")
     return notes
