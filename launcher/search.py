@@ -57,7 +57,7 @@ def search(arguments: argparse.Namespace) -> int:
     from distill.export.folder import exports_digests
     from distill.run.files import DigestCache, read_json
     from distill.student.fingerprint import check_recorded, check_student
-    from distill.student.student import TeacherSpace
+    from distill.student.student import student_in_teacher_space
     from distill.teacher.encoder import Teacher, evaluation_dtype
     from distill.teacher.identity import check_weights, pinned
 
@@ -67,7 +67,10 @@ def search(arguments: argparse.Namespace) -> int:
     if arguments.asymmetric:
         student_index = teacher_index
         check_student(config.run_dir / "ckd")
-        student = TeacherSpace(config.run_dir / "ckd" / "student").encode
+        found = student_in_teacher_space(config.run_dir / "ckd" / "student")
+        if found is None:
+            raise ValueError("--asymmetric needs a student that was trained in the teacher's space: run the stage ckd")
+        student = partial(found.encode, roles=["query"])
         title = f"student's question, teacher's {teacher_index.vectors.shape[1]} dimensions"
     else:
         export = config.run_dir / "export"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from distill.evaluation.overlap import training_overlap
 from distill.evaluation.passage_index import INDEX, build_index
 from distill.evaluation.score_tables import format_results
 from distill.evaluation.tasks import read_tasks
+from distill.export.export_stage import ASYMMETRIC
 from distill.export.folder import exports_digests
 from distill.metrics.results import TEACHER, ModelResults, read_results, write_results
 from distill.metrics.vectors import encode_by_role
@@ -93,6 +95,13 @@ class EvaluateStage(Stage):
         if teacher.endpoint is not None:
             logger.info("evaluate: a teacher behind an endpoint is not measured; fidelity uses its stored vectors")
         models = list(self.models(measurement, device))
+        exported = (read_json(export / "DONE.json") or {}).get("results", {})
+        asymmetric = exported.get("asymmetric", []) if tasks.retrieval else []
+        if asymmetric and not self._loads_teacher:
+            logger.info(
+                "evaluate: no asymmetric search is measured, for which the teacher would have to embed the documents here"
+            )
+            asymmetric = []
         if not models:
             raise ValueError(
                 "evaluate has nothing to measure: the teacher is no model that runs here, and no stage trains a student"
@@ -103,13 +112,16 @@ class EvaluateStage(Stage):
         with session(self.directory, "evaluate", device):
             for model in tqdm(models, desc="evaluate", unit="model", disable=None):
                 try:
-                    measured = self._measured(model, measurement, device)
+                    documents = model.name == TEACHER and bool(asymmetric)
+                    measured = self._measured(model, measurement, device, keeps_documents=documents)
                 except torch.OutOfMemoryError:
                     smaller = max(1, section.batch_size // 2)
                     raise ValueError(f"{model.name}: out of device memory: set evaluate.batch_size={smaller}") from None
                 for each in measured.values() if model.name in students else ():
                     each.overlap = overlap
                 results |= measured
+            for stage in asymmetric:
+                results |= self._measured_asymmetric(stage, models[0], measurement, device)
             files = self._write_search(students[-1], measurement) if students else []
         write_results(self.directory / RESULTS, results)
         with publish(self.directory / "table.txt") as file:
@@ -139,9 +151,35 @@ class EvaluateStage(Stage):
             load_student = partial(encoder_of, folder, batch_size=self.section.batch_size)
             yield Model(stage, _content(folder), load_student, tuple(nested.get(stage, ())), pca.get(stage, ()))
 
-    def _measured(self, model: Model, measurement: Measurement, device: torch.device) -> dict[str, ModelResults]:
-        file = f"{measurement.key(model, device_name(device))}.json"
-        for path in sorted(self.context.run_dir.parent.glob(f"*/measured/{file}")):
+    def _measured_asymmetric(
+        self, stage: str, teacher: Model, measurement: Measurement, device: torch.device
+    ) -> dict[str, ModelResults]:
+        """A student's queries among the teacher's documents; the teacher was measured, and its vectors kept."""
+        folder = self.context.run_dir / "export" / f"{stage}{ASYMMETRIC}"
+        identity = fingerprint({"student": _content(folder), "teacher": teacher.identity})
+        model = Model(folder.name, identity, partial(encoder_of, folder, batch_size=self.section.batch_size))
+        kept = next(path for path in self._kept_documents(teacher, measurement, device) if is_saved(path))
+        return self._measured(model, measurement, device, documents=kept)
+
+    def _kept_documents(self, teacher: Model, measurement: Measurement, device: torch.device) -> list[Path]:
+        """Where this run or another one beside it keeps the teacher's vectors of the documents of these sets."""
+        file = f"{measurement.key(teacher, device_name(device))}-documents.npy"
+        return sorted(self.context.run_dir.parent.glob(f"*/measured/{file}"))
+
+    def _measured(
+        self,
+        model: Model,
+        measurement: Measurement,
+        device: torch.device,
+        *,
+        keeps_documents: bool = False,
+        documents: Path | None = None,
+    ) -> dict[str, ModelResults]:
+        """keeps_documents: its vectors of the documents are wanted later. documents: vectors that its queries search."""
+        key = measurement.key(model, device_name(device))
+        file = f"{key}.json"
+        is_kept = not keeps_documents or any(map(is_saved, self._kept_documents(model, measurement, device)))
+        for path in [] if not is_kept else sorted(self.context.run_dir.parent.glob(f"*/measured/{file}")):
             try:
                 results = read_results(path)
             except ValueError as error:
@@ -152,9 +190,13 @@ class EvaluateStage(Stage):
                 logger.info("%s: measured before, %s", model.name, path)
                 return {name: results[name] for name in model.result_names}
             logger.warning("%s: an earlier measurement is ignored: %s is of %s", model.name, path, ", ".join(results))
-        results = measurement.measure(model)
-        (self.context.run_dir / "measured").mkdir(exist_ok=True)
-        write_results(self.context.run_dir / "measured" / file, results)
+        measured = self.context.run_dir / "measured"
+        measured.mkdir(exist_ok=True)
+        if documents is not None:
+            results = measurement.measure_asymmetric(model, np.load(documents, allow_pickle=False))
+        else:
+            results = measurement.measure(model, measured / f"{key}-documents.npy" if keeps_documents else None)
+        write_results(measured / file, results)
         return results
 
     def _pca_sizes(self) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from distill.metrics.held_out import final_rows
 from distill.metrics.results import TEACHER, VERSION, Fidelity, ModelResults
 from distill.metrics.vectors import EncodedTexts, RoleText, encode_by_role
 from distill.run.files import fingerprint, sha256_of
+from distill.run.recorded_array import save_array
 from distill.shards import ShardReader
 from distill.shards.format import HELD_OUT
 from distill.shards.moments import Moments
@@ -92,11 +93,30 @@ class Measurement:
         what = [VERSION, model.identity, model.nested, model.pca, model.dtype, self._fingerprint, device]
         return f"{model.name}-{fingerprint({'measured': what})[:24]}"
 
-    def measure(self, model: Model) -> dict[str, ModelResults]:
-        """The results of each of the model's sizes by name."""
+    @property
+    def documents(self) -> list[RoleText]:
+        """The distinct documents of all retrieval sets."""
+        return [(role, text) for role, text in self.tasks.texts if role == "document"]
+
+    def measure_asymmetric(self, model: Model, documents_nd: np.ndarray) -> dict[str, ModelResults]:
+        """The results of retrieval with the model's queries among the teacher's vectors of `documents`."""
+        encoder = model.load()
+        queries: list[RoleText] = [(role, text) for role, text in self.tasks.texts if role == "query"]
+        vectors = np.concatenate([encode_by_role(encoder, queries), documents_nd])
+        retrieval = self.tasks._replace(sts={}, transfer={})
+        scores = retrieval.measure(EncodedTexts([*queries, *self.documents], vectors))
+        scores |= {"params": encoder.params, "dtype": encoder.dtype}
+        scores["texts_per_second"] = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
+        return {model.name: ModelResults(dim=encoder.dim, bytes_per_vector=4 * encoder.dim, **scores)}
+
+    def measure(self, model: Model, keep_documents: Path | None = None) -> dict[str, ModelResults]:
+        """The results of each of the model's sizes by name. keep_documents: where its vectors of `documents` are saved, [n, d]
+        float32."""
         encoder, held_out, texts = model.load(), self.held_out, self.tasks.texts
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
         vectors = encode_by_role(encoder, texts) if texts else None
+        if keep_documents is not None and vectors is not None:
+            save_array(keep_documents, vectors[[row for row, (role, _) in enumerate(texts) if role == "document"]])
         held_out_vectors = encode_by_role(encoder, held_out.texts) if held_out else None
         translated = {
             column: (rows, encode_by_role(encoder, translations))

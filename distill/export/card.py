@@ -66,7 +66,8 @@ class Provenance:
 
     method: the title of the task; base_model: the model that it was initialised from; recipe: the settings of its stage; text:
     the manifest of the training text, or None; earlier: the settings of the stages before it, from the first on, by name;
-    samples: the training samples of these stages, a text once in every epoch; language: ISO 639 codes.
+    samples: the training samples of these stages, a text once in every epoch; language: ISO 639 codes;
+    is_asymmetric: whether the folder encodes queries alone, in the teacher's space.
     """
 
     run: str
@@ -81,6 +82,7 @@ class Provenance:
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     language: list[str] | None = None
+    is_asymmetric: bool = False
 
 
 def model_card(folder: Path, provenance: Provenance, model_index: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -131,6 +133,11 @@ def _summary(provenance: Provenance, about: dict[str, Any]) -> str:
 A student of {teachers}, trained by distill on {kept:,} texts from {sources}.
 Stages: {stages}; their settings and further data are under Recipe.
 Its weights descend from its teacher's and its text's: their licences apply."""
+    if provenance.is_asymmetric:
+        summary += (
+            f"\n\nFor queries alone: its vectors lie in the space of {teachers}, which embeds the documents. Search with it"
+            " what the teacher has embedded."
+        )
     if not about:
         return summary
     return f"""\

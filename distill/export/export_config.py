@@ -17,6 +17,12 @@ class ExportConfig(Section):
     formats: list[Literal["onnx", "onnx-int8"]] = result(
         [], description="written beside the sentence-transformers folder; they need `bash launcher/install.sh quickstart,onnx`"
     )
+    asymmetric: bool = result(
+        False,
+        omit_default=True,
+        description="also write STAGE-asymmetric of each student that has learned the teacher's space: it encodes queries for"
+        " an index of documents that the teacher embedded",
+    )
     language: list[LanguageCode] | None = result(
         None, description='ISO 639 codes of the text\'s languages, for the model cards, e.g. [en, "no"]'
     )

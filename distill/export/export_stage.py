@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from distill.run.session_log import session
 from distill.run.stage import Stage, StopRequested, stage_fingerprint
 from distill.shards import ShardReader
 from distill.student.fingerprint import check_student, files_fingerprint
+from distill.student.student import student_in_teacher_space
 from distill.student.student_config import StudentConfig
 from distill.teacher.teacher_config import TeacherConfig
 from distill.training.tasks import training_tasks
 
 logger = logging.getLogger(__name__)
+ASYMMETRIC = "-asymmetric"  # after a stage's name: its folder for queries against the teacher's vectors
 NUM_CHECKED = 1000
 
 
@@ -49,6 +53,8 @@ class ExportStage(Stage):
             check_pooling((read_json(self._student(name) / "student.json") or {}).get("pooling", ""))
         reader = ShardReader(self.context.shards_dir)
         check_on = reader.texts(list(range(min(NUM_CHECKED, len(reader)))))
+        is_asymmetric = self.context.section(ExportConfig).asymmetric or bool(self._of_unchanged_students("asymmetric"))
+        asymmetric: list[str] = []
         self.begin()
         folders: dict[str, str] = {}
         nested: dict[str, list[int]] = {}
@@ -61,20 +67,40 @@ class ExportStage(Stage):
                 folders[name], nested[name] = str(out), provenance.nested
                 cosines[name] = {each: {"worst": found.worst, "mean": found.mean} for each, found in agreements.items()}
                 logger.info("%s: %s", name, out)
-        results = {"folders": folders, "formats": formats, "nested_sizes": nested, "cosines": cosines}
+                if is_asymmetric and self._export_asymmetric(name, check_on, formats):
+                    asymmetric.append(name)
+                else:
+                    shutil.rmtree(self.directory / f"{name}{ASYMMETRIC}", ignore_errors=True)
+        results = {"folders": folders, "formats": formats, "nested_sizes": nested, "cosines": cosines, "asymmetric": asymmetric}
         files = exports_digests(self.directory)
         self.finish(results, files_fingerprint(files), files)
+        return True
+
+    def _export_asymmetric(self, name: str, check_on: list[str], formats: list[str]) -> bool:
+        """False if the student has not learned the teacher's space."""
+        student, out = student_in_teacher_space(self._student(name)), self.directory / f"{name}{ASYMMETRIC}"
+        if student is None:
+            logger.info("%s: no asymmetric export, it was not trained in the teacher's own space", name)
+            return False
+        card = partial(model_card, provenance=replace(self.provenance(name), is_asymmetric=True))
+        export_student(self._student(name), out, card=card, check_on=check_on, formats=formats, student=student)
+        logger.info("%s: for queries against the teacher's vectors: %s", name, out)
         return True
 
     def formats(self) -> list[str]:
         """Those of the config; where the students are unchanged, also those that they are exported to already."""
         wanted = list(self.context.section(ExportConfig).formats)
+        return [*wanted, *(name for name in self._of_unchanged_students("formats") if name not in wanted)]
+
+    def _of_unchanged_students(self, result: str) -> list[str]:
+        """A result of the stage's last run, if it was of these students."""
         done = read_json(self.directory / "DONE.json") or {}
-        kept = done.get("results", {}).get("formats", []) if done.get("inputs") == self.inputs() else []
-        return [*wanted, *(name for name in kept if name not in wanted)]
+        found: list[str] = done.get("results", {}).get(result, []) if done.get("inputs") == self.inputs() else []
+        return found
 
     def is_product_missing(self) -> str | None:
-        folders = (self.directory / name / "modules.json" for name in self.context.trained_stages)
+        asymmetric = [f"{name}{ASYMMETRIC}" for name in self._of_unchanged_students("asymmetric")]
+        folders = (self.directory / name / "modules.json" for name in [*self.context.trained_stages, *asymmetric])
         return next((f"{path.parent} is missing" for path in folders if not path.is_file()), None)
 
     def provenance(self, stage: str) -> Provenance:

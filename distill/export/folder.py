@@ -26,8 +26,11 @@ def export_student(
     card: Callable[[Path], str],
     check_on: Sequence[str],
     formats: Collection[str] = (),
+    student: Student | None = None,
 ) -> dict[str, Agreement]:
     """Writes the student in `student_dir` to the folder `out`, whole or not at all; returns each format's agreement with it.
+
+    student: that student with another head, if it is to be exported with one.
 
     A sentence-transformers folder, with the ONNX files that `formats` names ("onnx", "onnx-int8"), export.json (dim,
     parameters, longest input, agreements) and, as its README.md, the result of `card` for the folder. Every format is loaded
@@ -35,7 +38,7 @@ def export_student(
     if one does not, and before anything is written if a package or a module for the pooling is missing.
     """
     require_packages(formats)
-    student = Student.load(student_dir).eval()
+    student = student or Student.load(student_dir).eval()
     check_pooling(student.pooling)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

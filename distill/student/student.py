@@ -277,23 +277,18 @@ def characters_covered(encodings: Sequence[Any], skipped: Sequence[int]) -> np.n
     return np.array([max(span)[1] - min(span)[0] if span else 0 for span in spans], np.int64)
 
 
-class TeacherSpace(nn.Module):
-    """A student of CKD with the projection it was trained with: encodes queries in the space of the teacher's vectors.
+def student_in_teacher_space(folder: Path) -> Student | None:
+    """The student in `folder` with CKD's projection as its head: it encodes queries in the space of the teacher's vectors, so
+    that documents which the teacher embedded can be searched as they are.
 
-    Documents that the teacher embedded can be searched with the student's queries without being embedded again.
+    None if it was not trained towards the teacher's own vectors, or a later stage has dropped that. Raises ValueError if the
+    folder holds no student.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError if there is no student in `folder`."""
-        super().__init__()
-        self.student = Student.load(folder).eval()
-        self.projection = load_projection(folder) or nn.Identity()
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], role: Role | None = None) -> np.ndarray:
-        """[n, d_t] float32, L2-normalised."""
-        vectors = torch.from_numpy(self.student.encode(texts, normalize=False, roles=[role] * len(texts)))
-        return nn.functional.normalize(self.projection(vectors).float(), dim=-1).numpy()
+    student, projection = Student.load(folder).eval(), load_projection(folder)
+    if student.head is not None or (projection is None and not student.is_aligned):
+        return None
+    student.head = None if projection is None else nn.Sequential(projection)
+    return student
 
 
 def load_extra(folder: Path) -> dict[str, Tensor]:

@@ -11,20 +11,23 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import write_config, write_pairs
+from conftest import sentences, write_config, write_pairs
 from retrieval_sets import write_folder
 
 from distill.config import load_config, stage_of
 from distill.corpus import evaluation_sets
+from distill.corpus.evaluation_sets import read_retrieval
 from distill.evaluation import evaluate_stage, measure
 from distill.evaluation.measure import Measurement, Model
+from distill.evaluation.model_encoder import encoder_of
+from distill.evaluation.retrieval import retrieval_scores
 from distill.evaluation.tasks import read_tasks
 from distill.metrics.results import read_results, write_results
 from distill.run.files import read_json, write_json
 from distill.run.precision import has_bf16
 from distill.run.session_log import device_name
 from distill.shards import ShardReader
-from distill.teacher.encoder import evaluation_dtype
+from distill.teacher.encoder import Teacher, evaluation_dtype
 
 CPU = torch.device("cpu")
 
@@ -187,13 +190,43 @@ def test_a_model_that_was_measured_on_the_same_sets_is_not_measured_again(run, m
     config = run("evaluate.baselines=true", "evaluate.precision=[int8, binary]")
     stage_of(config, "evaluate").run(CPU)
     before = read_results(config.run_dir / "evaluate/results.json")
-    monkeypatch.setattr(Measurement, "measure", lambda self, model: pytest.fail(f"{model.name} is measured again"))
+    monkeypatch.setattr(Measurement, "measure", lambda self, model, *_: pytest.fail(f"{model.name} is measured again"))
     stage_of(config, "evaluate").run(CPU)
     assert read_results(config.run_dir / "evaluate/results.json") == before
     other = run("evaluate.baselines=true", "evaluate.precision=[int8, binary]", "evaluate.num_held_out=7")
     with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
         stage_of(other, "evaluate").run(CPU)
     shutil.rmtree(other.run_dir / "evaluate")
+
+
+def test_asymmetric_search_is_of_the_students_queries_among_the_teachers_documents(run, tmp_path, monkeypatch):
+    documents = [(str(number), "", text) for number, text in enumerate(sentences(60))]
+    queries = [(f"q{number}", " ".join(documents[number][2].split()[:3])) for number in range(20)]
+    found = write_folder(
+        tmp_path / "found", "".join(f"q{n}\t{n}\t1\n" for n in range(20)), documents=documents, queries=queries
+    )
+    settings = ["export.asymmetric=true", f"evaluate.retrieval=[{found}]", "runs_dir=" + str(tmp_path)]
+    shutil.copytree(run().run_dir, tmp_path / run().name)
+    config = run(*settings)
+    assert stage_of(config, "export").run(CPU) and stage_of(config, "evaluate").run(CPU)
+    results = read_results(config.run_dir / "evaluate/results.json")
+    assert [name for name in results if "asymmetric" in name] == ["ckd-asymmetric", "finetune-asymmetric"]
+    own = results["ckd-asymmetric"]
+    assert (own.dim, own.params) == (results["teacher"].dim, results["ckd"].params) and not own.sts
+    student = encoder_of(config.run_dir / "export/ckd-asymmetric", device="cpu")
+    teacher = Teacher(config.teacher, CPU, None)
+    given = {"found": read_retrieval(found)}
+    expected = retrieval_scores(lambda texts, role: (student if role == "query" else teacher)(texts, role), given)
+    assert own.retrieval["found"] == pytest.approx(expected["retrieval"]["found"])
+    assert own.retrieval not in (results["ckd"].retrieval, results["teacher"].retrieval)
+    for name in ("measure", "measure_asymmetric"):
+        monkeypatch.setattr(Measurement, name, lambda self, model, *_: pytest.fail(f"{model.name} is measured again"))
+    assert stage_of(config, "evaluate").run(CPU)
+    assert read_results(config.run_dir / "evaluate/results.json") == results
+    [kept] = (config.run_dir / "measured").glob("*-documents.npy")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
+        stage_of(config, "evaluate").run(CPU)
 
 
 def test_a_finished_stage_runs_again_and_measures_again_when_the_content_of_a_set_has_changed(run, tmp_path, monkeypatch):
@@ -203,7 +236,7 @@ def test_a_finished_stage_runs_again_and_measures_again_when_the_content_of_a_se
     assert stage.reason_to_run() is None
     write_pairs(sts, "stsb_test", count=50)
     assert stage.reason_to_run().startswith(f"input sts {sts}: ")
-    monkeypatch.setattr(Measurement, "measure", lambda self, model: pytest.fail(f"{model.name} is measured again"))
+    monkeypatch.setattr(Measurement, "measure", lambda self, model, *_: pytest.fail(f"{model.name} is measured again"))
     with pytest.raises(pytest.fail.Exception, match="teacher is measured again"):
         stage.run(CPU)
     shutil.rmtree(stage.directory)

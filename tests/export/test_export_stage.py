@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from conftest import write_config
+from conftest import make_encoder, write_config
+from distributed_ranks import on_ranks
+from engines import train_stage
+from sentence_transformers import SentenceTransformer
 from students import make_student
 
 from distill.config import load_config, stage_of
@@ -13,9 +17,12 @@ from distill.run.config import ConfigError
 from distill.run.files import read_json, write_json
 from distill.run.stage import stage_fingerprint
 from distill.shards import ShardReader
+from distill.student import Student
 from distill.student.fingerprint import student_fingerprint
+from distill.student.student import load_projection
 
 CPU = torch.device("cpu")
+STEPS = ["ckd.max_steps=3", "hpd.max_steps=3", "hpd.init=ckd"]
 
 
 @pytest.fixture
@@ -59,6 +66,41 @@ def test_other_formats_run_the_stage_again_and_change_what_it_made(run):
     assert (config.run_dir / "export/ckd/onnx/model_quantized.onnx").is_file()
     export(run())
     assert (config.run_dir / "export/ckd/onnx/model_quantized.onnx").is_file() and not stage_of(run(), "export").reason_to_run()
+
+
+def test_an_asymmetric_export_encodes_queries_in_the_teachers_space(embedded_copy, tmp_path, tiny_encoder):
+    narrow = make_encoder(tmp_path / "narrow", layers=2, width=16, seed=3)
+    student = f"{{init: {narrow}, max_length: 32, prompts: {{query: 'the query asks for '}}}}"
+    path = write_config(tmp_path, tiny_encoder, student=student, stages="[ckd, hpd, export]")
+    plain = load_config(path, STEPS)
+    for stage in ("ckd", "hpd"):
+        on_ranks(1, train_stage, path, stage, STEPS)
+    config = load_config(path, [*STEPS, "export.asymmetric=true"])
+    assert export(config)
+    place = config.run_dir / "export"
+    assert read_json(place / "DONE.json")["results"]["asymmetric"] == ["ckd"]
+    assert sorted(folder.name for folder in place.iterdir() if folder.is_dir()) == ["ckd", "ckd-asymmetric", "hpd"]
+    exported = SentenceTransformer(str(place / "ckd-asymmetric"), device="cpu")
+    texts = ShardReader(config.shards_dir).texts(range(20))
+    trained = Student.load(config.run_dir / "ckd/student").eval()
+    projection = load_projection(config.run_dir / "ckd/student")
+    with torch.no_grad():
+        vectors = projection(torch.from_numpy(trained.encode(texts, normalize=False, roles=["query"] * 20)))
+    expected = torch.nn.functional.normalize(vectors, dim=-1).numpy()
+    assert np.allclose(exported.encode_query(texts), expected, atol=1e-5)
+    assert exported.get_embedding_dimension() == 32 and trained.dim == 16
+    assert "For queries alone" in (place / "ckd-asymmetric/README.md").read_text()
+    assert "For queries alone" not in (place / "ckd/README.md").read_text()
+    # it stays with these students, and goes with them
+    assert stage_of(config, "export").reason_to_run() is None
+    export(plain)
+    assert (place / "ckd-asymmetric").is_dir() and read_json(place / "DONE.json")["results"]["asymmetric"] == ["ckd"]
+    done = read_json(plain.run_dir / "ckd/DONE.json")
+    write_json(plain.run_dir / "ckd/DONE.json", done | {"fingerprint": "another"})
+    make_student(plain.run_dir / "ckd/student", tiny_encoder)
+    write_json(plain.run_dir / "ckd/DONE.json", done | {"fingerprint": student_fingerprint(plain.run_dir / "ckd/student")})
+    export(plain)
+    assert not (place / "ckd-asymmetric").exists() and read_json(place / "DONE.json")["results"]["asymmetric"] == []
 
 
 def test_what_cannot_be_exported_is_refused_before_the_stage_begins(run, tiny_encoder, monkeypatch):

@@ -13,7 +13,7 @@ from engines import CPU, embed_text, train_stage
 from distill.config import load_config, stage_of
 from distill.shards import ShardReader
 from distill.student import Student
-from distill.student.student import TeacherSpace, load_extra
+from distill.student.student import load_extra, student_in_teacher_space
 from distill.student.student_config import StudentConfig
 from distill.training.projection import Sample, build_projection, encode_sample, fit_projection, ridge_regression
 
@@ -85,7 +85,7 @@ def test_queries_of_a_trained_student_find_the_vectors_that_the_teacher_stored(r
     folder = base / how / "ckd/student"
     reader = ShardReader(config.run_dir / "shards")
     rows = np.arange(200)
-    cosines = TeacherSpace(folder).encode(reader.texts(rows)) @ reader.vectors(rows).astype(np.float32).T
+    cosines = student_in_teacher_space(folder).encode(reader.texts(rows)) @ reader.vectors(rows).astype(np.float32).T
     ranks = (cosines > cosines.diagonal()[:, None]).sum(axis=1)
     assert np.median(ranks) < 40  # by chance, 100
     if how == "procrustes":
@@ -104,7 +104,10 @@ def test_a_compact_head_begins_with_the_map_that_ckd_learned(run, tiny_encoder):
     stage = stage_of(trained, "hpd")
     student = stage.build(stage.setup(CPU, None)).module.student
     texts = reader.texts(np.arange(200))
-    found, wanted = student.encode(texts), TeacherSpace(trained.run_dir / "ckd/student").encode(texts) @ components.T
+    found, wanted = (
+        student.encode(texts),
+        student_in_teacher_space(trained.run_dir / "ckd/student").encode(texts) @ components.T,
+    )
     assert np.allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-4)
 
     bare = stage_of(load_config(path, [*own, "hpd.init=student"]), "hpd")
