@@ -121,7 +121,7 @@ class EvaluateStage(Stage):
                     each.overlap = overlap
                 results |= measured
             for stage in asymmetric:
-                results |= self._measured_asymmetric(stage, models[0], measurement, device)
+                results |= self._measured_asymmetric(stage, models[0], measurement, device)  # the teacher is the first
             files = self._write_search(students[-1], measurement) if students else []
         write_results(self.directory / RESULTS, results)
         with publish(self.directory / "table.txt") as file:

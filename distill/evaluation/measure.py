@@ -95,8 +95,8 @@ class Measurement:
 
     @property
     def documents(self) -> list[RoleText]:
-        """The distinct documents of all retrieval sets."""
-        return [(role, text) for role, text in self.tasks.texts if role == "document"]
+        """The distinct documents of all retrieval sets, sorted: the same for the same sets, which may be named in any order."""
+        return sorted((role, text) for role, text in self.tasks.texts if role == "document")
 
     def measure_asymmetric(self, model: Model, documents_nd: np.ndarray) -> dict[str, ModelResults]:
         """The results of retrieval with the model's queries among the teacher's vectors of `documents`."""
@@ -116,7 +116,8 @@ class Measurement:
         speed = round(throughput(encoder, self._training_texts(SPEED_TEXTS)), 1)
         vectors = encode_by_role(encoder, texts) if texts else None
         if keep_documents is not None and vectors is not None:
-            save_array(keep_documents, vectors[[row for row, (role, _) in enumerate(texts) if role == "document"]])
+            row_of = {text: row for row, text in enumerate(texts)}
+            save_array(keep_documents, vectors[[row_of[document] for document in self.documents]])
         held_out_vectors = encode_by_role(encoder, held_out.texts) if held_out else None
         translated = {
             column: (rows, encode_by_role(encoder, translations))
