@@ -111,12 +111,8 @@ class EvaluateStage(Stage):
         overlap = training_overlap(tasks, measurement.reader) if students else {}
         with session(self.directory, "evaluate", device):
             for model in tqdm(models, desc="evaluate", unit="model", disable=None):
-                try:
-                    documents = model.name == TEACHER and bool(asymmetric)
-                    measured = self._measured(model, measurement, device, keeps_documents=documents)
-                except torch.OutOfMemoryError:
-                    smaller = max(1, section.batch_size // 2)
-                    raise ValueError(f"{model.name}: out of device memory: set evaluate.batch_size={smaller}") from None
+                documents = model.name == TEACHER and bool(asymmetric)
+                measured = self._measured(model, measurement, device, keeps_documents=documents)
                 for each in measured.values() if model.name in students else ():
                     each.overlap = overlap
                 results |= measured
@@ -192,10 +188,14 @@ class EvaluateStage(Stage):
             logger.warning("%s: an earlier measurement is ignored: %s is of %s", model.name, path, ", ".join(results))
         measured = self.context.run_dir / "measured"
         measured.mkdir(exist_ok=True)
-        if documents is not None:
-            results = measurement.measure_asymmetric(model, np.load(documents, allow_pickle=False))
-        else:
-            results = measurement.measure(model, measured / f"{key}-documents.npy" if keeps_documents else None)
+        try:
+            if documents is not None:
+                results = measurement.measure_asymmetric(model, np.load(documents, allow_pickle=False))
+            else:
+                results = measurement.measure(model, measured / f"{key}-documents.npy" if keeps_documents else None)
+        except torch.OutOfMemoryError:
+            smaller = max(1, self.section.batch_size // 2)
+            raise ValueError(f"{model.name}: out of device memory: set evaluate.batch_size={smaller}") from None
         write_results(measured / file, results)
         return results
 

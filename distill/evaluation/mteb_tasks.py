@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from sentence_transformers.util import cos_sim, pairwise_cos_sim
 
 from distill.corpus.evaluation_sets import read_pairs, read_retrieval
 from distill.metrics.sts import Pairs
@@ -81,7 +82,7 @@ class MtebTasks:
 class MtebModel:
     """A RoleEncode as mteb's EncoderProtocol. encode: texts [n] of a role to vectors float32 [n, d].
 
-    A text is encoded once a task for each role.
+    A text is encoded once a task for each role, a document once for each part of the corpus that mteb takes at a time.
     """
 
     def __init__(
@@ -92,26 +93,10 @@ class MtebModel:
         self._known: dict[RoleText, np.ndarray] = {}
         self.progress = progress
         name, revision = name_and_revision(model)
-        self.mteb_model_meta = import_mteb().models.ModelMeta(
-            loader=None,
-            name=name,
-            revision=revision,
-            release_date=None,
-            languages=None,
-            n_parameters=params,
-            memory_usage_mb=None,
-            max_tokens=None,
-            embed_dim=dim,
-            license=None,
-            open_weights=None,
-            public_training_code=None,
-            public_training_data=None,
-            framework=["Sentence Transformers"],
-            similarity_fn_name="cosine",
-            use_instructions=None,
-            training_datasets=None,
-            experiment_kwargs=None if truncate_dim is None else {"truncate_dim": truncate_dim},
-        )
+        known = {"name": name, "revision": revision, "n_parameters": params, "embed_dim": dim, "similarity_fn_name": "cosine"}
+        known["framework"] = ["Sentence Transformers"]
+        known["experiment_kwargs"] = None if truncate_dim is None else {"truncate_dim": truncate_dim}
+        self.mteb_model_meta = import_mteb().models.ModelMeta.create_empty(overwrites=known)
 
     def encode(
         self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, prompt_type: Any = None, **options: Any
@@ -121,19 +106,16 @@ class MtebModel:
         texts = [text for batch in inputs for text in batch["text"]]
         if task_metadata.name != self._task:
             self._task, self._known = task_metadata.name, {}
-        missing = [(role, text) for text in dict.fromkeys(texts) if (role, text) not in self._known]
+        known = self._known if role != "document" else {}  # mteb gives large corpora in parts, to hold one at a time
+        missing = [(role, text) for text in dict.fromkeys(texts) if (role, text) not in known]
         if missing:
-            self._known.update(zip(missing, encode_by_role(self._encode, missing), strict=True))
-        return np.stack([self._known[role, text] for text in texts])
+            known.update(zip(missing, encode_by_role(self._encode, missing), strict=True))
+        return np.stack([known[role, text] for text in texts])
 
     def similarity(self, first: Any, second: Any) -> Any:
-        from sentence_transformers.util import cos_sim
-
         return cos_sim(first, second)
 
     def similarity_pairwise(self, first: Any, second: Any) -> Any:
-        from sentence_transformers.util import pairwise_cos_sim
-
         return pairwise_cos_sim(first, second)
 
 

@@ -104,10 +104,8 @@ def test_a_compact_head_begins_with_the_map_that_ckd_learned(run, tiny_encoder):
     stage = stage_of(trained, "hpd")
     student = stage.build(stage.setup(CPU, None)).module.student
     texts = reader.texts(np.arange(200))
-    found, wanted = (
-        student.encode(texts),
-        student_in_teacher_space(trained.run_dir / "ckd/student").encode(texts) @ components.T,
-    )
+    found = student.encode(texts)
+    wanted = student_in_teacher_space(trained.run_dir / "ckd/student").encode(texts) @ components.T
     assert np.allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-4)
 
     bare = stage_of(load_config(path, [*own, "hpd.init=student"]), "hpd")
