@@ -237,6 +237,7 @@ def test_an_architecture_padded_on_the_left_keeps_its_side_where_positions_are_r
     assert sides == {"mistral": "left", "gpt2": "right"}
 
 
+@pytest.mark.slow
 def test_dense_layers_are_trained_and_frozen_alike_under_every_zero_stage(tiny_encoder, tmp_path):
     model = make_architecture("mistral", tiny_encoder, tmp_path)
     config = write_run(tmp_path, model)

@@ -298,7 +298,7 @@ def set_up(config: Path, overrides: list[str]) -> tuple[str, int]:
     return digest_of(student), len(student.tokenizer)
 
 
-@pytest.mark.parametrize("size", [75, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(75, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.soak)])
 def test_all_ranks_and_a_second_start_have_the_same_student(size, embedded_copy, caplog):
     config, run = embedded_copy
     overrides = [f"student.vocabulary={{from: text, size: {'null' if size is None else size}}}"]

@@ -110,7 +110,7 @@ def test_a_stage_that_stopped_early_and_was_killed_before_done_json_ends_where_i
     assert read_json(run / "patient/ckd/DONE.json")["results"]["steps"] == 6
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_deferred_evaluation_may_end_the_stage_and_report_the_merged_student(embedded, num_ranks):
     name = f"deferred-{num_ranks}"
     overrides = [f"name={name}", "ckd.lr=1e-12", "ckd.patience=3", "ckd.dev_every=2", "ckd.save_every=100", "ckd.merge=0.5"]
